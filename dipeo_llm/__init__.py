@@ -1,0 +1,125 @@
+"""dipeo_llm: one call for OpenAI, Anthropic, Google Gemini and Ollama.
+
+Names are loaded when they are first used, so that `import dipeo_llm` costs a few
+milliseconds and LiteLLM's seconds fall to the first call.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dipeo_llm.adapter import BaseLLMAdapter, create_adapter
+    from dipeo_llm.domain import (
+        ChatResult,
+        ImageGenerationResult,
+        LLMRequestOptions,
+        LLMService,
+        Message,
+        Person,
+        PersonLLMConfig,
+        RateLimits,
+        TokenUsage,
+        ToolCall,
+        ToolConfig,
+        ToolOutput,
+        ToolType,
+        WebSearchResult,
+    )
+    from dipeo_llm.errors import (
+        APIKeyError,
+        APIKeyNotFoundError,
+        ContentFilterError,
+        ContextWindowError,
+        DiPeOLLMError,
+        InvalidRequestError,
+        LLMServiceError,
+        LLMTimeoutError,
+        ModelNotFoundError,
+        QuotaExceededError,
+        RateLimitError,
+        ServiceUnavailableError,
+        SettingsError,
+        StreamInterruptedError,
+        StructuredOutputError,
+    )
+    from dipeo_llm.keys import EnvironmentAPIKeys, StaticAPIKeys
+    from dipeo_llm.message_formatter import MessageFormatter
+    from dipeo_llm.ports import APIKeyPort, LLMDomainService, LLMServicePort
+    from dipeo_llm.service import LLMInfraService
+    from dipeo_llm.settings import Settings
+    from dipeo_llm.system_prompt_handler import SystemPromptHandler
+
+__all__ = [
+    "APIKeyError",
+    "APIKeyNotFoundError",
+    "APIKeyPort",
+    "BaseLLMAdapter",
+    "ChatResult",
+    "ContentFilterError",
+    "ContextWindowError",
+    "DiPeOLLMError",
+    "EnvironmentAPIKeys",
+    "ImageGenerationResult",
+    "InvalidRequestError",
+    "LLMDomainService",
+    "LLMInfraService",
+    "LLMRequestOptions",
+    "LLMService",
+    "LLMServiceError",
+    "LLMServicePort",
+    "LLMTimeoutError",
+    "Message",
+    "MessageFormatter",
+    "ModelNotFoundError",
+    "Person",
+    "PersonLLMConfig",
+    "QuotaExceededError",
+    "RateLimitError",
+    "RateLimits",
+    "ServiceUnavailableError",
+    "Settings",
+    "SettingsError",
+    "StaticAPIKeys",
+    "StreamInterruptedError",
+    "StructuredOutputError",
+    "SystemPromptHandler",
+    "TokenUsage",
+    "ToolCall",
+    "ToolConfig",
+    "ToolOutput",
+    "ToolType",
+    "WebSearchResult",
+    "__version__",
+    "create_adapter",
+]
+
+# Where to look for a name, cheapest first.
+_MODULES = (
+    "errors",
+    "domain",
+    "ports",
+    "settings",
+    "keys",
+    "system_prompt_handler",
+    "message_formatter",
+    "adapter",
+    "service",
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("dipeo-llm")
+    if name in __all__:
+        for module in _MODULES:
+            found = vars(import_module(f"dipeo_llm.{module}")).get(name)
+            if found is not None:
+                globals()[name] = found
+                return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,417 @@
+"""The words of a conversation with a model: messages, persons, options, results.
+
+Pure data. Nothing here knows a provider, a network or LiteLLM; a Person knows the port
+that it talks through (as a type) and nothing of what stands behind it.
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from dipeo_llm.ports import LLMServicePort
+
+Content = str | list[dict[str, Any]]
+"""Plain text, or OpenAI-style content parts (`text`, `image_url`, `file`, …)."""
+
+
+class LLMService(StrEnum):
+    """The services that have a name here. `google` and `gemini` are one provider."""
+
+    OPENAI = "openai"
+    ANTHROPIC = "anthropic"
+    GOOGLE = "google"
+    GEMINI = "gemini"
+    OLLAMA = "ollama"
+    BEDROCK = "bedrock"
+    VERTEX = "vertex"
+    DEEPSEEK = "deepseek"
+
+
+class Message(BaseModel):
+    """One utterance from one person to another."""
+
+    from_person_id: str
+    """Who speaks; "system" for the application itself."""
+    to_person_id: str
+    """Who is spoken to."""
+    content: Content
+    id: str | None = None
+    message_type: str | None = None
+    """The application's own label, such as "person_to_person"; never sent."""
+    timestamp: str | None = None
+    metadata: dict[str, Any] | None = None
+
+
+class PersonLLMConfig(BaseModel):
+    """Which model a person thinks with, and how it is told who it is."""
+
+    model_config = ConfigDict(use_enum_values=False)
+
+    service: LLMService | str | None = None
+    """None lets the model string decide."""
+    model: str
+    api_key_id: str | None = None
+    """Name of the key, never the key itself. None where the provider needs none."""
+    system_prompt: str | None = None
+    """Used where `prompt_file` is None or cannot be read."""
+    prompt_file: str | None = None
+    """Path of a text file, relative to the base directory."""
+
+
+class ToolType(StrEnum):
+    """Work that a provider can do by itself during a call."""
+
+    WEB_SEARCH = "web_search"
+    WEB_SEARCH_PREVIEW = "web_search_preview"
+    IMAGE_GENERATION = "image_generation"
+    VOICE = "voice"
+
+
+class ToolConfig(BaseModel):
+    """Asks for one of the provider's own tools."""
+
+    type: ToolType
+    enabled: bool = True
+    config: dict[str, Any] | None = None
+    """The provider's own settings of the tool, such as `search_context_size`."""
+
+
+class WebSearchResult(BaseModel):
+    """A page that the provider found and used."""
+
+    url: str
+    title: str = ""
+    snippet: str = ""
+    score: float | None = None
+
+
+class ImageGenerationResult(BaseModel):
+    """A picture that the provider made."""
+
+    image_data: str
+    """Base64, without a data: prefix."""
+    format: str = "png"
+    width: int | None = None
+    height: int | None = None
+
+
+class ToolOutput(BaseModel):
+    """What one of the provider's own tools brought."""
+
+    type: ToolType
+    result: list[WebSearchResult] | ImageGenerationResult | str | dict[str, Any]
+    raw_response: Any | None = None
+
+
+class ToolCall(BaseModel):
+    """Work that the model asks the caller to do."""
+
+    id: str
+    name: str
+    arguments: dict[str, Any] | None = None
+    """None where what came is not a JSON object; then see `arguments_text`."""
+    arguments_text: str = ""
+    """The arguments exactly as the model wrote them."""
+
+
+class TokenUsage(BaseModel):
+    """Tokens of one call, counted alike for every provider."""
+
+    input: int = 0
+    """All that was read, tokens from a cache included."""
+    output: int = 0
+    """All that was written, reasoning included."""
+    cached: int = 0
+    """The part of `input` that the provider took from its prompt cache."""
+    total: int = 0
+    cache_written: int = 0
+    """The part of `input` that the provider put into its prompt cache."""
+    reasoning: int = 0
+    """The part of `output` that was thought and not said."""
+
+
+class RateLimits(BaseModel):
+    """What the provider says is left for this key. None where it does not say."""
+
+    requests_left: int | None = None
+    requests_reset: float | None = None
+    """Seconds until the requests are full again."""
+    tokens_left: int | None = None
+    tokens_reset: float | None = None
+    """Seconds until the tokens are full again."""
+
+
+class LLMRequestOptions(BaseModel):
+    """Options of a call as one object; a keyword of the call itself wins over it."""
+
+    temperature: float | None = None
+    max_tokens: int | None = None
+    top_p: float | None = None
+    n: int | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    response_format: Any | None = None
+    reasoning_effort: str | None = None
+    timeout: float | None = None
+
+
+class ChatResult(BaseModel):
+    """What a call gave, in the same words for every provider."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    text: str = ""
+    token_usage: TokenUsage | None = None
+    """None where the provider counted nothing."""
+    raw_response: Any | None = Field(default=None, repr=False)
+    """What LiteLLM made of the answer; its form is LiteLLM's affair."""
+    tool_outputs: list[ToolOutput] | None = None
+    """Work that the provider did: searches, images."""
+    tool_calls: list[ToolCall] = Field(default_factory=list)
+    """Work that is asked of the caller."""
+    parsed: Any | None = None
+    """The answer in the form that `response_format` asked for."""
+    finish_reason: str | None = None
+    """stop, length, tool_calls or content_filter."""
+    model: str | None = None
+    """The model that answered, by the provider's own account."""
+    service: str | None = None
+    cost_usd: float | None = None
+    """USD by LiteLLM's price table; None where the price is unknown, never 0 for it."""
+    request_id: str | None = None
+    """The provider's name for the request."""
+    attempts: int = 1
+    """Requests that this call made, the successful one included."""
+    cached: bool = False
+    """True where a response cache answered and nothing was sent."""
+    reasoning: str | None = None
+    """What the model thought, where the provider shows it."""
+    rate_limits: RateLimits | None = None
+
+
+OPTIONS = frozenset(
+    {
+        "temperature",
+        "max_tokens",
+        "top_p",
+        "n",
+        "stop",
+        "seed",
+        "tools",
+        "tool_choice",
+        "response_format",
+        "text_format",
+        "options",
+        "timeout",
+        "deadline",
+        "reasoning_effort",
+        "execution_phase",
+        "execution_id",
+        "trace_id",
+        "extra_body",
+    }
+)
+"""Every keyword that a call takes beside messages, model, key and service."""
+
+SAMPLING = (
+    "temperature",
+    "max_tokens",
+    "top_p",
+    "n",
+    "stop",
+    "seed",
+    "reasoning_effort",
+)
+"""The options that travel to the provider as they are, under OpenAI's names."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """One request as an adapter gets it: checked, and nothing left to look up."""
+
+    messages: Sequence[Mapping[str, Any]]
+    """OpenAI-shaped, oldest first; any system message uses the role "system"."""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """Those of SAMPLING that were given."""
+    tools: Sequence[Any] = ()
+    tool_choice: str | Mapping[str, Any] | None = None
+    response_format: Any | None = None
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
+    """Sent as it is, for what this package does not know."""
+    timeout: float = 300.0
+    """Seconds for this attempt."""
+
+
+def request_from_options(
+    messages: Sequence[Mapping[str, Any]],
+    options: Mapping[str, Any],
+    *,
+    default_timeout: float,
+) -> ChatRequest:
+    """Make a request of messages and the keywords of a call.
+
+    Args:
+        messages: OpenAI-shaped, oldest first.
+        options: Any of OPTIONS. A keyword that is None counts as not given.
+        default_timeout: Seconds for an attempt where no `timeout` is given.
+
+    Raises:
+        TypeError: A keyword is none of OPTIONS; the message names it.
+    """
+    unknown = sorted(set(options) - OPTIONS)
+    if unknown:
+        raise TypeError(
+            f"unexpected keyword {unknown[0]!r}; known are {', '.join(sorted(OPTIONS))}."
+            " What this package does not know travels in extra_body={…}"
+        )
+    bundle = options.get("options")
+    given = dict(_fields(bundle)) if bundle is not None else {}
+    given.update({k: v for k, v in options.items() if v is not None and k != "options"})
+    response_format = given.get("response_format")
+    if response_format is None:
+        response_format = given.get("text_format")
+    return ChatRequest(
+        messages=messages,
+        sampling={name: given[name] for name in SAMPLING if name in given},
+        tools=tuple(given.get("tools") or ()),
+        tool_choice=given.get("tool_choice"),
+        response_format=response_format,
+        extra_body=given.get("extra_body") or {},
+        timeout=float(given.get("timeout") or default_timeout),
+    )
+
+
+def _fields(bundle: Any) -> Iterable[tuple[str, Any]]:
+    """Name the options that a bundle sets: ours, the application's own, or a mapping."""
+    if isinstance(bundle, BaseModel):
+        bundle = {name: getattr(bundle, name) for name in type(bundle).model_fields}
+    elif not isinstance(bundle, Mapping):
+        bundle = vars(bundle)
+    return (
+        (name, value)
+        for name, value in bundle.items()
+        if value is not None and name in OPTIONS
+    )
+
+
+class Person:
+    """A participant: who it is, which model it thinks with, and what it remembers.
+
+    Args:
+        id: Tells this person from the others in a conversation.
+        name: For people to read.
+        llm_config: Its model and prompt.
+        messages: What it remembers from before, oldest first.
+    """
+
+    def __init__(
+        self,
+        id: str,  # noqa: A002 - the attribute's name is the application's
+        name: str = "",
+        llm_config: PersonLLMConfig | None = None,
+        messages: Iterable[Any] = (),
+    ) -> None:
+        self.id = id
+        self.name = name or id
+        self.llm_config = llm_config
+        self._messages: list[Any] = list(messages)
+
+    def __repr__(self) -> str:
+        return f"Person(id={self.id!r}, name={self.name!r}, {len(self._messages)} messages)"
+
+    def get_messages(self) -> list[Any]:
+        """Return the conversation, oldest first, as a list of the caller's own."""
+        return list(self._messages)
+
+    def add_message(self, message: Any) -> None:
+        """Remember a message; anything with the attributes of `Message` will do."""
+        self._messages.append(message)
+
+    async def complete(
+        self,
+        prompt: Content,
+        llm_service: "LLMServicePort",
+        from_person_id: str = "system",
+        **options: Any,
+    ) -> ChatResult:
+        """Hear a prompt, answer it, and remember both.
+
+        Args:
+            prompt: What is said to this person.
+            llm_service: What the answer comes through.
+            from_person_id: Who says it; another person's id, or "system".
+            **options: As for `LLMServicePort.complete_with_person`.
+
+        Raises:
+            ValueError: This person has no `llm_config`.
+            DiPeOLLMError: As from the service.
+
+        On failure, and on cancellation, the conversation is as it was before. It grows
+        only when the answer is there, so that two calls at once do not see each
+        other's half.
+        """
+        if self.llm_config is None:
+            raise ValueError(f"person {self.id!r} has no llm_config")
+        heard = Message(
+            from_person_id=from_person_id, to_person_id=self.id, content=prompt
+        )
+        result = await llm_service.complete_with_person(
+            person_messages=[*self._messages, heard],
+            person_id=self.id,
+            llm_config=self.llm_config,
+            **options,
+        )
+        said = Message(
+            from_person_id=self.id, to_person_id=from_person_id, content=result.text
+        )
+        self._messages += [heard, said]
+        return result
+
+    def _prepare_messages_for_llm(
+        self, system_prompt: str | None = None
+    ) -> list[dict[str, Any]]:
+        """Format this person's conversation. Deprecated."""
+        warnings.warn(
+            "Person._prepare_messages_for_llm() is deprecated: call"
+            " LLMInfraService.complete_with_person(person_messages=person.get_messages(),"
+            " person_id=person.id, llm_config=person.llm_config), which formats the"
+            " messages itself",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        head = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        return head + [
+            {
+                "role": "assistant" if m.from_person_id == self.id else "user",
+                "content": m.content,
+            }
+            for m in self._messages
+        ]
+
+
+@dataclass(slots=True)
+class ToolCallDelta:
+    """A piece of a tool call in a stream."""
+
+    index: int
+    """Which of the parallel calls it belongs to, from 0."""
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+    """A piece of the arguments' JSON text."""
+
+
+@dataclass(slots=True)
+class StreamChunk:
+    """A piece of a streamed answer, as soon as it came."""
+
+    text: str = ""
+    reasoning: str = ""
+    tool_call: ToolCallDelta | None = None

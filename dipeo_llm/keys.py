@@ -1,0 +1,148 @@
+"""Keys: where they come from, and how they are held so that nothing prints them.
+
+The only module besides `settings` that reads the environment.
+"""
+
+import inspect
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import SecretStr
+
+from dipeo_llm.errors import APIKeyError, APIKeyNotFoundError
+from dipeo_llm.ports import APIKeyPort
+from dipeo_llm.providers import PROVIDERS, Provider, of_key
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key as the rest of the package holds it."""
+
+    secret: SecretStr
+    service: str | None = None
+    base_url: str | None = None
+
+
+NO_KEY = Key(SecretStr(""))
+
+
+async def find_key(
+    port: APIKeyPort, api_key_id: str | None, provider: Provider | None
+) -> Key:
+    """Ask the application for a key and wrap it.
+
+    Args:
+        port: Where keys are kept.
+        api_key_id: The key's name.
+        provider: Whose key it is to be; None where the key's own record decides.
+
+    Raises:
+        APIKeyNotFoundError: No id, or an empty key, for a provider that needs one.
+        APIKeyError: The application does not know the id.
+    """
+    needed = provider is None or provider.needs_key
+    service = provider.name if provider else None
+    if api_key_id is None or api_key_id == "":
+        if needed:
+            raise APIKeyNotFoundError(
+                f"{service or 'this call'} needs a key: give the api_key_id of one",
+                service=service,
+            )
+        return NO_KEY
+    try:
+        found = port.get_api_key(api_key_id)
+        record = await found if inspect.isawaitable(found) else found
+    except Exception as exc:
+        if not needed and (isinstance(exc, APIKeyError) or _is_key_error(exc)):
+            return NO_KEY
+        raise
+    secret = record.get("key") or ""
+    if isinstance(secret, SecretStr):
+        secret = secret.get_secret_value()
+    secret = secret.strip()
+    if needed and not secret:
+        raise APIKeyNotFoundError(f"key {api_key_id!r} is empty", service=service)
+    if any(ord(c) < 0x21 or ord(c) > 0x7E for c in secret):
+        # It would break the header that carries it, in an error that shows it.
+        raise APIKeyError(
+            f"key {api_key_id!r} holds a character that no header can carry",
+            service=service,
+        )
+    named = record.get("service")
+    return Key(
+        SecretStr(secret),
+        service=str(getattr(named, "value", named)) if named else None,
+        base_url=record.get("base_url") or None,
+    )
+
+
+def _is_key_error(exc: Exception) -> bool:
+    """Tell the application's own APIKeyError, which is not ours, by its name."""
+    return any(c.__name__ == "APIKeyError" for c in type(exc).__mro__)
+
+
+class EnvironmentAPIKeys:
+    """Finds a provider's key in its usual variable.
+
+    An id is the variable's name (`OPENAI_API_KEY`), the provider's (`openai`), or
+    begins with the provider's (`openai_key`, `anthropic-team-a`). The variable is read
+    at each call, so a rotated key is seen.
+    """
+
+    def get_api_key(self, api_key_id: str) -> Mapping[str, Any]:
+        """Return the record of a key.
+
+        Raises:
+            APIKeyNotFoundError: The id names no provider, or its variable is not set.
+        """
+        provider = of_key(api_key_id)
+        if provider is None:
+            known = ", ".join(row.name for row in PROVIDERS if row.key_variables)
+            raise APIKeyNotFoundError(
+                f"{api_key_id!r} names no provider; an id begins with one of {known}"
+            )
+        for variable in provider.key_variables:
+            if key := os.environ.get(variable):
+                return {"id": api_key_id, "service": provider.name, "key": key}
+        if not provider.needs_key:
+            return {"id": api_key_id, "service": provider.name, "key": ""}
+        raise APIKeyNotFoundError(
+            f"set {' or '.join(provider.key_variables) or 'a key'} for {api_key_id!r}",
+            service=provider.name,
+        )
+
+
+class StaticAPIKeys:
+    """Holds keys that the application already has.
+
+    Args:
+        mapping: Key id to the key itself, or to a record with `key` and, where wanted,
+            `service`, `base_url` and `label`.
+    """
+
+    def __init__(
+        self, mapping: Mapping[str, str | SecretStr | Mapping[str, Any]]
+    ) -> None:
+        self._records: dict[str, dict[str, Any]] = {}
+        for api_key_id, value in mapping.items():
+            record = dict(value) if isinstance(value, Mapping) else {"key": value}
+            key = record.get("key", "")
+            record["key"] = key if isinstance(key, SecretStr) else SecretStr(key)
+            self._records[api_key_id] = {"id": api_key_id, **record}
+
+    def __repr__(self) -> str:
+        return f"StaticAPIKeys({sorted(self._records)})"
+
+    def get_api_key(self, api_key_id: str) -> Mapping[str, Any]:
+        """Return the record of a key.
+
+        Raises:
+            APIKeyNotFoundError: The id is unknown.
+        """
+        record = self._records.get(api_key_id)
+        if record is None:
+            known = ", ".join(sorted(self._records)) or "none"
+            raise APIKeyNotFoundError(f"no key {api_key_id!r}; known are: {known}")
+        return {**record, "key": record["key"].get_secret_value()}

@@ -1,0 +1,398 @@
+"""The order of things in a call: whose model, which key, what to say, how often to try.
+
+Knows no provider's name and no LiteLLM; each step is another module's, and they are
+written out here in the order in which they happen.
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Self, TypeVar
+
+from dipeo_llm import adapter as adapters
+from dipeo_llm import listing, providers
+from dipeo_llm.adapter import BaseLLMAdapter
+from dipeo_llm.domain import (
+    ChatRequest,
+    ChatResult,
+    TokenUsage,
+    request_from_options,
+)
+from dipeo_llm.errors import (
+    APIKeyError,
+    DiPeOLLMError,
+    InvalidRequestError,
+    LLMServiceError,
+)
+from dipeo_llm.keys import find_key
+from dipeo_llm.message_formatter import MessageFormatter, has_content
+from dipeo_llm.pool import Pool
+from dipeo_llm.ports import APIKeyPort, LLMDomainService
+from dipeo_llm.providers import Provider
+from dipeo_llm.retry import RetryDecision, past_deadline
+from dipeo_llm.settings import Settings
+from dipeo_llm.system_prompt_handler import SystemPromptHandler
+from dipeo_llm.usage import token_usage
+from dipeo_llm.wire import Client
+
+_T = TypeVar("_T")
+
+AdapterFactory = Callable[..., BaseLLMAdapter]
+"""Called as `create_adapter` is: provider, model, key, base URL, and keywords."""
+
+
+class LLMInfraService:
+    """Talks to language models; implements `LLMServicePort`.
+
+    Safe for any number of tasks, and for several event loops. Open clients are shared
+    and closed by `aclose`, at the end of `async with`, or with the event loop.
+
+    Args:
+        api_key_service: Where keys are kept.
+        llm_domain_service: The application's own rules about models; kept for it.
+        settings: How calls are made; None reads the environment, and raises
+            SettingsError now for a value that cannot be read.
+        system_prompt_handler: Finds system prompts; None makes one on the settings'
+            base directory.
+        adapter_factory: Makes the adapter of a call, such as
+            `dipeo_llm.testing.MockLLMAdapter` in a test; None is `create_adapter`.
+    """
+
+    def __init__(
+        self,
+        api_key_service: APIKeyPort,
+        llm_domain_service: LLMDomainService | None = None,
+        *,
+        settings: Settings | None = None,
+        system_prompt_handler: SystemPromptHandler | None = None,
+        adapter_factory: AdapterFactory | None = None,
+    ) -> None:
+        self.api_key_service = api_key_service
+        self.llm_domain_service = llm_domain_service
+        self.settings = settings if settings is not None else Settings.from_env()
+        self._prompts = system_prompt_handler or SystemPromptHandler(
+            self.settings.base_dir
+        )
+        self._formatter = MessageFormatter()
+        self._create_adapter = adapter_factory or adapters.create_adapter
+        self._pool: Pool[Client] = Pool(
+            ttl=self.settings.client_ttl, max_clients=self.settings.max_clients
+        )
+        self._closed = False
+
+    async def __aenter__(self) -> Self:
+        self._closed = False
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.aclose()
+
+    async def initialize(self) -> None:
+        """Import LiteLLM in a thread, which the first call would do otherwise.
+
+        May be called twice; opens a service again that was closed.
+        """
+        self._closed = False
+        await adapters.load_litellm()
+
+    async def aclose(self) -> None:
+        """Close every open client. May be called twice.
+
+        Calls in flight have `settings.close_grace` seconds to end; then their
+        connection is closed and they raise ServiceUnavailableError.
+        """
+        self._closed = True
+        await self._pool.aclose(self.settings.close_grace)
+
+    async def complete(
+        self,
+        messages: Sequence[Mapping[str, Any]] | None,
+        model: str,
+        api_key_id: str | None = None,
+        *,
+        service: Any = None,
+        **options: Any,
+    ) -> ChatResult:
+        """Answer a conversation.
+
+        Args:
+            messages: OpenAI-shaped, oldest first. A system prompt may have the role
+                "system" or "developer"; each provider gets it in its own place.
+            model: A model string, such as "gpt-4.1-nano" or "anthropic/claude-opus-4-1".
+            api_key_id: The key's name; None for a provider that needs none.
+            service: The provider, where the model string does not tell it; wins over a
+                prefix. `provider` and `service_name` mean the same.
+            **options: temperature, max_tokens, top_p, n, stop, seed, tools,
+                tool_choice, response_format, text_format, reasoning_effort,
+                options (an LLMRequestOptions), timeout (s, one attempt), deadline (s,
+                the whole call), extra_body, and the labels execution_phase,
+                execution_id and trace_id, which are never sent.
+
+        Raises:
+            InvalidRequestError: There are no messages, or the model cannot be placed.
+            APIKeyError: The key is missing, or the provider refuses it.
+            LLMServiceError: Any other failure, as its subclasses describe.
+            TypeError: An unknown option; the message names it.
+            RuntimeError: The service is closed.
+
+        Cancelling the call closes its connection; the pooled client lives on.
+        """
+        service = _service(service, options)
+        request = self._request(messages, options)
+        provider, name = await self._place(model, service)
+        adapter = await self._adapter(provider, name, api_key_id)
+        result, attempts = await self._retried(
+            adapter, lambda: adapter.complete(request), options.get("deadline")
+        )
+        result.attempts = attempts
+        return result
+
+    async def complete_with_person(
+        self,
+        person_messages: Sequence[Any],
+        person_id: Any,
+        llm_config: Any,
+        **options: Any,
+    ) -> ChatResult:
+        """Answer a conversation as one of its persons.
+
+        Args:
+            person_messages: Objects with the attributes of `Message`, oldest first.
+            person_id: Who answers; its own messages become the assistant's.
+            llm_config: An object with the attributes of `PersonLLMConfig`.
+            **options: As for `complete`.
+
+        Raises:
+            DiPeOLLMError, TypeError, RuntimeError: As `complete`.
+
+        A prompt file is read in a thread. Cancelling is as for `complete`.
+        """
+        service = _service(getattr(llm_config, "service", None), options)
+        messages = await self._compose(person_messages, person_id, llm_config, service)
+        return await self.complete(
+            messages,
+            llm_config.model,
+            llm_config.api_key_id,
+            service=service,
+            **options,
+        )
+
+    async def get_available_models(self, api_key_id: str) -> list[str]:
+        """Return the names of the models that the provider offers to a key, sorted.
+
+        Args:
+            api_key_id: The key's name. Its record's `service` says whose it is; without
+                one, an id that begins with a provider's name does.
+
+        Raises:
+            InvalidRequestError: It cannot be told whose key it is.
+            APIKeyError, LLMServiceError: As `complete`.
+
+        Every page of the provider's own list is read.
+        """
+        adapter = await self._key_adapter(api_key_id, None)
+        return (await self._retried(adapter, lambda: listing.models(adapter)))[0]
+
+    async def validate_api_key(
+        self, api_key_id: str, provider: str | None = None
+    ) -> bool:
+        """Ask the provider whether it takes a key, by listing its models.
+
+        Args:
+            api_key_id: The key's name.
+            provider: Whose key it is, where its record does not say.
+
+        Returns:
+            False if the provider refuses the key.
+
+        Raises:
+            APIKeyError: The key is unknown to the application, so nothing was asked.
+            LLMServiceError: The provider could not be asked.
+        """
+        adapter = await self._key_adapter(api_key_id, provider)
+        try:
+            await self._retried(adapter, lambda: listing.models(adapter, pages=1), None)
+        except APIKeyError:
+            return False
+        return True
+
+    def get_token_counts(self, client_name: str, usage: Any) -> TokenUsage:
+        """Read a provider's usage record, as an object or a mapping.
+
+        Args:
+            client_name: The provider; the record's own fields tell its form.
+            usage: The record. None, or one without a number, counts nothing.
+        """
+        return token_usage(usage) or TokenUsage()
+
+    async def get_provider_for_model(self, model: str) -> str | None:
+        """Return the provider of a model string, None where it cannot be told.
+
+        What no row of `providers` claims is asked of LiteLLM, whose import takes
+        seconds the first time, in a thread.
+        """
+        try:
+            return (await self._place(model, None))[0].name
+        except InvalidRequestError:
+            return None
+
+    # The steps of a call, in order.
+
+    async def _compose(
+        self, person_messages: Sequence[Any], person_id: Any, config: Any, service: Any
+    ) -> list[dict[str, Any]]:
+        prompt = config.system_prompt
+        if config.prompt_file:
+            prompt = await asyncio.to_thread(self._prompts.get_system_prompt, config)
+        # The role "system" is every adapter's to translate: only it knows the provider
+        # for certain when the model string decides.
+        return self._formatter.format_messages_for_llm(
+            person_messages, person_id, prompt, service or "system"
+        )
+
+    def _request(
+        self, messages: Sequence[Mapping[str, Any]] | None, options: Mapping[str, Any]
+    ) -> ChatRequest:
+        if self._closed:
+            raise RuntimeError("the service is closed; initialize() opens it again")
+        request = request_from_options(
+            messages or (), options, default_timeout=self.settings.timeout
+        )
+        check_messages(request.messages)
+        return request
+
+    async def _place(self, model: str, service: Any) -> tuple[Provider, str]:
+        provider, name = providers.split(model, service)
+        if provider is None:
+            provider = await adapters.infer_provider(name)
+            if provider is not None:
+                name = name.removeprefix(f"{provider.litellm}/")
+        if provider is None and providers.looks_local(name):
+            provider = providers.by_name("ollama")
+        if provider is None:
+            raise providers.unknown_model(model)
+        return provider, name
+
+    async def _adapter(
+        self, provider: Provider, model: str, api_key_id: str | None
+    ) -> BaseLLMAdapter:
+        key = await find_key(self.api_key_service, api_key_id, provider)
+        return self._create_adapter(
+            provider,
+            model,
+            key.secret,
+            key.base_url,
+            settings=self.settings,
+            pool=self._pool,
+        )
+
+    async def _key_adapter(
+        self, api_key_id: str, provider: str | None
+    ) -> BaseLLMAdapter:
+        if self._closed:
+            raise RuntimeError("the service is closed; initialize() opens it again")
+        row = providers.by_name(provider) if provider else providers.of_key(api_key_id)
+        key = await find_key(self.api_key_service, api_key_id, row)
+        if key.service and not provider:
+            row = providers.by_name(key.service)
+        if row is None:
+            raise InvalidRequestError(
+                f"whose key {api_key_id!r} is cannot be told: give its record a service"
+            )
+        return self._create_adapter(
+            row, "", key.secret, key.base_url, settings=self.settings, pool=self._pool
+        )
+
+    async def _retried(
+        self,
+        adapter: BaseLLMAdapter,
+        attempt: Callable[[], Awaitable[_T]],
+        deadline: float | None = None,
+    ) -> tuple[_T, int]:
+        """Make attempts until one succeeds or no other is worth it.
+
+        N retries are N + 1 attempts, and an attempt is at most one request.
+
+        Returns:
+            What the last attempt gave, and how many were made. An error carries the
+            number in `attempts`.
+        """
+        import stamina
+
+        settings = self.settings
+        ends = math.inf if deadline is None else time.monotonic() + deadline
+        made = 0
+        last: DiPeOLLMError | None = None
+        try:
+            async with asyncio.timeout(deadline):
+                async for step in stamina.retry_context(
+                    on=RetryDecision(settings, ends),
+                    attempts=settings.max_retries + 1,
+                    timeout=None,
+                    wait_initial=settings.retry_wait,
+                    wait_max=settings.retry_wait_max,
+                    wait_jitter=settings.retry_wait,
+                ):
+                    with step:
+                        made += 1
+                        try:
+                            return await attempt(), made
+                        except DiPeOLLMError as exc:
+                            last = exc
+                            raise
+        except (LLMServiceError, APIKeyError) as exc:
+            exc.attempts = made
+            raise
+        except TimeoutError:
+            error = past_deadline(
+                deadline or 0.0,
+                last,
+                service=adapter.provider.name,
+                model=adapter.model_name,
+            )
+            error.attempts = made
+            raise error from last
+        raise AssertionError("stamina makes at least one attempt")  # pragma: no cover
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse what no provider could answer, before anything is sent.
+
+    Raises:
+        InvalidRequestError: There is no message but system prompts, or one has no role
+            that exists, or the content is of no possible type.
+    """
+    spoken = False
+    for index, message in enumerate(messages):
+        role = dict(message).get("role")
+        if role not in _ROLES:
+            raise InvalidRequestError(
+                f"message {index} has no role of {', '.join(sorted(_ROLES))}:"
+                f" {type(message).__name__} with role {role!r}"
+            )
+        content = message.get("content")
+        if not isinstance(content, str | list | tuple | None):
+            raise InvalidRequestError(
+                f"message {index} has a content of type {type(content).__name__}; it"
+                " must be text or a list of parts"
+            )
+        said = has_content(content) or bool(message.get("tool_calls"))
+        spoken = spoken or (said and role not in {"system", "developer"})
+    if not spoken:
+        raise InvalidRequestError(
+            "there are no messages to answer"
+            if not messages
+            else "there is nothing to answer: every message is empty or a system prompt"
+        )
+
+
+_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
+
+
+def _service(service: Any, options: dict[str, Any]) -> Any:
+    """Take the service under any of its names out of the options."""
+    for name in ("service", "provider", "service_name"):
+        given = options.pop(name, None)
+        service = service if service is not None else given
+    return service

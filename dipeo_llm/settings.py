@@ -1,0 +1,168 @@
+"""What the environment and the application may decide, read once and checked at start.
+
+Nothing else in the environment has a say in where a call or a key goes: no other module
+reads it, apart from `keys` for the keys themselves.
+"""
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+from dipeo_llm.errors import SettingsError
+
+_T = TypeVar("_T")
+
+_OLLAMA_PORT = 11434
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How calls are made. Times are seconds, sizes bytes."""
+
+    base_dir: Path | None = None
+    """Where prompt files are found; None is the working directory."""
+    timeout: float = 300.0
+    """Seconds for one attempt, from sending to the whole answer."""
+    connect_timeout: float = 10.0
+    """Seconds for a connection to open, TLS included."""
+    max_retries: int = 3
+    """Attempts after the first; 0 is one attempt."""
+    retry_wait: float = 0.5
+    """Seconds before the first retry; doubled each time, with jitter."""
+    retry_wait_max: float = 30.0
+    """Longest wait in seconds that backoff grows to."""
+    retry_after_max: float = 60.0
+    """Longest `Retry-After` in seconds that is waited for; a longer one fails at once."""
+    base_urls: Mapping[str, str] = field(default_factory=dict)
+    """Provider name to base URL, where it is not the provider's own."""
+    proxy: str | None = field(default=None, repr=False)
+    """http:// URL of a proxy for every call but loopback; wins over the environment."""
+    trust_env_proxy: bool = True
+    """Whether HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY are honoured."""
+    ca_bundle: Path | None = None
+    """PEM file of trusted authorities; None asks SSL_CERT_FILE, then the system's."""
+    extra_headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Sent with every request, to every provider."""
+    max_connections: int = 100
+    """Open connections of one client."""
+    max_clients: int = 64
+    """Open clients, one per loop, provider, base URL and key; the oldest idle one goes."""
+    client_ttl: float = 3600.0
+    """Seconds that a client is reused; then it closes when its last call has ended."""
+    close_grace: float = 5.0
+    """Seconds that `aclose` leaves to calls in flight."""
+    max_response_bytes: int = 64 * 1024 * 1024
+    """Largest answer that is read, after decompression."""
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> "Settings":
+        """Read the settings from the environment.
+
+        DIPEO_BASE_DIR, DIPEO_LLM_TIMEOUT (s), DIPEO_LLM_MAX_RETRIES, and for the base
+        URLs DIPEO_LLM_OPENAI_BASE_URL, DIPEO_LLM_ANTHROPIC_BASE_URL,
+        DIPEO_LLM_GOOGLE_BASE_URL, DIPEO_LLM_OLLAMA_BASE_URL or OLLAMA_HOST.
+
+        Args:
+            environ: In place of `os.environ`.
+
+        Raises:
+            SettingsError: A value cannot be read; the message names the variable.
+        """
+        env = os.environ if environ is None else environ
+        urls = {
+            provider: url
+            for provider in ("openai", "anthropic", "google", "ollama")
+            if (url := _read(env, f"DIPEO_LLM_{provider.upper()}_BASE_URL", http_url))
+        }
+        if "ollama" not in urls and (host := _read(env, "OLLAMA_HOST", _ollama_url)):
+            urls["ollama"] = host
+        timeout = _read(env, "DIPEO_LLM_TIMEOUT", _seconds)
+        retries = _read(env, "DIPEO_LLM_MAX_RETRIES", _count)
+        return cls(
+            base_dir=_read(env, "DIPEO_BASE_DIR", _folder),
+            timeout=_DEFAULTS.timeout if timeout is None else timeout,
+            max_retries=_DEFAULTS.max_retries if retries is None else retries,
+            base_urls=urls,
+        )
+
+
+# Slotted dataclasses keep no class attribute for a default, so the two that from_env
+# falls back on are read off an instance.
+_DEFAULTS = Settings()
+
+
+def _read(env: Mapping[str, str], name: str, convert: Callable[[str], _T]) -> _T | None:
+    text = env.get(name, "").strip()
+    if not text:
+        return None
+    try:
+        return convert(text)
+    except ValueError as exc:
+        raise SettingsError(f"{name}={text!r} cannot be read: {exc}") from None
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError("it must be a number of seconds above 0")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError("it must be 0 or more")
+    return value
+
+
+def _folder(text: str) -> Path:
+    # It need not exist yet: a prompt file that is missing has a fallback of its own.
+    return Path(text).expanduser()
+
+
+def http_url(text: str) -> str:
+    """Check a base URL and take the slash off its end.
+
+    Raises:
+        ValueError: It is not an http or https URL with a host, or it carries a user, a
+            password, a query or a fragment.
+    """
+    parts = urlsplit(text.strip())
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ValueError("it must be an http:// or https:// URL")
+    if parts.username or parts.password:
+        raise ValueError("a URL must not carry a user name or password")
+    if parts.query or parts.fragment:
+        raise ValueError("a base URL has no query and no fragment")
+    _ = parts.port  # raises ValueError for one that is out of range
+    return text.strip().rstrip("/")
+
+
+def _ollama_url(text: str) -> str:
+    """Read OLLAMA_HOST as Ollama's own tools do: host, host:port, :port or a URL.
+
+    Source: https://github.com/ollama/ollama-python/blob/main/ollama/_client.py
+    (`_parse_host`, read 2026-11-23): 11434 without a scheme, else 80 or 443. An address
+    to listen on, such as 0.0.0.0, is turned into one to call.
+    """
+    url = text if "://" in text else f"http://{text}"
+    if "://" not in text and text.count(":") > 1 and not text.startswith("["):
+        url = f"http://[{text}]"
+    parts = urlsplit(url)
+    host = parts.hostname or "127.0.0.1"
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    port = parts.port
+    if port is None:
+        port = (
+            _OLLAMA_PORT
+            if "://" not in text
+            else 443
+            if parts.scheme == "https"
+            else 80
+        )
+    host = f"[{host}]" if ":" in host else host
+    return http_url(f"{parts.scheme}://{host}:{port}{parts.path}")

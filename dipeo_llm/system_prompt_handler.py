@@ -1,0 +1,119 @@
+"""Finds the system prompt of a person: a jailed file, else the inline text, else none.
+
+Knows files and one rule of roles; knows nothing of messages or the network. Its reads
+block: the service calls it in a thread.
+"""
+
+import errno
+import logging
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from dipeo_llm.domain import LLMService
+from dipeo_llm.providers import by_name
+
+_log = logging.getLogger("dipeo_llm")
+
+
+class SystemPromptHandler:
+    """Finds system prompts.
+
+    Args:
+        base_dir: Folder that relative paths stand on and that no path may leave; None
+            takes DIPEO_BASE_DIR, else the working directory, each time it is asked.
+        allow_outside_base_dir: Lets a path lead out of the folder.
+        max_bytes: Largest file that is read.
+    """
+
+    def __init__(
+        self,
+        base_dir: str | os.PathLike[str] | None = None,
+        *,
+        allow_outside_base_dir: bool = False,
+        max_bytes: int = 1024 * 1024,
+    ) -> None:
+        self._base_dir = None if base_dir is None else Path(base_dir)
+        self._allow_outside = allow_outside_base_dir
+        self._max_bytes = max_bytes
+        self._read: dict[Path, tuple[tuple[int, ...], str]] = {}
+
+    @property
+    def base_dir(self) -> Path:
+        """The folder in force now."""
+        return self._base_dir or Path(os.environ.get("DIPEO_BASE_DIR") or ".")
+
+    def get_system_prompt(self, llm_config: Any) -> str | None:
+        """Return the prompt of *llm_config*, or None if it has none.
+
+        Args:
+            llm_config: Anything with `prompt_file` and `system_prompt`.
+
+        A file that cannot be used is logged as a warning that names the path and the
+        reason, and `system_prompt` is returned in its place. A file that has not
+        changed since the last call is not read again. Blocks on the disk.
+        """
+        prompt_file = getattr(llm_config, "prompt_file", None)
+        inline: str | None = getattr(llm_config, "system_prompt", None)
+        if not prompt_file:
+            return inline or None
+        try:
+            return self._load(prompt_file)
+        except (OSError, ValueError) as exc:
+            reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else exc
+            _log.warning(
+                "prompt file %r is not used: %s; %s",
+                str(prompt_file),
+                reason,
+                "system_prompt stands in" if inline else "there is no system prompt",
+            )
+            return inline or None
+
+    def get_system_role(self, service: Any) -> str:
+        """Return the role of a system prompt: "developer" for OpenAI, else "system".
+
+        Source: https://platform.openai.com/docs/guides/text#message-roles-and-instruction-following
+        (read 2026-11-23).
+        """
+        return by_name(service or LLMService.OPENAI).system_role
+
+    def _load(self, prompt_file: str | os.PathLike[str]) -> str:
+        base = self.base_dir.resolve()
+        path = (base / Path(prompt_file).expanduser()).resolve()
+        if not self._allow_outside and not path.is_relative_to(base):
+            raise ValueError(f"it leads outside the base directory {str(base)!r}")
+        # The path is fully resolved, so a link at its end was put there since; and a
+        # pipe must not hold the thread until somebody writes into it.
+        fd = os.open(path, os.O_RDONLY | _NOFOLLOW | _NONBLOCK)
+        with os.fdopen(fd, "rb") as file:
+            about = os.fstat(fd)
+            if not stat.S_ISREG(about.st_mode):
+                code = errno.EISDIR if stat.S_ISDIR(about.st_mode) else errno.EINVAL
+                raise OSError(code, "it is not a regular file")
+            version = (
+                about.st_mtime_ns,
+                about.st_size,
+                about.st_ino,
+                about.st_ctime_ns,
+            )
+            known = self._read.get(path)
+            if known is not None and known[0] == version:
+                return known[1]
+            # One byte more than is allowed tells a file that grew since the fstat.
+            data = file.read(self._max_bytes + 1)
+        if len(data) > self._max_bytes:
+            raise ValueError(f"it is larger than {self._max_bytes} bytes")
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError as exc:
+            raise ValueError(
+                f"it is not UTF-8: {exc.reason} at byte {exc.start}"
+            ) from None
+        self._read[path] = (version, text)
+        return text
+
+
+# Windows has neither flag; there the resolved path alone must do.
+_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_NONBLOCK = getattr(os, "O_NONBLOCK", 0)

