@@ -1,25 +1,34 @@
-"""LiteLLM: a request in, a result out, its exceptions read by what the wire really said.
+"""A request in, a result out, for one model of one provider with one key.
 
-The only module that names LiteLLM, and only inside functions: its import takes seconds,
-so it happens in a thread, once, behind a fence. LiteLLM translates; it is given no key,
-no retry, and no client but ours. Knows nothing of persons, prompts or retries.
+Two engines stand behind one seam. The direct one asks LiteLLM to translate the request,
+and sends it itself; the other makes the whole call through `litellm.acompletion`. Both
+send through our own client and read what the wire really said. Knows nothing of
+persons, prompts or retries.
 """
 
 import asyncio
 import json
 import logging
 import os
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
 from pydantic import SecretStr
+from pydantic_core import to_json
 
-from dipeo_llm import failures, wire
-from dipeo_llm.domain import ChatRequest, ChatResult, TokenUsage, ToolCall
+from dipeo_llm import answers, failures, litellm_gate, translation, wire
+from dipeo_llm.answers import MalformedStreamError, Reading, StreamReader
+from dipeo_llm.domain import (
+    ChatRequest,
+    ChatResult,
+    StreamChunk,
+    TokenUsage,
+    ToolOutput,
+    ToolType,
+)
 from dipeo_llm.errors import (
     APIKeyNotFoundError,
     ContentFilterError,
@@ -29,10 +38,13 @@ from dipeo_llm.errors import (
     ServiceUnavailableError,
 )
 from dipeo_llm.failures import CallError
+from dipeo_llm.litellm_gate import load_litellm
 from dipeo_llm.pool import Lease, Pool
 from dipeo_llm.providers import Provider, by_name
 from dipeo_llm.settings import Settings, http_url
-from dipeo_llm.usage import rate_limits, token_usage, usage_record
+from dipeo_llm.shape import Shape, shape
+from dipeo_llm.streaming import Items
+from dipeo_llm.usage import rate_limits, token_usage
 from dipeo_llm.wire import PLACEHOLDER, Client, Endpoint, Exchange
 
 _log = logging.getLogger("dipeo_llm")
@@ -91,20 +103,27 @@ class BaseLLMAdapter(ABC):
         Cancelling it closes the connection that the request went out on.
         """
 
+    @abstractmethod
+    def stream(self, request: ChatRequest) -> Items:
+        """Make one attempt at a stream.
+
+        Yields:
+            Chunks as they come, and as the last item the whole result.
+
+        Raises:
+            APIKeyError, LLMServiceError: Also in mid-stream; the caller knows how far
+                it had come.
+
+        Closing the generator, or cancelling its reader, closes the connection.
+        """
+
     async def client(self) -> Lease[Client]:
         """Lease the open client of this endpoint, opening it if need be."""
         return await self._pool.lease(_pool_key(self.endpoint), self._open)
 
     def common_parameters(self, request: ChatRequest) -> dict[str, Any]:
-        """Return what every provider is asked alike, under OpenAI's names."""
-        parameters = dict(request.sampling)
-        if request.tools:
-            parameters["tools"] = list(request.tools)
-            if request.tool_choice is not None:
-                parameters["tool_choice"] = request.tool_choice
-        if request.response_format is not None:
-            parameters["response_format"] = request.response_format
-        return parameters
+        """Return the options of a request under OpenAI's names, for this model."""
+        return dict(shape(self.provider, self.model_name, request).parameters)
 
     def get_token_usage(self, usage: Any) -> TokenUsage | None:
         """Read a usage record of this provider's; None for none."""
@@ -115,7 +134,9 @@ class BaseLLMAdapter(ABC):
 
         Imports LiteLLM if nothing has yet, which takes seconds.
         """
-        return supports(self.provider, self.model_name, "supports_function_calling")
+        return litellm_gate.supports(
+            self.provider, self.model_name, "supports_function_calling"
+        )
 
     async def aclose(self) -> None:
         """Close what this adapter opened for itself. May be called twice."""
@@ -125,6 +146,9 @@ class BaseLLMAdapter(ABC):
     async def _open(self) -> Client:
         tls = await wire.tls_context(self.endpoint, self.settings)
         return Client(self.endpoint, self.settings, tls)
+
+    def _fields(self) -> dict[str, Any]:
+        return {"service": self.provider.name, "model": self.model_name}
 
 
 def create_adapter(
@@ -156,62 +180,213 @@ def create_adapter(
     )
 
 
+@dataclass(slots=True)
+class _Call:
+    """One attempt: what is asked, and what the wire has seen of it."""
+
+    litellm: Any
+    request: ChatRequest
+    shape: Shape
+    exchange: Exchange
+    stream: bool
+
+    @property
+    def format(self) -> str | None:
+        """Whose words the answer is in."""
+        return self.shape.format
+
+
 class LiteLLMAdapter(BaseLLMAdapter):
-    """Reaches a model through `litellm.acompletion`."""
+    """Reaches a model with LiteLLM's translation, by either engine.
+
+    `settings.engine` chooses: "direct", "litellm", or "auto", which is direct for a
+    provider whose translation the installed LiteLLM has proved to have.
+    """
 
     async def complete(self, request: ChatRequest) -> ChatResult:
         """Make one attempt at a request."""
-        exchange = Exchange()
-        litellm = await load_litellm()
-        async with await self.client() as client:
-            response = await self._attempt(litellm, client, request, exchange)
-        body = self._checked(exchange)
-        self._log_left_out(request, exchange)
-        return self._result(litellm, response, body, exchange)
-
-    async def _attempt(
-        self, litellm: Any, client: Client, request: ChatRequest, exchange: Exchange
-    ) -> Any:
-        arguments = self._arguments(litellm, client, request)
-        token = wire.current.set(exchange)
+        call = await self._call(request, stream=False)
         limit = asyncio.timeout(request.timeout)
         try:
-            async with limit:
-                return await litellm.acompletion(**arguments)
+            async with limit, await self.client() as client:
+                if self._direct(call):
+                    await self._send(call, client)
+                    body = self._checked(call)
+                else:
+                    body = await self._through_litellm(call, client)
+        except TimeoutError as exc:
+            if not limit.expired():
+                raise self._failure(call, exc) from exc
+            raise LLMTimeoutError(
+                f"{self.provider.name} did not answer within {request.timeout:g} s",
+                **self._fields(),
+            ) from None
+        return self._result(call, body)
+
+    async def stream(self, request: ChatRequest) -> Items:
+        """Make one attempt at a stream."""
+        call = await self._call(request, stream=True)
+        reader = answers.STREAMS[call.format or "openai"]()
+        pieces = self._direct_pieces if self._direct(call) else self._litellm_pieces
+        async with await self.client() as client:
+            chunks = pieces(call, client, reader)
+            try:
+                async for chunk in chunks:
+                    yield chunk
+            finally:
+                await chunks.aclose()
+        self._check_end(call, reader)
+        yield self._result(call, reader.body())
+
+    async def _call(self, request: ChatRequest, *, stream: bool) -> _Call:
+        shaped = shape(self.provider, self.model_name, request)
+        return _Call(await load_litellm(), request, shaped, Exchange(), stream)
+
+    def _direct(self, call: _Call) -> bool:
+        if call.format == "responses":
+            return True  # only the direct engine has a client for it, see translation
+        engine = self.settings.engine
+        if engine == "litellm" or self.provider.format is None:
+            return False
+        return translation.self_check(call.litellm, self.provider.format)
+
+    # The direct engine: LiteLLM translates, the wire is ours.
+
+    async def _send(self, call: _Call, client: Client) -> Any:
+        """Send the request; read the body unless it is a stream that has begun well."""
+        outgoing = self._translated(call)
+        headers = {**outgoing.headers, **call.shape.headers}
+        exchange = call.exchange
+        try:
+            response = await client.send(
+                "POST",
+                f"{self.endpoint.base_url}{outgoing.path}",
+                headers,
+                to_json(outgoing.body),
+                exchange=exchange,
+            )
+            if not (call.stream and response.status == 200):
+                async for _ in client.pieces(response, exchange):
+                    pass
         except Exception as exc:
-            if limit.expired():
-                raise LLMTimeoutError(
-                    f"{self.provider.name} did not answer within {request.timeout:g} s",
-                    service=self.provider.name,
-                    model=self.model_name,
-                ) from None
-            raise self._failure(litellm, exc, exchange) from exc
+            raise self._failure(call, exc) from exc
+        self._log_left_out(call)
+        if response.status != 200:
+            raise self._refusal(call)
+        return response
+
+    def _translated(self, call: _Call) -> translation.Outgoing:
+        try:
+            return translation.translate(
+                call.litellm,
+                self.provider,
+                self.model_name,
+                call.shape,
+                stream=call.stream,
+            )
+        except Exception as exc:
+            raise self._failure(call, exc) from exc
+
+    async def _direct_pieces(
+        self, call: _Call, client: Client, reader: StreamReader
+    ) -> AsyncGenerator[StreamChunk, None]:
+        response = await self._send(call, client)
+        pieces = client.pieces(response, call.exchange, keep=False)
+        try:
+            async for piece in pieces:
+                for chunk in reader.feed(piece):
+                    yield chunk
+            for chunk in reader.close():
+                yield chunk
+        except Exception as exc:
+            raise self._failure(call, exc) from exc
+        finally:
+            await pieces.aclose()
+            response.close()
+
+    # The other engine: the whole call is LiteLLM's, over our client.
+
+    async def _through_litellm(self, call: _Call, client: Client) -> dict[str, Any]:
+        arguments = self._arguments(call, client)
+        try:
+            response = await self._seen(
+                call.exchange, lambda: call.litellm.acompletion(**arguments)
+            )
+        except Exception as exc:
+            raise self._failure(call, exc) from exc
+        self._log_left_out(call)
+        if call.format is None:
+            return dict(response.model_dump())
+        return self._checked(call)
+
+    async def _litellm_pieces(
+        self, call: _Call, client: Client, reader: StreamReader
+    ) -> AsyncGenerator[StreamChunk, None]:
+        """Let LiteLLM read the stream, and read the same bytes under it.
+
+        LiteLLM takes a stream without its end mark, or with a broken event in it, for a
+        whole one, so its own chunks tell less than the bytes.
+        """
+        arguments = self._arguments(call, client)
+        chunks: list[StreamChunk] = []
+        if call.format is not None:
+            call.exchange.on_piece = lambda piece: chunks.extend(reader.feed(piece))
+        response: Any = None
+        try:
+            response = await self._seen(
+                call.exchange, lambda: call.litellm.acompletion(**arguments)
+            )
+            self._log_left_out(call)
+            items = aiter(response)
+            while True:
+                item = await self._seen(call.exchange, lambda: anext(items, None))
+                if item is None:
+                    break
+                if call.format is None:
+                    chunks += reader.take(item.model_dump())
+                while chunks:
+                    yield chunks.pop(0)
+            if call.format is None:
+                reader.take_end()
+        except Exception as exc:
+            if reader.error is None and not reader.ended:
+                raise self._failure(call, exc) from exc
+            # The bytes are whole; LiteLLM stumbled over something behind them.
+        finally:
+            # LiteLLM does not close an Anthropic stream that is left early.
+            if call.exchange.response is not None:
+                call.exchange.response.close()
+            if response is not None:
+                await response.aclose()
+        for chunk in [*chunks, *reader.close()]:
+            yield chunk
+
+    @staticmethod
+    async def _seen(exchange: Exchange, step: Callable[[], Any]) -> Any:
+        """Await a step of LiteLLM's with the exchange as the current one."""
+        token = wire.current.set(exchange)
+        try:
+            return await step()
         finally:
             wire.current.reset(token)
 
-    def _arguments(
-        self, litellm: Any, client: Client, request: ChatRequest
-    ) -> dict[str, Any]:
-        messages = [dict(message) for message in request.messages]
-        extra_body = dict(request.extra_body)
-        if self.provider.format == "openai":
-            for message in messages:
-                if message["role"] in {"system", "developer"}:
-                    message["role"] = self.provider.system_role
+    def _arguments(self, call: _Call, client: Client) -> dict[str, Any]:
+        litellm_gate.know_model(call.litellm, self.provider, self.model_name)
+        shaped = call.shape
+        extra_body = dict(shaped.extra_body)
+        if self.provider.litellm == "openai":
             # LiteLLM turns "developer" into "system" for all but the o-series, and
             # "system" into "user" for some of those. The SDK merges extra_body over
             # what LiteLLM made, so this is what goes out.
-            if self.provider.system_role != "system":
-                extra_body.setdefault("messages", messages)
-        _know_model(litellm, self.provider, self.model_name)
-        arguments = {
+            extra_body.setdefault("messages", shaped.messages)
+        arguments: dict[str, Any] = {
             "model": f"{self.provider.litellm}/{self.model_name}",
             "custom_llm_provider": self.provider.litellm,
-            "messages": messages,
-            **self.common_parameters(request),
+            "messages": shaped.messages,
+            **shaped.parameters,
             "client": _sdk_client(client),
             "api_key": PLACEHOLDER,
-            "timeout": request.timeout,
+            "timeout": call.request.timeout,
             "max_retries": 0,
             "num_retries": 0,
             "drop_params": True,
@@ -220,121 +395,158 @@ class LiteLLMAdapter(BaseLLMAdapter):
             arguments["api_base"] = self.endpoint.base_url
         if extra_body:
             arguments["extra_body"] = extra_body
+        if shaped.headers:
+            arguments["extra_headers"] = dict(shaped.headers)
+        if call.stream:
+            arguments |= {"stream": True, "stream_options": {"include_usage": True}}
         return arguments
 
-    def _failure(self, litellm: Any, exc: Exception, exchange: Exchange) -> Exception:
-        """Say what went wrong by what the wire saw, not by what LiteLLM raised."""
-        fields: dict[str, Any] = {
-            "service": self.provider.name,
-            "model": self.model_name,
-        }
-        if exchange.error is not None:
-            return wire.from_transport(exchange.error, **fields)
-        if exchange.status is not None and exchange.status >= 300:
-            return self._refusal(exchange)
-        if exchange.status is not None:
-            self._checked(exchange)
-            return LLMServiceError(
-                f"LiteLLM could not read the answer of {self.provider.name}: {_first(exc)}",
-                status_code=exchange.status,
-                request_id=failures.request_id(exchange.headers),
-                **fields,
-            )
-        status = getattr(exc, "status_code", None)
-        cls = InvalidRequestError if status in {400, 404, 422} else LLMServiceError
-        return cls(
-            f"LiteLLM refused the request, nothing was sent: {_first(exc)}", **fields
-        )
+    # What came back.
 
-    def _refusal(
-        self, exchange: Exchange, effective_status: int | None = None
-    ) -> CallError:
-        return failures.from_answer(
-            exchange.status or 0,
-            exchange.headers,
-            bytes(exchange.body),
-            service=self.provider.name,
-            model=self.model_name,
-            secret=self.endpoint.secret.get_secret_value(),
-            effective_status=effective_status,
-        )
-
-    def _checked(self, exchange: Exchange) -> dict[str, Any]:
+    def _checked(self, call: _Call) -> dict[str, Any]:
         """Return the JSON of a 200, or raise what it is in place of an answer."""
+        exchange = call.exchange
         body = bytes(exchange.body)
         content_type = exchange.headers.get("content-type", "")
-        reason = failures.not_an_answer(self.provider.format, content_type, body)
-        if reason is not None and reason[1]:
-            raise self._refusal(exchange)
-        fields: dict[str, Any] = {
-            "service": self.provider.name,
-            "model": self.model_name,
+        data, reason = failures.answer_in(call.format, content_type, body)
+        if data.get("error"):
+            raise self._refusal(call)
+        fields = self._fields() | {
             "status_code": exchange.status,
             "request_id": failures.request_id(exchange.headers),
         }
         if reason is not None:
-            what = failures.clean(reason[0], self.endpoint.secret.get_secret_value())
+            what = failures.clean(reason, self.endpoint.secret.get_secret_value())
             raise ServiceUnavailableError(
                 f"{self.provider.name} answered {exchange.status}, but {what}", **fields
             )
-        try:
-            data = json.loads(body)
-        except ValueError:
-            data = {}
         if why := failures.blocked(data):
             raise ContentFilterError(
                 f"{self.provider.name} refused the prompt: {why}", **fields
             )
-        return data if isinstance(data, dict) else {}
+        return data
 
-    def _log_left_out(self, request: ChatRequest, exchange: Exchange) -> None:
-        for option in request.sampling:
-            _log_if_left_out(
-                self.provider, self.model_name, option, exchange.request_body
+    def _check_end(self, call: _Call, reader: StreamReader) -> None:
+        """Raise what kept a stream from its end, if anything did."""
+        if reader.error is not None:
+            call.exchange.body = bytearray(reader.error)
+            raise self._refusal(call)
+        fields = self._fields() | {
+            "status_code": call.exchange.status,
+            "request_id": failures.request_id(call.exchange.headers),
+        }
+        if not reader.ended:
+            what = (
+                "the stream ended without its end mark"
+                if reader.events
+                else "the stream was empty"
+            )
+            raise ServiceUnavailableError(f"{self.provider.name}: {what}", **fields)
+        if why := failures.blocked(reader.body()):
+            raise ContentFilterError(
+                f"{self.provider.name} refused the prompt: {why}", **fields
             )
 
-    def _result(
-        self, litellm: Any, response: Any, body: dict[str, Any], exchange: Exchange
-    ) -> ChatResult:
-        choice = response.choices[0]
-        message = choice.message
-        tool_calls = [
-            tool_call(call.id, call.function.name, call.function.arguments)
-            for call in message.tool_calls or ()
-        ]
-        finish = choice.finish_reason
-        if tool_calls and finish in {"stop", "function_call", None}:
-            finish = "tool_calls"
+    def _malformed(self, call: _Call, exc: Exception) -> Exception:
+        call.exchange.body = bytearray(str(exc).encode())
+        secret = self.endpoint.secret.get_secret_value()
+        return ServiceUnavailableError(
+            f"{self.provider.name} sent what is no event of a stream:"
+            f" {failures.clean(str(exc), secret)}",
+            status_code=call.exchange.status,
+            request_id=failures.request_id(call.exchange.headers),
+            **self._fields(),
+        )
+
+    def _failure(self, call: _Call, exc: Exception) -> Exception:
+        """Say what went wrong by what the wire saw, not by what LiteLLM raised."""
+        if isinstance(exc, CallError):
+            return exc
+        exchange = call.exchange
+        for cause in (exc, exchange.error):
+            if isinstance(cause, MalformedStreamError):
+                return self._malformed(call, cause)
+        if exchange.error is not None:
+            return wire.from_transport(exchange.error, **self._fields())
+        if exchange.status is not None and exchange.status >= 300:
+            return self._refusal(call)
+        if exchange.status is not None:
+            if not call.stream:
+                self._checked(call)
+            return LLMServiceError(
+                f"LiteLLM could not read the answer of {self.provider.name}:"
+                f" {failures.clean(str(exc))}",
+                status_code=exchange.status,
+                request_id=failures.request_id(exchange.headers),
+                **self._fields(),
+            )
+        status = getattr(exc, "status_code", None)
+        cls = InvalidRequestError if status in {400, 404, 422} else LLMServiceError
+        return cls(
+            f"LiteLLM refused the request, nothing was sent: {failures.clean(str(exc))}",
+            **self._fields(),
+        )
+
+    def _refusal(self, call: _Call) -> CallError:
+        exchange = call.exchange
+        return failures.from_answer(
+            exchange.status or 0,
+            exchange.headers,
+            bytes(exchange.body),
+            secret=self.endpoint.secret.get_secret_value(),
+            **self._fields(),
+        )
+
+    def _log_left_out(self, call: _Call) -> None:
+        """Log, once for each model and option, what was asked and not sent."""
+        asked = call.request.sampling
+        model = (self.provider.name, self.model_name)
+        if not asked or all((*model, option) in _seen_options for option in asked):
+            return
+        body = json.loads(call.exchange.request_body or b"{}")
+        sent = set(body)
+        for part in ("generationConfig", "options", "text", "output_config"):
+            sent.update(body.get(part) or ())
+        for option in asked:
+            if (*model, option) not in _seen_options:
+                _seen_options.add((*model, option))
+                if not sent & _WIRE_NAMES.get(option, {option}):
+                    _log.info("%s/%s takes no %s: it was left out", *model, option)
+
+    def _result(self, call: _Call, body: dict[str, Any]) -> ChatResult:
+        reading = answers.read(call.format or "openai", body)
+        usage = token_usage(reading.usage)
+        headers = call.exchange.headers
         return ChatResult(
-            text=message.content or "",
-            token_usage=token_usage(usage_record(body)),
+            text=reading.text,
+            texts=reading.texts,
+            token_usage=usage,
             raw_response=body,
-            tool_calls=tool_calls,
-            finish_reason=finish,
-            model=body.get("model") or body.get("modelVersion") or self.model_name,
+            tool_outputs=_tool_outputs(reading) or None,
+            tool_calls=reading.tool_calls,
+            finish_reason=reading.finish,
+            model=reading.model or self.model_name,
             service=self.provider.name,
-            cost_usd=_cost(litellm, response, self.provider, self.model_name),
-            request_id=failures.request_id(exchange.headers)
-            or body.get("id")
-            or body.get("responseId"),
-            reasoning=getattr(message, "reasoning_content", None),
-            rate_limits=rate_limits(exchange.headers),
+            cost_usd=litellm_gate.cost(
+                call.litellm, self.provider, self.model_name, usage
+            ),
+            request_id=failures.request_id(headers) or reading.id,
+            reasoning=reading.reasoning,
+            rate_limits=rate_limits(headers),
+            refusal=reading.refusal,
+            thinking_blocks=reading.thinking_blocks,
         )
 
 
-def tool_call(call_id: str | None, name: str | None, arguments: str | None) -> ToolCall:
-    """Make a tool call; arguments that are not a JSON object stay text only."""
-    text = arguments or ""
-    try:
-        parsed = json.loads(text) if text.strip() else {}
-    except ValueError:
-        parsed = None
-    return ToolCall(
-        id=call_id or "",
-        name=name or "",
-        arguments=parsed if isinstance(parsed, dict) else None,
-        arguments_text=text,
-    )
+def _tool_outputs(reading: Reading) -> list[ToolOutput]:
+    outputs: list[ToolOutput] = []
+    if reading.searches:
+        outputs.append(ToolOutput(type=ToolType.WEB_SEARCH, result=reading.searches))
+    outputs += [
+        ToolOutput(type=ToolType.IMAGE_GENERATION, result=image)
+        for image in reading.images
+    ]
+    return outputs
 
 
 def _base_url(provider: Provider, given: str | None, settings: Settings) -> str | None:
@@ -385,170 +597,34 @@ def _sdk_client(client: Client) -> Any:
 
             # The transport in the constructor spares it a client of its own; the
             # client set afterwards is one that follows no redirect.
-            client.sdk = AsyncHTTPHandler(transport=http._transport)  # noqa: SLF001 - made above
+            client.sdk = AsyncHTTPHandler(
+                transport=http._transport  # noqa: SLF001 - made by us
+            )
             client.sdk.client = http
     return client.sdk
 
 
-def _first(exc: BaseException) -> str:
-    """Return one clean line of what LiteLLM said."""
-    return failures.clean(str(exc))
+_seen_options: set[tuple[str, str, str]] = set()
 
-
-# --- LiteLLM itself: its import, its tables ------------------------------------------
-
-_import_lock = threading.Lock()
-_litellm: Any = None
-
-# Read while it is imported: without them it fetches a price table over the network,
-# reads a .env file from any folder above, and logs to stderr. The second is read later
-# too, so it stays; the others are put back as they were.
-_ENVIRONMENT = {
-    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-    "LITELLM_MODE": "PRODUCTION",
-    "LITELLM_LOG": "ERROR",
-}
-_ENVIRONMENT_THAT_STAYS = {"LITELLM_LOCAL_ANTHROPIC_BETA_HEADERS": "True"}
-
-
-async def load_litellm() -> Any:
-    """Return the litellm module, imported in a thread at the first call."""
-    return _litellm if _litellm is not None else await asyncio.to_thread(import_litellm)
-
-
-def import_litellm() -> Any:
-    """Import LiteLLM behind the fence. Takes seconds the first time; thread-safe."""
-    global _litellm  # noqa: PLW0603 - a module is imported once
-    with _import_lock:
-        if _litellm is not None:
-            return _litellm
-        before = {name: os.environ.get(name) for name in _ENVIRONMENT}
-        httpx_level = logging.getLogger("httpx").level
-        os.environ.update(_ENVIRONMENT)
-        os.environ.update(_ENVIRONMENT_THAT_STAYS)
-        try:
-            import litellm
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
-        logging.getLogger("httpx").setLevel(httpx_level)
-        for name in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy"):
-            logging.getLogger(name).handlers.clear()
-        # It prints "Give Feedback / Get Help" to stdout on each error otherwise.
-        litellm.suppress_debug_info = True
-        _litellm = litellm
-        return litellm
-
-
-async def infer_provider(model: str) -> Provider | None:
-    """Ask LiteLLM whose a model name is; None where it cannot tell."""
-    litellm = await load_litellm()
-    return _infer(litellm, model)
-
-
-@lru_cache(maxsize=1024)
-def _infer(litellm: Any, model: str) -> Provider | None:
-    try:
-        name = litellm.get_llm_provider(model=model)[1]
-    except Exception:  # noqa: BLE001 - it raises six classes for "I do not know"
-        return None
-    return by_name(name) if name else None
-
-
-def supports(provider: Provider, model: str, what: str) -> bool | None:
-    """Look a capability up in LiteLLM's table; None where the model is not in it."""
-    info = model_info(import_litellm(), provider, model)
-    value = info.get(what) if info else None
-    return None if value is None else bool(value)
-
-
-def model_info(
-    litellm: Any, provider: Provider, model: str
-) -> Mapping[str, Any] | None:
-    """Return the row of LiteLLM's table for a model; None where there is none.
-
-    Read from the table itself: `litellm.get_model_info` posts to a local Ollama.
-    """
-    table = litellm.model_cost
-    for name in (f"{provider.litellm}/{model}", f"{provider.name}/{model}", model):
-        row = table.get(name)
-        if isinstance(row, dict) and name not in _registered:
-            return row
-    return None
-
-
-_registered: set[str] = set()
-
-
-def _know_model(litellm: Any, provider: Provider, model: str) -> None:
-    """Tell LiteLLM about a local model, or it asks localhost:11434, on the event loop."""
-    if provider.format != "ollama":
-        return
-    name = f"{provider.litellm}/{model}"
-    if name in _registered:
-        return
-    facts = {
-        "mode": "chat",
-        "input_cost_per_token": 0.0,
-        "output_cost_per_token": 0.0,
-        "supports_function_calling": True,
-    }
-    if name not in litellm.model_cost:
-        _registered.update((name, f"ollama/{model}"))
-    litellm.register_model(
-        {
-            name: {"litellm_provider": provider.litellm, **facts},
-            f"ollama/{model}": {"litellm_provider": "ollama", **facts},
-        }
-    )
-
-
-def _cost(litellm: Any, response: Any, provider: Provider, model: str) -> float | None:
-    """Price an answer by LiteLLM's table, in USD; None where the model is not in it."""
-    if provider.format == "ollama" or model_info(litellm, provider, model) is None:
-        return None
-    cost = response._hidden_params.get("response_cost")  # noqa: SLF001 - documented
-    return None if cost is None else float(cost)
-
-
-# What an option may be called on a wire; the last part of a path in any body.
-_WIRE_NAMES = {
-    "max_tokens": (
+# What an option is called on the wires.
+_WIRE_NAMES: Mapping[str, set[str]] = {
+    "max_tokens": {
         "max_tokens",
         "max_completion_tokens",
         "max_output_tokens",
         "maxOutputTokens",
         "num_predict",
-    ),
-    "top_p": ("top_p", "topP"),
-    "n": ("n", "candidateCount", "candidate_count"),
-    "stop": ("stop", "stop_sequences", "stopSequences"),
-    "reasoning_effort": (
+    },
+    "top_p": {"top_p", "topP"},
+    "n": {"n", "candidateCount", "candidate_count"},
+    "stop": {"stop", "stop_sequences", "stopSequences"},
+    "reasoning_effort": {
         "reasoning_effort",
         "reasoning",
         "thinking",
         "think",
         "thinkingConfig",
         "thinking_config",
-        "output_config",
-    ),
+        "effort",
+    },
 }
-
-
-@lru_cache(maxsize=4096)
-def _first_time(provider: str, model: str, option: str) -> list[bool]:
-    return [True]
-
-
-def _log_if_left_out(provider: Provider, model: str, option: str, sent: bytes) -> None:
-    """Log once for each model and option if the option did not reach the wire."""
-    first = _first_time(provider.name, model, option)
-    if not first or not sent:
-        return
-    first.clear()
-    names = _WIRE_NAMES.get(option, (option,))
-    if not any(f'"{name}"'.encode() in sent for name in names):
-        _log.info("%s/%s takes no %s: it was left out", provider.name, model, option)

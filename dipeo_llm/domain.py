@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import to_json
 
 if TYPE_CHECKING:
     from dipeo_llm.ports import LLMServicePort
@@ -116,7 +117,25 @@ class ToolCall(BaseModel):
     arguments: dict[str, Any] | None = None
     """None where what came is not a JSON object; then see `arguments_text`."""
     arguments_text: str = ""
-    """The arguments exactly as the model wrote them."""
+    """The arguments as the model wrote them."""
+    thought_signature: str | None = None
+    """Google's seal on the thought behind the call; it wants it back."""
+
+    def to_message(self, output: Any) -> dict[str, Any]:
+        """Return the message that answers this call, to be appended after the turn.
+
+        Args:
+            output: What the tool gave: text, or anything that pydantic can turn into
+                JSON.
+        """
+        if not isinstance(output, str):
+            output = to_json(output).decode()
+        return {
+            "role": "tool",
+            "tool_call_id": self.id,
+            "name": self.name,
+            "content": output,
+        }
 
 
 class TokenUsage(BaseModel):
@@ -162,6 +181,38 @@ class LLMRequestOptions(BaseModel):
     timeout: float | None = None
 
 
+class TokenCount(BaseModel):
+    """Tokens of a request that was not sent."""
+
+    tokens: int
+    source: str
+    """Who counted: "provider", "tokenizer" (LiteLLM's), or "estimate"."""
+
+
+class Capabilities(BaseModel):
+    """What a model takes and costs, by LiteLLM's table; None where it does not say."""
+
+    service: str
+    model: str
+    tools: bool | None = None
+    parallel_tools: bool | None = None
+    vision: bool | None = None
+    pdf: bool | None = None
+    audio: bool | None = None
+    structured_output: bool | None = None
+    reasoning: bool | None = None
+    prompt_caching: bool | None = None
+    web_search: bool | None = None
+    context_window: int | None = None
+    """Tokens in."""
+    max_output: int | None = None
+    """Tokens out."""
+    input_usd_per_million: float | None = None
+    """USD for 1,000,000 tokens in."""
+    output_usd_per_million: float | None = None
+    """USD for 1,000,000 tokens out."""
+
+
 class ChatResult(BaseModel):
     """What a call gave, in the same words for every provider."""
 
@@ -194,6 +245,44 @@ class ChatResult(BaseModel):
     reasoning: str | None = None
     """What the model thought, where the provider shows it."""
     rate_limits: RateLimits | None = None
+    texts: list[str] = Field(default_factory=list)
+    """The texts of all choices, where more than one was asked for; `text` is first."""
+    refusal: str | None = None
+    """What the model said in place of an answer, where it declined."""
+    thinking_blocks: list[dict[str, Any]] = Field(default_factory=list, repr=False)
+    """Anthropic's blocks of thought; `to_messages` sends them back."""
+
+    def to_messages(self) -> list[dict[str, Any]]:
+        """Return what to append to a conversation so that it can go on from here.
+
+        One assistant message in OpenAI's shape, with what Anthropic and Google want
+        back: blocks of thought and thought signatures. Answer each of `tool_calls`
+        after it with `ToolCall.to_message`.
+        """
+        message: dict[str, Any] = {"role": "assistant", "content": self.text or None}
+        if self.thinking_blocks:
+            message["thinking_blocks"] = self.thinking_blocks
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments_text},
+                    **(
+                        {
+                            "provider_specific_fields": {
+                                "thought_signature": call.thought_signature
+                            }
+                        }
+                        if call.thought_signature
+                        else {}
+                    ),
+                }
+                for call in self.tool_calls
+            ]
+        elif not self.text:
+            message["content"] = ""
+        return [message]
 
 
 OPTIONS = frozenset(
@@ -210,6 +299,7 @@ OPTIONS = frozenset(
         "text_format",
         "options",
         "timeout",
+        "idle_timeout",
         "deadline",
         "reasoning_effort",
         "execution_phase",

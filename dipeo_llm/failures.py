@@ -154,39 +154,32 @@ def _classify(status: int, text: str) -> tuple[type[CallError], bool]:
     return cls, cls.default_retryable or status in _TRY_AGAIN
 
 
-def not_an_answer(
+def answer_in(
     wire_format: str | None, content_type: str, body: bytes
-) -> tuple[str, bool] | None:
-    """Say why the body of a 200 is not an answer.
+) -> tuple[dict[str, Any], str | None]:
+    """Read the body of a 200.
 
     Args:
         wire_format: Whose format it should be in; None where only LiteLLM can tell.
-        content_type: For the message.
+        content_type: For the reason.
         body: The whole body.
 
     Returns:
-        None for an answer. Else a reason, and whether the body is an error object of
-        the provider's, which says more than the reason.
+        Its JSON, and the reason why it is no answer; None for one. An error object of
+        the provider's is returned with the key "error".
     """
-    if wire_format is None:
-        return None
     try:
         data = json.loads(body)
     except (ValueError, RecursionError):
         what = (
             "empty" if not body.strip() else f"not JSON ({content_type or 'untyped'})"
         )
-        return f"its body is {what}: {_excerpt(body)}", False
+        return {}, f"its body is {what}: {_excerpt(body)}"
     if not isinstance(data, dict):
-        return "its body is not a JSON object", False
-    if data.get("error"):
-        return "it is an error", True
-    if not _ANSWERS[wire_format](data):
-        return (
-            f"it holds no answer, only {', '.join(sorted(data)[:8]) or 'nothing'}",
-            False,
-        )
-    return None
+        return {}, "its body is not a JSON object"
+    if wire_format is None or data.get("error") or _ANSWERS[wire_format](data):
+        return data, None
+    return data, f"it holds no answer, only {', '.join(sorted(data)[:8]) or 'nothing'}"
 
 
 def _has_openai_answer(data: Mapping[str, Any]) -> bool:
@@ -216,8 +209,13 @@ def _has_ollama_answer(data: Mapping[str, Any]) -> bool:
     return isinstance(data.get("message"), dict)
 
 
+def _has_responses_answer(data: Mapping[str, Any]) -> bool:
+    return isinstance(data.get("output"), list)
+
+
 _ANSWERS = {
     "openai": _has_openai_answer,
+    "responses": _has_responses_answer,
     "anthropic": _has_anthropic_answer,
     "google": _has_google_answer,
     "ollama": _has_ollama_answer,

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urlencode
 
+from pydantic_core import to_json
+
 from dipeo_llm import failures, wire
 from dipeo_llm.adapter import BaseLLMAdapter
 from dipeo_llm.errors import (
@@ -16,7 +18,7 @@ from dipeo_llm.errors import (
     LLMTimeoutError,
     ServiceUnavailableError,
 )
-from dipeo_llm.wire import Client, Exchange
+from dipeo_llm.wire import Exchange
 
 _Page = Mapping[str, Any]
 
@@ -80,52 +82,80 @@ async def models(adapter: BaseLLMAdapter, pages: int = _MOST_PAGES) -> list[str]
     path, query, names, following = _LISTS[provider.format]
     found: set[str] = set()
     after: dict[str, Any] | None = {}
-    async with await adapter.client() as client:
-        for _ in range(pages):
-            if after is None:
-                break
-            asked = urlencode({**query, **after})
-            url = adapter.endpoint.base_url + path + (f"?{asked}" if asked else "")
-            page = await _get(adapter, client, url)
-            found.update(name.removeprefix("models/") for name in names(page))
-            after = following(page)
+    for _ in range(pages):
+        if after is None:
+            break
+        asked = urlencode({**query, **after})
+        page = await ask(adapter, f"{path}?{asked}" if asked else path)
+        found.update(name.removeprefix("models/") for name in names(page))
+        after = following(page)
     return sorted(found)
 
 
-async def _get(adapter: BaseLLMAdapter, client: Client, url: str) -> _Page:
-    """Return the JSON object at a URL."""
-    fields: dict[str, Any] = {"service": adapter.provider.name}
+async def ask(
+    adapter: BaseLLMAdapter,
+    path: str,
+    body: Mapping[str, Any] | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> _Page:
+    """Ask a provider something besides a completion; return the JSON object it answers.
+
+    Args:
+        adapter: Whose client and base URL to use.
+        path: Below the base URL, with the query.
+        body: JSON to post; None gets.
+        headers: What the format needs.
+
+    Raises:
+        APIKeyError, LLMServiceError: As the provider answers.
+    """
+    fields: dict[str, Any] = {
+        "service": adapter.provider.name,
+        "model": adapter.model_name or None,
+    }
     exchange = Exchange()
-    token = wire.current.set(exchange)
-    headers = {"accept": "application/json"}
+    asked = {"accept": "application/json", **(headers or {})}
     if adapter.provider.format == "anthropic":
-        headers["anthropic-version"] = "2023-06-01"
-    limit = adapter.settings.timeout
+        asked["anthropic-version"] = "2023-06-01"
+    limit = asyncio.timeout(adapter.settings.timeout)
     try:
-        async with asyncio.timeout(limit):
-            response = await client.send("GET", url, headers, None)
-            body = await client.read(response)
-    except TimeoutError:
+        async with limit, await adapter.client() as client:
+            response = await client.send(
+                "GET" if body is None else "POST",
+                f"{adapter.endpoint.base_url}{path}",
+                asked,
+                None if body is None else to_json(body),
+                exchange=exchange,
+            )
+            async for _ in client.pieces(response, exchange):
+                pass
+    except TimeoutError as exc:
+        if not limit.expired():
+            raise wire.from_transport(exc, **fields) from exc
         raise LLMTimeoutError(
-            f"{adapter.provider.name} did not answer within {limit:g} s", **fields
+            f"{adapter.provider.name} did not answer within"
+            f" {adapter.settings.timeout:g} s",
+            **fields,
         ) from None
     except Exception as exc:
         raise wire.from_transport(exc, **fields) from exc
-    finally:
-        wire.current.reset(token)
-    secret = adapter.endpoint.secret.get_secret_value()
+    answer = bytes(exchange.body)
     if response.status != 200:
         raise failures.from_answer(
-            response.status, response.headers, body, secret=secret, **fields
+            response.status,
+            response.headers,
+            answer,
+            secret=adapter.endpoint.secret.get_secret_value(),
+            **fields,
         )
     try:
-        page = json.loads(body)
+        found = json.loads(answer)
     except ValueError:
-        page = None
-    if not isinstance(page, dict):
+        found = None
+    if not isinstance(found, dict):
         raise ServiceUnavailableError(
-            f"{adapter.provider.name} answered 200, but not with a list of models",
+            f"{adapter.provider.name} answered 200, but not with a JSON object",
             status_code=response.status,
             **fields,
         )
-    return page
+    return found

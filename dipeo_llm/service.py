@@ -8,14 +8,18 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self, TypeVar
 
 from dipeo_llm import adapter as adapters
-from dipeo_llm import listing, providers
+from dipeo_llm import counting, listing, providers
 from dipeo_llm.adapter import BaseLLMAdapter
 from dipeo_llm.domain import (
+    Capabilities,
     ChatRequest,
     ChatResult,
+    StreamChunk,
+    TokenCount,
     TokenUsage,
     request_from_options,
 )
@@ -24,14 +28,23 @@ from dipeo_llm.errors import (
     DiPeOLLMError,
     InvalidRequestError,
     LLMServiceError,
+    LLMTimeoutError,
 )
 from dipeo_llm.keys import find_key
+from dipeo_llm.litellm_gate import (
+    capabilities_of,
+    infer_provider,
+    infer_provider_now,
+    load_litellm,
+)
 from dipeo_llm.message_formatter import MessageFormatter, has_content
 from dipeo_llm.pool import Pool
 from dipeo_llm.ports import APIKeyPort, LLMDomainService
 from dipeo_llm.providers import Provider
 from dipeo_llm.retry import RetryDecision, past_deadline
 from dipeo_llm.settings import Settings
+from dipeo_llm.streaming import ChatStream, Items, Start
+from dipeo_llm.structured import form_of, parse
 from dipeo_llm.system_prompt_handler import SystemPromptHandler
 from dipeo_llm.usage import token_usage
 from dipeo_llm.wire import Client
@@ -94,7 +107,7 @@ class LLMInfraService:
         May be called twice; opens a service again that was closed.
         """
         self._closed = False
-        await adapters.load_litellm()
+        await load_litellm()
 
     async def aclose(self) -> None:
         """Close every open client. May be called twice.
@@ -140,13 +153,13 @@ class LLMInfraService:
         """
         service = _service(service, options)
         request = self._request(messages, options)
-        provider, name = await self._place(model, service)
-        adapter = await self._adapter(provider, name, api_key_id)
+        adapter = await self._adapter(model, service, api_key_id)
+        request = await self._with_media(request, adapter)
         result, attempts = await self._retried(
             adapter, lambda: adapter.complete(request), options.get("deadline")
         )
         result.attempts = attempts
-        return result
+        return _finished(request, result)
 
     async def complete_with_person(
         self,
@@ -177,6 +190,118 @@ class LLMInfraService:
             service=service,
             **options,
         )
+
+    def stream(
+        self,
+        messages: Sequence[Mapping[str, Any]] | None,
+        model: str,
+        api_key_id: str | None = None,
+        *,
+        service: Any = None,
+        **options: Any,
+    ) -> ChatStream:
+        """Answer a conversation as a stream.
+
+        Args:
+            messages: As for `complete`.
+            model: Likewise.
+            api_key_id: Likewise.
+            service: Likewise.
+            **options: Likewise; `timeout` is for the first chunk, and `idle_timeout`
+                (s) for each later one.
+
+        Returns:
+            An async context manager that is also an async iterator of `StreamChunk`;
+            `await stream.result()` is the whole result. Nothing is sent before it is
+            entered. Opening it is tried again as `complete` is; after the first chunk
+            nothing is.
+
+        Raises:
+            InvalidRequestError, TypeError, RuntimeError: At once, as `complete`.
+        """
+        service = _service(service, options)
+        request = self._request(messages, options)
+
+        async def start() -> tuple[Items, StreamChunk | ChatResult, int]:
+            adapter = await self._adapter(model, service, api_key_id)
+            return await self._open(adapter, request, options)
+
+        return self._stream(start, request, options)
+
+    def stream_with_person(
+        self,
+        person_messages: Sequence[Any],
+        person_id: Any,
+        llm_config: Any,
+        **options: Any,
+    ) -> ChatStream:
+        """Answer a conversation as one of its persons, as a stream.
+
+        Arguments are as for `complete_with_person`, the rest as for `stream`.
+        """
+        service = _service(getattr(llm_config, "service", None), options)
+        # Its messages are composed when it is entered, as that may read a file.
+        request = self._request([{"role": "user", "content": "-"}], options)
+
+        async def start() -> tuple[Items, StreamChunk | ChatResult, int]:
+            messages = await self._compose(
+                person_messages, person_id, llm_config, service
+            )
+            check_messages(messages)
+            adapter = await self._adapter(
+                llm_config.model, service, llm_config.api_key_id
+            )
+            return await self._open(
+                adapter, replace(request, messages=messages), options
+            )
+
+        return self._stream(start, request, options)
+
+    async def count_tokens(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        model: str,
+        api_key_id: str | None = None,
+        *,
+        service: Any = None,
+        tools: Sequence[Any] = (),
+    ) -> TokenCount:
+        """Count the input tokens of a conversation, before it is sent.
+
+        Args:
+            messages: As for `complete`.
+            model: Likewise.
+            api_key_id: Likewise.
+            service: Likewise.
+            tools: Likewise; they count too.
+
+        Returns:
+            The number, and who counted: the provider where it has an endpoint for it
+            (OpenAI, Anthropic, Google), else LiteLLM's tokenizer.
+
+        Raises:
+            DiPeOLLMError: As `complete`.
+        """
+        request = self._request(messages, {"tools": list(tools)})
+        adapter = await self._adapter(model, service, api_key_id)
+        request = await self._with_media(request, adapter)
+        count = await self._retried(adapter, lambda: counting.count(adapter, request))
+        return count[0]
+
+    def capabilities(self, model: str, *, service: Any = None) -> Capabilities:
+        """Say what a model takes and costs, by LiteLLM's table.
+
+        Imports LiteLLM if nothing has yet, which takes seconds: `await initialize()`
+        does that off the event loop.
+
+        Raises:
+            InvalidRequestError: The model cannot be placed.
+        """
+        provider, name = providers.split(model, service)
+        provider = provider or infer_provider_now(name) or local_provider(name)
+        if provider is None:
+            raise providers.unknown_model(model)
+        return capabilities_of(provider, name)
 
     async def get_available_models(self, api_key_id: str) -> list[str]:
         """Return the names of the models that the provider offers to a key, sorted.
@@ -260,32 +385,77 @@ class LLMInfraService:
             messages or (), options, default_timeout=self.settings.timeout
         )
         check_messages(request.messages)
-        return request
+        return replace(request, response_format=form_of(request.response_format))
 
     async def _place(self, model: str, service: Any) -> tuple[Provider, str]:
         provider, name = providers.split(model, service)
         if provider is None:
-            provider = await adapters.infer_provider(name)
-            if provider is not None:
-                name = name.removeprefix(f"{provider.litellm}/")
-        if provider is None and providers.looks_local(name):
-            provider = providers.by_name("ollama")
-        if provider is None:
-            raise providers.unknown_model(model)
+            provider = await infer_provider(name) or local_provider(name)
+            if provider is None:
+                raise providers.unknown_model(model)
+            name = name.removeprefix(f"{provider.litellm}/")
         return provider, name
 
     async def _adapter(
-        self, provider: Provider, model: str, api_key_id: str | None
+        self, model: str, service: Any, api_key_id: str | None
     ) -> BaseLLMAdapter:
+        provider, name = await self._place(model, service)
         key = await find_key(self.api_key_service, api_key_id, provider)
         return self._create_adapter(
             provider,
-            model,
+            name,
             key.secret,
             key.base_url,
             settings=self.settings,
             pool=self._pool,
         )
+
+    async def _with_media(
+        self, request: ChatRequest, adapter: BaseLLMAdapter
+    ) -> ChatRequest:
+        return request
+
+    def _stream(
+        self, start: Start, request: ChatRequest, options: Mapping[str, Any]
+    ) -> ChatStream:
+        idle = options.get("idle_timeout") or self.settings.idle_timeout
+        return ChatStream(
+            start,
+            lambda result: _finished(request, result),
+            idle_timeout=float(idle or request.timeout),
+            deadline=options.get("deadline"),
+        )
+
+    async def _open(
+        self,
+        adapter: BaseLLMAdapter,
+        request: ChatRequest,
+        options: Mapping[str, Any],
+    ) -> tuple[Items, StreamChunk | ChatResult, int]:
+        """Open a stream and read its first chunk, trying again if need be."""
+        request = await self._with_media(request, adapter)
+
+        async def attempt() -> tuple[Items, StreamChunk | ChatResult]:
+            items = adapter.stream(request)
+            limit = asyncio.timeout(request.timeout)
+            try:
+                async with limit:
+                    return items, await anext(items)
+            except BaseException as exc:
+                await items.aclose()
+                if isinstance(exc, TimeoutError) and limit.expired():
+                    raise LLMTimeoutError(
+                        f"{adapter.provider.name} sent nothing within"
+                        f" {request.timeout:g} s",
+                        service=adapter.provider.name,
+                        model=adapter.model_name,
+                    ) from None
+                raise
+
+        (items, first), attempts = await self._retried(
+            adapter, attempt, options.get("deadline")
+        )
+        return items, first, attempts
 
     async def _key_adapter(
         self, api_key_id: str, provider: str | None
@@ -354,6 +524,19 @@ class LLMInfraService:
             error.attempts = made
             raise error from last
         raise AssertionError("stamina makes at least one attempt")  # pragma: no cover
+
+
+def local_provider(model: str) -> Provider | None:
+    """Return Ollama for a name that only Ollama would have."""
+    return providers.by_name("ollama") if providers.looks_local(model) else None
+
+
+def _finished(request: ChatRequest, result: ChatResult) -> ChatResult:
+    """Complete a result with what the request asked to be made of it."""
+    form = request.response_format
+    if form is not None and form.is_json and result.parsed is None:
+        result.parsed = parse(form, result)
+    return result
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:

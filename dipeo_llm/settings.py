@@ -9,12 +9,14 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar, cast, get_args
 from urllib.parse import urlsplit
 
 from dipeo_llm.errors import SettingsError
 
 _T = TypeVar("_T")
+
+Engine = Literal["auto", "direct", "litellm"]
 
 _OLLAMA_PORT = 11434
 
@@ -31,6 +33,11 @@ class Settings:
     """Seconds for a connection to open, TLS included."""
     max_retries: int = 3
     """Attempts after the first; 0 is one attempt."""
+    engine: Engine = "auto"
+    """Who makes a call: this package with LiteLLM's translation ("direct"), or
+    `litellm.acompletion`; "auto" is direct wherever the installed LiteLLM allows it."""
+    idle_timeout: float | None = None
+    """Seconds to wait for a stream's next chunk; None takes `timeout`."""
     retry_wait: float = 0.5
     """Seconds before the first retry; doubled each time, with jitter."""
     retry_wait_max: float = 30.0
@@ -62,8 +69,8 @@ class Settings:
     def from_env(cls, environ: Mapping[str, str] | None = None) -> "Settings":
         """Read the settings from the environment.
 
-        DIPEO_BASE_DIR, DIPEO_LLM_TIMEOUT (s), DIPEO_LLM_MAX_RETRIES, and for the base
-        URLs DIPEO_LLM_OPENAI_BASE_URL, DIPEO_LLM_ANTHROPIC_BASE_URL,
+        DIPEO_BASE_DIR, DIPEO_LLM_TIMEOUT (s), DIPEO_LLM_MAX_RETRIES, DIPEO_LLM_ENGINE,
+        and for the base URLs DIPEO_LLM_OPENAI_BASE_URL, DIPEO_LLM_ANTHROPIC_BASE_URL,
         DIPEO_LLM_GOOGLE_BASE_URL, DIPEO_LLM_OLLAMA_BASE_URL or OLLAMA_HOST.
 
         Args:
@@ -82,10 +89,12 @@ class Settings:
             urls["ollama"] = host
         timeout = _read(env, "DIPEO_LLM_TIMEOUT", _seconds)
         retries = _read(env, "DIPEO_LLM_MAX_RETRIES", _count)
+        engine = _read(env, "DIPEO_LLM_ENGINE", _engine)
         return cls(
             base_dir=_read(env, "DIPEO_BASE_DIR", _folder),
             timeout=_DEFAULTS.timeout if timeout is None else timeout,
             max_retries=_DEFAULTS.max_retries if retries is None else retries,
+            engine=engine or _DEFAULTS.engine,
             base_urls=urls,
         )
 
@@ -117,6 +126,12 @@ def _count(text: str) -> int:
     if value < 0:
         raise ValueError("it must be 0 or more")
     return value
+
+
+def _engine(text: str) -> Engine:
+    if text.lower() not in get_args(Engine):
+        raise ValueError(f"it must be one of {', '.join(get_args(Engine))}")
+    return cast("Engine", text.lower())
 
 
 def _folder(text: str) -> Path:

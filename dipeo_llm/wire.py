@@ -13,7 +13,7 @@ import ipaddress
 import os
 import ssl
 import urllib.request
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -72,8 +72,13 @@ class Exchange:
     status: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytearray = field(default_factory=bytearray)
+    """What was read, unless `on_piece` took it."""
     error: Exception | None = None
     """What failed below HTTP, or was refused at the fence."""
+    on_piece: Callable[[bytes], None] | None = None
+    """Takes the pieces of a 200 in place of `body`."""
+    response: Any = None
+    """The open answer, to be closed by whoever leaves it early."""
 
 
 current: contextvars.ContextVar[Exchange | None] = contextvars.ContextVar(
@@ -121,6 +126,7 @@ class Client:
         body: bytes | None,
         *,
         read_timeout: float | None = None,
+        exchange: Exchange | None = None,
     ) -> "aiohttp.ClientResponse":
         """Send one request and return its answer, the body still to be read.
 
@@ -130,6 +136,7 @@ class Client:
             headers: Those that the format needs; the key is added here.
             body: Bytes to send.
             read_timeout: Longest silence in seconds while reading.
+            exchange: What to note it in; None takes the current one.
 
         Raises:
             LLMServiceError: The fence refused it; nothing was sent.
@@ -139,7 +146,7 @@ class Client:
         import aiohttp
         from yarl import URL
 
-        exchange = current.get()
+        exchange = exchange or current.get()
         try:
             self._check(url, exchange)
             if exchange is not None:
@@ -165,40 +172,53 @@ class Client:
         if exchange is not None:
             exchange.status = response.status
             exchange.headers = response.headers
+            exchange.response = response
         return response
 
     async def read(self, response: "aiohttp.ClientResponse") -> bytes:
         """Read a whole body, up to the limit, and let go of the connection."""
         return b"".join([piece async for piece in self.pieces(response)])
 
-    async def pieces(self, response: "aiohttp.ClientResponse") -> AsyncIterator[bytes]:
-        """Yield a body as it comes, keeping it in the exchange.
+    async def pieces(
+        self,
+        response: "aiohttp.ClientResponse",
+        exchange: Exchange | None = None,
+        *,
+        keep: bool = True,
+    ) -> AsyncGenerator[bytes, None]:
+        """Yield a body as it comes.
 
         Leaving early, by `break`, cancellation or an error, closes the connection.
+
+        Args:
+            response: What `send` returned.
+            exchange: What to note it in; None takes the current one.
+            keep: Whether the exchange keeps the body.
 
         Raises:
             ServiceUnavailableError: It is longer than the limit.
             aiohttp.ClientError, TimeoutError, OSError: As aiohttp raises them.
         """
-        exchange = current.get()
+        exchange = exchange or current.get() or Exchange()
+        note = exchange.on_piece if response.status == 200 else None
+        if note is None and keep:
+            note = exchange.body.extend
+        limit = self._settings.max_response_bytes
         size = 0
         whole = False
         try:
             async for piece in response.content.iter_any():
                 size += len(piece)
-                if size > self._settings.max_response_bytes:
+                if size > limit:
                     raise ServiceUnavailableError(
-                        f"the answer is longer than {self._settings.max_response_bytes}"
-                        " bytes",
-                        retryable=False,
+                        f"the answer is longer than {limit} bytes", retryable=False
                     )
-                if exchange is not None:
-                    exchange.body += piece
+                if note is not None:
+                    note(piece)
                 yield piece
             whole = True
         except Exception as exc:
-            if exchange is not None:
-                exchange.error = exc
+            exchange.error = exchange.error or exc
             raise
         finally:
             if whole:
@@ -298,9 +318,12 @@ def httpx_client(client: Client) -> "httpx.AsyncClient":
 
 
 def from_transport(
-    exc: BaseException, *, service: str, model: str | None = None
-) -> LLMServiceError:
-    """Make the error for a failure below HTTP, or at the fence."""
+    exc: Exception, *, service: str, model: str | None = None
+) -> Exception:
+    """Return the error for a failure below HTTP, or at the fence.
+
+    What is no failure of a network is returned as it is.
+    """
     import aiohttp
 
     if isinstance(exc, LLMServiceError):
@@ -321,7 +344,8 @@ def from_transport(
     if isinstance(exc, aiohttp.ClientError | OSError | EOFError):
         what = str(exc) or type(exc).__name__
         return ServiceUnavailableError(f"no answer from {service}: {what}", **fields)
-    return LLMServiceError(f"the call to {service} failed: {exc!r}", **fields)
+    # Not the network's: a test's guard, a bug of ours. It is nobody else's error.
+    return exc
 
 
 def proxy_for(url: str, settings: Settings) -> str | None:

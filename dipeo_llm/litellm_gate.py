@@ -1,0 +1,197 @@
+"""LiteLLM itself: its import, behind a fence, and the tables that it carries.
+
+Imports LiteLLM in a thread, once, so that it touches no network, no .env file, no
+stdout and no log handler. Knows nothing of requests and answers.
+"""
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from dipeo_llm.domain import Capabilities, TokenUsage
+from dipeo_llm.providers import Provider, by_name
+
+_lock = threading.Lock()
+_litellm: Any = None
+
+# Read while it is imported: without them it fetches a price table over the network,
+# reads a .env file from any folder above, and logs to stderr. Put back afterwards.
+_WHILE_IMPORTING = {
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "LITELLM_MODE": "PRODUCTION",
+    "LITELLM_LOG": "ERROR",
+}
+# Read at the first Anthropic call that needs a beta header, so it stays set.
+_FROM_NOW_ON = {"LITELLM_LOCAL_ANTHROPIC_BETA_HEADERS": "True"}
+
+
+async def load_litellm() -> Any:
+    """Return the litellm module, imported in a thread at the first call."""
+    return _litellm if _litellm is not None else await asyncio.to_thread(import_litellm)
+
+
+def import_litellm() -> Any:
+    """Import LiteLLM behind the fence. Takes seconds the first time; thread-safe."""
+    global _litellm  # noqa: PLW0603 - a module is imported once
+    with _lock:
+        if _litellm is not None:
+            return _litellm
+        before = {name: os.environ.get(name) for name in _WHILE_IMPORTING}
+        httpx_level = logging.getLogger("httpx").level
+        os.environ.update(_WHILE_IMPORTING)
+        os.environ.update(_FROM_NOW_ON)
+        try:
+            import litellm
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+        logging.getLogger("httpx").setLevel(httpx_level)
+        for name in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy"):
+            logging.getLogger(name).handlers.clear()
+        # It prints "Give Feedback / Get Help" to stdout on each error otherwise.
+        litellm.suppress_debug_info = True
+        _litellm = litellm
+        return litellm
+
+
+async def infer_provider(model: str) -> Provider | None:
+    """Ask LiteLLM whose a model name is; None where it cannot tell."""
+    return _infer(await load_litellm(), model)
+
+
+def infer_provider_now(model: str) -> Provider | None:
+    """Ask it at once; imports LiteLLM if nothing has yet."""
+    return _infer(import_litellm(), model)
+
+
+@lru_cache(maxsize=1024)
+def _infer(litellm: Any, model: str) -> Provider | None:
+    if model.partition("/")[0] in _SIGNS_IN:
+        return None
+    try:
+        name = litellm.get_llm_provider(model=model)[1]
+    except Exception:  # noqa: BLE001 - it raises six classes for "I do not know"
+        return None
+    return by_name(name) if name else None
+
+
+# Asked about these, LiteLLM starts to sign in on the device.
+_SIGNS_IN = frozenset({"github_copilot", "chatgpt"})
+
+
+def model_info(
+    litellm: Any, provider: Provider, model: str
+) -> Mapping[str, Any] | None:
+    """Return the row of LiteLLM's table for a model; None where there is none.
+
+    Read from the table itself: `litellm.get_model_info` posts to a local Ollama.
+    """
+    table = litellm.model_cost
+    base = model.split(":")[1] if model.startswith("ft:") else model
+    for name in (
+        f"{provider.litellm}/{model}",
+        f"{provider.name}/{model}",
+        model,
+        f"ft:{base}" if base != model else base,
+    ):
+        row = table.get(name)
+        if isinstance(row, dict) and name not in _registered:
+            return row
+    return None
+
+
+def supports(provider: Provider, model: str, what: str) -> bool | None:
+    """Look a capability up in LiteLLM's table; None where the model is not in it."""
+    info = model_info(import_litellm(), provider, model)
+    value = info.get(what) if info else None
+    return None if value is None else bool(value)
+
+
+_CAPABILITIES = {
+    "tools": "supports_function_calling",
+    "parallel_tools": "supports_parallel_function_calling",
+    "vision": "supports_vision",
+    "pdf": "supports_pdf_input",
+    "audio": "supports_audio_input",
+    "structured_output": "supports_response_schema",
+    "reasoning": "supports_reasoning",
+    "prompt_caching": "supports_prompt_caching",
+    "web_search": "supports_web_search",
+    "context_window": "max_input_tokens",
+    "max_output": "max_output_tokens",
+}
+
+
+def capabilities_of(provider: Provider, model: str) -> Capabilities:
+    """Return what LiteLLM's table says of a model. Imports LiteLLM."""
+    info = model_info(import_litellm(), provider, model) or {}
+    known: dict[str, Any] = {ours: info.get(its) for ours, its in _CAPABILITIES.items()}
+    for ours, its in (
+        ("input", "input_cost_per_token"),
+        ("output", "output_cost_per_token"),
+    ):
+        price = info.get(its)
+        if price is not None and provider.format != "ollama":
+            known[f"{ours}_usd_per_million"] = round(price * 1e6, 6)
+    return Capabilities(service=provider.name, model=model, **known)
+
+
+_registered: set[str] = set()
+
+
+def know_model(litellm: Any, provider: Provider, model: str) -> None:
+    """Tell LiteLLM about a local model, or it asks localhost:11434, on the event loop.
+
+    Seen in 1.105 to 1.109: two posts a call to /api/show, wherever the call itself goes.
+    """
+    name = f"{provider.litellm}/{model}"
+    if provider.format != "ollama" or name in _known:
+        return
+    facts = {
+        "mode": "chat",
+        "input_cost_per_token": 0.0,
+        "output_cost_per_token": 0.0,
+        "supports_function_calling": True,
+    }
+    if name not in litellm.model_cost:
+        _registered.update((name, f"ollama/{model}"))
+    litellm.register_model(
+        {
+            name: {"litellm_provider": provider.litellm, **facts},
+            f"ollama/{model}": {"litellm_provider": "ollama", **facts},
+        }
+    )
+    _known.add(name)
+
+
+_known: set[str] = set()
+
+
+def cost(
+    litellm: Any, provider: Provider, model: str, usage: TokenUsage | None
+) -> float | None:
+    """Price tokens by LiteLLM's table, in USD; None where it has no price.
+
+    Without the fees that a provider takes for a search or an image.
+    """
+    if usage is None or provider.format == "ollama":
+        return None
+    info = model_info(litellm, provider, model)
+    if info is None or info.get("input_cost_per_token") is None:
+        return None
+    for_input, for_output = litellm.cost_per_token(
+        model=model,
+        custom_llm_provider=provider.litellm,
+        prompt_tokens=usage.input,
+        completion_tokens=usage.output,
+        cache_read_input_tokens=usage.cached,
+        cache_creation_input_tokens=usage.cache_written,
+    )
+    return float(for_input + for_output)

@@ -1,0 +1,203 @@
+"""Gives a request the form that its provider takes, before LiteLLM translates it.
+
+Pure. What is said here is what LiteLLM does not do, or does in a way that a provider
+refuses: OpenAI's developer role, one system prompt for those that take one, no empty
+message, no field of another provider, no options that exclude each other.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dipeo_llm.domain import ChatRequest
+from dipeo_llm.providers import Provider
+from dipeo_llm.structured import form_of
+from dipeo_llm.tools import needs_responses, provided_parameters, sort_tools
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A request as LiteLLM gets it."""
+
+    format: str | None
+    """Whose words it will be in: the provider's format, or "responses"."""
+    messages: list[dict[str, Any]]
+    parameters: dict[str, Any]
+    """Options under OpenAI's names."""
+    extra_body: Mapping[str, Any]
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def shape(provider: Provider, model: str, request: ChatRequest) -> Shape:
+    """Shape a request for a model.
+
+    Raises:
+        InvalidRequestError: The provider cannot do what is asked.
+    """
+    tools = sort_tools(request.tools)
+    provided, parameters = provided_parameters(provider, model, tools.provided)
+    all_tools = [*tools.functions, *provided]
+    sampling = _compatible(provider, model, dict(request.sampling))
+    parameters = {**sampling, **parameters}
+    if all_tools:
+        parameters["tools"] = all_tools
+        if request.tool_choice is not None:
+            parameters["tool_choice"] = request.tool_choice
+    form = form_of(request.response_format)
+    if form is not None:
+        parameters["response_format"] = form.response_format
+    responses = needs_responses(provider, all_tools)
+    return Shape(
+        format="responses" if responses else provider.format,
+        messages=_MESSAGES.get(provider.format or "", _plain_messages)(
+            request.messages, provider
+        ),
+        parameters=parameters,
+        extra_body=request.extra_body,
+    )
+
+
+def _compatible(
+    provider: Provider, model: str, sampling: dict[str, Any]
+) -> dict[str, Any]:
+    """Leave out what the model refuses beside another option, or at all.
+
+    Anthropic takes no temperature while it thinks, needs more tokens than it thinks
+    with, and newer models take temperature or top_p but not both
+    (https://docs.anthropic.com/en/docs/build-with-claude/extended-thinking and
+    https://docs.anthropic.com/en/docs/about-claude/models/migrating-to-claude-4,
+    2026-11-23). Ollama answers 400 to `think` for a model that cannot.
+    """
+    effort = sampling.get("reasoning_effort")
+    if provider.format == "ollama" and effort and not _OLLAMA_THINKS.match(model):
+        del sampling["reasoning_effort"]
+    if provider.format == "anthropic":
+        budget = _ANTHROPIC_BUDGETS.get(str(effort), 0)
+        if budget and sampling.get("max_tokens", budget + 1) <= budget:
+            del sampling["reasoning_effort"]
+        elif effort and effort != "none":
+            sampling.pop("temperature", None)
+            sampling.pop("top_p", None)
+        if "temperature" in sampling:
+            sampling.pop("top_p", None)
+    return sampling
+
+
+_OLLAMA_THINKS = re.compile(
+    r"qwen3|deepseek-(?:r1|v3\.1)|gpt-oss|magistral|cogito|phi4-.*reasoning|glm|kimi",
+    re.IGNORECASE,
+)
+# What LiteLLM turns an effort into (litellm/constants.py, 1.105 to 1.109).
+_ANTHROPIC_BUDGETS = {"minimal": 1024, "low": 1024, "medium": 2048, "high": 4096}
+
+
+def _said(message: Mapping[str, Any]) -> bool:
+    """Say whether a message holds anything; some providers answer 400 to an empty one."""
+    if message.get("role") == "tool" or message.get("tool_calls"):
+        return True
+    content = message.get("content")
+    return bool(content.strip()) if isinstance(content, str) else bool(content)
+
+
+_OPENAI_KEYS = frozenset(
+    {"role", "content", "name", "tool_calls", "tool_call_id", "refusal", "audio"}
+)
+
+
+def _openai_messages(
+    messages: Sequence[Mapping[str, Any]], provider: Provider
+) -> list[dict[str, Any]]:
+    shaped = []
+    for message in messages:
+        if not _said(message):
+            continue
+        made = {k: v for k, v in message.items() if k in _OPENAI_KEYS}
+        if made["role"] in {"system", "developer"}:
+            made["role"] = provider.system_role
+        if made["role"] == "tool":
+            made.pop("name", None)
+        if made.get("tool_calls"):
+            made["tool_calls"] = [
+                {k: v for k, v in call.items() if k in {"id", "type", "function"}}
+                for call in made["tool_calls"]
+            ]
+        made["content"] = _without_cache_control(made.get("content"))
+        shaped.append(made)
+    return shaped
+
+
+def _without_cache_control(content: Any) -> Any:
+    if not isinstance(content, list):
+        return content
+    return [
+        {k: v for k, v in part.items() if k != "cache_control"}
+        if isinstance(part, Mapping)
+        else part
+        for part in content
+    ]
+
+
+def _plain_messages(
+    messages: Sequence[Mapping[str, Any]], provider: Provider
+) -> list[dict[str, Any]]:
+    shaped = []
+    for message in messages:
+        if not _said(message):
+            continue
+        made = dict(message)
+        if made["role"] == "developer":
+            made["role"] = "system"
+        made.pop("thinking_blocks", None)
+        made["content"] = _without_cache_control(made.get("content"))
+        shaped.append(made)
+    return shaped
+
+
+def _headed_messages(
+    messages: Sequence[Mapping[str, Any]], provider: Provider
+) -> list[dict[str, Any]]:
+    """Put all system prompts into one in front, and let a user speak first.
+
+    Anthropic and Google take one system prompt, outside the conversation, and a
+    conversation that begins with the user.
+    """
+    system: list[Any] = []
+    spoken: list[dict[str, Any]] = []
+    for message in messages:
+        if not _said(message):
+            continue
+        if message["role"] in {"system", "developer"}:
+            content = message["content"]
+            system += (
+                [{"type": "text", "text": content}]
+                if isinstance(content, str)
+                else content
+            )
+        else:
+            spoken.append(dict(message))
+    if spoken and spoken[0]["role"] == "assistant":
+        spoken.insert(0, {"role": "user", "content": "."})
+    if not system:
+        return spoken
+    plain = all(set(part) == {"type", "text"} for part in system)
+    joined = "\n\n".join(part["text"] for part in system) if plain else system
+    return [{"role": "system", "content": joined}, *spoken]
+
+
+def _google_messages(
+    messages: Sequence[Mapping[str, Any]], provider: Provider
+) -> list[dict[str, Any]]:
+    shaped = _headed_messages(messages, provider)
+    for message in shaped:
+        message.pop("thinking_blocks", None)
+        message["content"] = _without_cache_control(message.get("content"))
+    return shaped
+
+
+_MESSAGES = {
+    "openai": _openai_messages,
+    "anthropic": _headed_messages,
+    "google": _google_messages,
+    "ollama": _plain_messages,
+}
