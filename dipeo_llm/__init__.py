@@ -111,7 +111,7 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import version
 
-        return version("dipeo-llm")
+        return globals().setdefault(name, version("dipeo-llm"))
     if name in __all__:
         for module in _MODULES:
             found = vars(import_module(f"dipeo_llm.{module}")).get(name)

@@ -212,6 +212,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
                 if self._direct(call):
                     await self._send(call, client)
                     body = self._checked(call)
+                    self._log_left_out(call)
                 else:
                     body = await self._through_litellm(call, client)
         except TimeoutError as exc:
@@ -236,11 +237,21 @@ class LiteLLMAdapter(BaseLLMAdapter):
             finally:
                 await chunks.aclose()
         self._check_end(call, reader)
+        self._log_left_out(call)
         yield self._result(call, reader.body())
 
     async def _call(self, request: ChatRequest, *, stream: bool) -> _Call:
-        shaped = shape(self.provider, self.model_name, request)
-        return _Call(await load_litellm(), request, shaped, Exchange(), stream)
+        litellm = await load_litellm()
+        info = litellm_gate.model_info(litellm, self.provider, self.model_name) or {}
+        shaped = shape(
+            self.provider,
+            self.model_name,
+            request,
+            responses=self.provider.name == "openai"
+            and info.get("mode") == "responses",
+        )
+        exchange = Exchange(extra_body=shaped.extra_body)
+        return _Call(litellm, request, shaped, exchange, stream)
 
     def _direct(self, call: _Call) -> bool:
         if call.format == "responses":
@@ -270,7 +281,6 @@ class LiteLLMAdapter(BaseLLMAdapter):
                     pass
         except Exception as exc:
             raise self._failure(call, exc) from exc
-        self._log_left_out(call)
         if response.status != 200:
             raise self._refusal(call)
         return response
@@ -314,12 +324,22 @@ class LiteLLMAdapter(BaseLLMAdapter):
             )
         except Exception as exc:
             raise self._failure(call, exc) from exc
+        self._check_seen(call)
         self._log_left_out(call)
         if call.format is None:
             return dict(response.model_dump())
         return self._checked(call)
 
-    async def _litellm_pieces(
+    def _check_seen(self, call: _Call) -> None:
+        """Refuse an answer that did not come over our client."""
+        if not call.exchange.requests:
+            raise LLMServiceError(
+                f"LiteLLM reaches {self.provider.name}'s {self.model_name} through a"
+                " client of its own, which has no key",
+                **self._fields(),
+            )
+
+    async def _litellm_pieces(  # noqa: C901 - one story, told in one place
         self, call: _Call, client: Client, reader: StreamReader
     ) -> AsyncGenerator[StreamChunk, None]:
         """Let LiteLLM read the stream, and read the same bytes under it.
@@ -336,12 +356,12 @@ class LiteLLMAdapter(BaseLLMAdapter):
             response = await self._seen(
                 call.exchange, lambda: call.litellm.acompletion(**arguments)
             )
-            self._log_left_out(call)
             items = aiter(response)
             while True:
                 item = await self._seen(call.exchange, lambda: anext(items, None))
                 if item is None:
                     break
+                self._check_seen(call)
                 if call.format is None:
                     chunks += reader.take(item.model_dump())
                 while chunks:
@@ -373,12 +393,13 @@ class LiteLLMAdapter(BaseLLMAdapter):
     def _arguments(self, call: _Call, client: Client) -> dict[str, Any]:
         litellm_gate.know_model(call.litellm, self.provider, self.model_name)
         shaped = call.shape
-        extra_body = dict(shaped.extra_body)
         if self.provider.litellm == "openai":
             # LiteLLM turns "developer" into "system" for all but the o-series, and
-            # "system" into "user" for some of those. The SDK merges extra_body over
-            # what LiteLLM made, so this is what goes out.
-            extra_body.setdefault("messages", shaped.messages)
+            # "system" into "user" for some of those.
+            call.exchange.extra_body = {
+                "messages": shaped.messages,
+                **shaped.extra_body,
+            }
         arguments: dict[str, Any] = {
             "model": f"{self.provider.litellm}/{self.model_name}",
             "custom_llm_provider": self.provider.litellm,
@@ -393,8 +414,6 @@ class LiteLLMAdapter(BaseLLMAdapter):
         }
         if self.endpoint.base_url is not None:
             arguments["api_base"] = self.endpoint.base_url
-        if extra_body:
-            arguments["extra_body"] = extra_body
         if shaped.headers:
             arguments["extra_headers"] = dict(shaped.headers)
         if call.stream:
@@ -461,13 +480,18 @@ class LiteLLMAdapter(BaseLLMAdapter):
     def _failure(self, call: _Call, exc: Exception) -> Exception:
         """Say what went wrong by what the wire saw, not by what LiteLLM raised."""
         if isinstance(exc, CallError):
-            return exc
+            return wire.from_transport(exc, **self._fields())
         exchange = call.exchange
         for cause in (exc, exchange.error):
             if isinstance(cause, MalformedStreamError):
                 return self._malformed(call, cause)
         if exchange.error is not None:
-            return wire.from_transport(exchange.error, **self._fields())
+            return wire.from_transport(
+                exchange.error,
+                status_code=exchange.status,
+                request_id=failures.request_id(exchange.headers),
+                **self._fields(),
+            )
         if exchange.status is not None and exchange.status >= 300:
             return self._refusal(call)
         if exchange.status is not None:
@@ -481,10 +505,14 @@ class LiteLLMAdapter(BaseLLMAdapter):
                 **self._fields(),
             )
         status = getattr(exc, "status_code", None)
-        cls = InvalidRequestError if status in {400, 404, 422} else LLMServiceError
-        return cls(
-            f"LiteLLM refused the request, nothing was sent: {failures.clean(str(exc))}",
-            **self._fields(),
+        text = failures.clean(str(exc))
+        if status in {400, 404, 422} or "surrogates not allowed" in text:
+            return InvalidRequestError(
+                f"the request cannot be made, nothing was sent: {text}",
+                **self._fields(),
+            )
+        return LLMServiceError(
+            f"LiteLLM failed at the request, nothing was sent: {text}", **self._fields()
         )
 
     def _refusal(self, call: _Call) -> CallError:
@@ -514,9 +542,18 @@ class LiteLLMAdapter(BaseLLMAdapter):
                     _log.info("%s/%s takes no %s: it was left out", *model, option)
 
     def _result(self, call: _Call, body: dict[str, Any]) -> ChatResult:
-        reading = answers.read(call.format or "openai", body)
-        usage = token_usage(reading.usage)
         headers = call.exchange.headers
+        try:
+            reading = answers.read(call.format or "openai", body)
+            usage = token_usage(reading.usage)
+        except (AttributeError, TypeError, KeyError, IndexError, ValueError) as exc:
+            raise ServiceUnavailableError(
+                f"{self.provider.name} answered {call.exchange.status}, but in a form"
+                f" that cannot be read: {failures.clean(repr(exc))}",
+                status_code=call.exchange.status,
+                request_id=failures.request_id(headers),
+                **self._fields(),
+            ) from exc
         return ChatResult(
             text=reading.text,
             texts=reading.texts,
@@ -551,6 +588,13 @@ def _tool_outputs(reading: Reading) -> list[ToolOutput]:
 
 def _base_url(provider: Provider, given: str | None, settings: Settings) -> str | None:
     url = given or settings.base_urls.get(provider.name) or provider.base_url
+    if url is None and provider.name not in _WITHOUT_BASE_URL:
+        # LiteLLM would take it from the environment, and the key would go there.
+        raise InvalidRequestError(
+            f"{provider.name} needs a base_url, in the key's record or in"
+            " Settings.base_urls",
+            service=provider.name,
+        )
     if url is None:
         return None
     try:
@@ -563,6 +607,10 @@ def _base_url(provider: Provider, given: str | None, settings: Settings) -> str 
         return url.removesuffix("/v1")
     scheme, _, rest = url.partition("://")
     return url if "/" in rest else f"{scheme}://{rest}{provider.path}"
+
+
+# LiteLLM derives the address from a region or a project.
+_WITHOUT_BASE_URL = frozenset({"bedrock", "vertex"})
 
 
 def _own_pool(settings: Settings) -> "Pool[Client]":

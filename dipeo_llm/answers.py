@@ -797,14 +797,11 @@ class GoogleStream(StreamReader):
 
     def _part(self, parts: list[_JSON], part: _JSON, chunks: list[StreamChunk]) -> None:
         if call := part.get("functionCall"):
-            text = json.dumps(call.get("args") or {}, ensure_ascii=False)
-            chunks.append(
-                StreamChunk(
-                    tool_call=ToolCallDelta(
-                        self._calls, call.get("id"), call.get("name"), text
-                    )
-                )
+            arguments = json.dumps(call.get("args") or {}, ensure_ascii=False)
+            delta = ToolCallDelta(
+                self._calls, call.get("id"), call.get("name"), arguments
             )
+            chunks.append(StreamChunk(tool_call=delta))
             self._calls += 1
         elif text := part.get("text"):
             chunks.append(

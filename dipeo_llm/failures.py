@@ -261,9 +261,7 @@ def seconds_until(text: str) -> float | None:
     if match := _DURATION.fullmatch(text):
         return sum(
             float(value) * scale
-            for value, scale in zip(
-                match.groups(), (86400, 3600, 60, 1, 0.001), strict=True
-            )
+            for value, scale in zip(match.groups(), _UNITS.values(), strict=True)
             if value
         )
     if (seconds := _number(text)) is not None:
@@ -274,8 +272,9 @@ def seconds_until(text: str) -> float | None:
         return None
 
 
+_UNITS = {"d": 86400, "h": 3600, "m(?!s)": 60, "s": 1, "ms": 0.001}
 _DURATION = re.compile(
-    r"(?=.)(?:([\d.]+)d)?(?:([\d.]+)h)?(?:([\d.]+)m(?!s))?(?:([\d.]+)s)?(?:([\d.]+)ms)?"
+    "(?=.)" + "".join(rf"(?:(\d+(?:\.\d+)?|\.\d+){unit})?" for unit in _UNITS)
 )
 
 
@@ -295,6 +294,8 @@ def clean(text: str, secret: str = "") -> str:
     if secret:
         text = text.replace(secret, "[key]")
     text = _ECHOED_KEY.sub(r"\1[key]", text)
+    # LiteLLM puts whole tracebacks, paths included, into its messages.
+    text = text.partition("Traceback (most recent call last)")[0]
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= _LONGEST else line[:_LONGEST] + "…"
 

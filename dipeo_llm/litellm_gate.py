@@ -15,6 +15,7 @@ from typing import Any
 from dipeo_llm.domain import Capabilities, TokenUsage
 from dipeo_llm.providers import Provider, by_name
 
+_log = logging.getLogger("dipeo_llm")
 _lock = threading.Lock()
 _litellm: Any = None
 
@@ -73,12 +74,19 @@ def infer_provider_now(model: str) -> Provider | None:
 
 @lru_cache(maxsize=1024)
 def _infer(litellm: Any, model: str) -> Provider | None:
-    if model.partition("/")[0] in _SIGNS_IN:
-        return None
-    try:
-        name = litellm.get_llm_provider(model=model)[1]
-    except Exception:  # noqa: BLE001 - it raises six classes for "I do not know"
-        return None
+    prefix = model.partition("/")[0]
+    if prefix in _SIGNS_IN:
+        return by_name(prefix)
+    with _lock:
+        # With this variable set, every name is the proxy's.
+        proxy = os.environ.pop("USE_LITELLM_PROXY", None)
+        try:
+            name = litellm.get_llm_provider(model=model)[1]
+        except Exception:  # noqa: BLE001 - it raises six classes for "I do not know"
+            return None
+        finally:
+            if proxy is not None:
+                os.environ["USE_LITELLM_PROXY"] = proxy
     return by_name(name) if name else None
 
 
@@ -102,7 +110,11 @@ def model_info(
         f"ft:{base}" if base != model else base,
     ):
         row = table.get(name)
-        if isinstance(row, dict) and name not in _registered:
+        if (
+            isinstance(row, dict)
+            and row.get("litellm_provider") == provider.litellm
+            and name not in _registered
+        ):
             return row
     return None
 
@@ -186,12 +198,16 @@ def cost(
     info = model_info(litellm, provider, model)
     if info is None or info.get("input_cost_per_token") is None:
         return None
-    for_input, for_output = litellm.cost_per_token(
-        model=model,
-        custom_llm_provider=provider.litellm,
-        prompt_tokens=usage.input,
-        completion_tokens=usage.output,
-        cache_read_input_tokens=usage.cached,
-        cache_creation_input_tokens=usage.cache_written,
-    )
+    try:
+        for_input, for_output = litellm.cost_per_token(
+            model=model,
+            custom_llm_provider=provider.litellm,
+            prompt_tokens=usage.input,
+            completion_tokens=usage.output,
+            cache_read_input_tokens=usage.cached,
+            cache_creation_input_tokens=usage.cache_written,
+        )
+    except Exception:  # noqa: BLE001 - a price must not cost the answer
+        _log.debug("no price for %s/%s", provider.name, model, exc_info=True)
+        return None
     return float(for_input + for_output)

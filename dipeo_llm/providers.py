@@ -105,6 +105,7 @@ PROVIDERS: tuple[Provider, ...] = (
         name="deepseek",
         litellm="deepseek",
         format="openai",
+        base_url="https://api.deepseek.com/v1",
         key_variables=("DEEPSEEK_API_KEY",),
         claims=re.compile(r"deepseek-(?:chat|reasoner)"),
     ),
@@ -114,7 +115,7 @@ PROVIDERS: tuple[Provider, ...] = (
         aliases=("aws",),
         key_variables=("AWS_BEARER_TOKEN_BEDROCK",),
         claims=re.compile(
-            r"(?:(?:us|eu|apac|global)\.)?(?:anthropic|amazon|meta|cohere|mistral|ai21"
+            r"(?:[a-z]{2,6}(?:-gov)?\.)?(?:anthropic|amazon|meta|cohere|mistral|ai21"
             r"|deepseek)\.[\w.:-]+"
         ),
     ),
@@ -177,7 +178,9 @@ def split(model: str, service: Any = None) -> tuple[Provider | None, str]:
     if not name:
         raise InvalidRequestError(f"{model!r} is not the name of a model")
     prefix, slash, rest = name.partition("/")
-    prefixed = _BY_NAME.get(prefix.lower()) if slash and rest else None
+    prefixed = _BY_NAME.get(prefix.lower()) if slash else None
+    if prefixed is not None and not rest:
+        raise InvalidRequestError(f"{model!r} has a provider but no model")
     if service is not None and service != "":
         provider = by_name(service)
         return provider, rest if prefixed is provider else name
@@ -191,7 +194,12 @@ def split(model: str, service: Any = None) -> tuple[Provider | None, str]:
 
 def looks_local(model: str) -> bool:
     """Say whether a name that nobody claims is written as only Ollama writes names."""
-    return _OLLAMA_TAG.fullmatch(model) is not None
+    hosted = any(
+        row.claims.fullmatch(model.rpartition(":")[0])
+        for row in PROVIDERS
+        if row.needs_key
+    )
+    return not hosted and _OLLAMA_TAG.fullmatch(model) is not None
 
 
 def unknown_model(model: str) -> InvalidRequestError:

@@ -89,13 +89,11 @@ class LLMInfraService:
         )
         self._formatter = MessageFormatter()
         self._create_adapter = adapter_factory or adapters.create_adapter
-        self._pool: Pool[Client] = Pool(
-            ttl=self.settings.client_ttl, max_clients=self.settings.max_clients
-        )
+        self._pool = self._new_pool()
         self._closed = False
 
     async def __aenter__(self) -> Self:
-        self._closed = False
+        self._reopen()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -106,7 +104,7 @@ class LLMInfraService:
 
         May be called twice; opens a service again that was closed.
         """
-        self._closed = False
+        self._reopen()
         await load_litellm()
 
     async def aclose(self) -> None:
@@ -361,6 +359,15 @@ class LLMInfraService:
             return (await self._place(model, None))[0].name
         except InvalidRequestError:
             return None
+
+    def _reopen(self) -> None:
+        if self._closed:
+            # The old pool stays closed: a call that outlived `aclose` finds no way back.
+            self._pool = self._new_pool()
+        self._closed = False
+
+    def _new_pool(self) -> Pool[Client]:
+        return Pool(ttl=self.settings.client_ttl, max_clients=self.settings.max_clients)
 
     # The steps of a call, in order.
 

@@ -111,7 +111,9 @@ def _read(env: Mapping[str, str], name: str, convert: Callable[[str], _T]) -> _T
     try:
         return convert(text)
     except ValueError as exc:
-        raise SettingsError(f"{name}={text!r} cannot be read: {exc}") from None
+        # A URL may hold a password; everything else is shown.
+        shown = "" if "@" in text else f"={text!r}"
+        raise SettingsError(f"{name}{shown} cannot be read: {exc}") from None
 
 
 def _seconds(text: str) -> float:
@@ -146,6 +148,9 @@ def http_url(text: str) -> str:
         ValueError: It is not an http or https URL with a host, or it carries a user, a
             password, a query or a fragment.
     """
+    # urlsplit drops newlines and tabs without a word.
+    if any(c.isspace() or not c.isprintable() for c in text.strip()):
+        raise ValueError("a URL has no white space")
     parts = urlsplit(text.strip())
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ValueError("it must be an http:// or https:// URL")
@@ -164,6 +169,8 @@ def _ollama_url(text: str) -> str:
     (`_parse_host`, read 2026-11-23): 11434 without a scheme, else 80 or 443. An address
     to listen on, such as 0.0.0.0, is turned into one to call.
     """
+    if any(c.isspace() for c in text):
+        raise ValueError("a host has no white space")
     url = text if "://" in text else f"http://{text}"
     if "://" not in text and text.count(":") > 1 and not text.startswith("["):
         url = f"http://[{text}]"

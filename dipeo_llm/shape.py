@@ -29,33 +29,50 @@ class Shape:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-def shape(provider: Provider, model: str, request: ChatRequest) -> Shape:
-    """Shape a request for a model.
+def shape(
+    provider: Provider, model: str, request: ChatRequest, *, responses: bool = False
+) -> Shape:
+    """Shape a request for a model. Nothing in it is shared with the request.
+
+    Args:
+        provider: The provider.
+        model: Its name, without a prefix.
+        request: What the caller asked.
+        responses: Whether OpenAI serves the model at its Responses endpoint only.
 
     Raises:
         InvalidRequestError: The provider cannot do what is asked.
     """
     tools = sort_tools(request.tools)
     provided, parameters = provided_parameters(provider, model, tools.provided)
-    all_tools = [*tools.functions, *provided]
+    all_tools = _copy([*tools.functions, *provided])
     sampling = _compatible(provider, model, dict(request.sampling))
     parameters = {**sampling, **parameters}
     if all_tools:
         parameters["tools"] = all_tools
         if request.tool_choice is not None:
-            parameters["tool_choice"] = request.tool_choice
+            parameters["tool_choice"] = _copy(request.tool_choice)
     form = form_of(request.response_format)
     if form is not None:
-        parameters["response_format"] = form.response_format
-    responses = needs_responses(provider, all_tools)
+        parameters["response_format"] = _copy(form.response_format)
+    responses = responses or needs_responses(provider, all_tools)
     return Shape(
         format="responses" if responses else provider.format,
         messages=_MESSAGES.get(provider.format or "", _plain_messages)(
-            request.messages, provider
+            _copy(request.messages), provider
         ),
         parameters=parameters,
         extra_body=request.extra_body,
     )
+
+
+def _copy(value: Any) -> Any:
+    """Copy lists and dicts, which LiteLLM changes in place, and share what is in them."""
+    if isinstance(value, Mapping):
+        return {k: _copy(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copy(v) for v in value]
+    return value
 
 
 def _compatible(
@@ -63,13 +80,22 @@ def _compatible(
 ) -> dict[str, Any]:
     """Leave out what the model refuses beside another option, or at all.
 
-    Anthropic takes no temperature while it thinks, needs more tokens than it thinks
+    OpenAI's older chat models take no reasoning effort, and LiteLLM knows retired
+    o-series models no more. Anthropic takes no temperature while it thinks, needs more tokens than it thinks
     with, and newer models take temperature or top_p but not both
     (https://docs.anthropic.com/en/docs/build-with-claude/extended-thinking and
     https://docs.anthropic.com/en/docs/about-claude/models/migrating-to-claude-4,
     2026-11-23). Ollama answers 400 to `think` for a model that cannot.
     """
     effort = sampling.get("reasoning_effort")
+    if provider.name == "openai":
+        if effort and _OPENAI_CHATS.match(model):
+            del sampling["reasoning_effort"]
+        if _OPENAI_REASONS.match(model):
+            if "max_tokens" in sampling:
+                sampling["max_completion_tokens"] = sampling.pop("max_tokens")
+            sampling.pop("temperature", None)
+            sampling.pop("top_p", None)
     if provider.format == "ollama" and effort and not _OLLAMA_THINKS.match(model):
         del sampling["reasoning_effort"]
     if provider.format == "anthropic":
@@ -84,6 +110,8 @@ def _compatible(
     return sampling
 
 
+_OPENAI_CHATS = re.compile(r"(?:ft:)?(?:gpt-[34]|chatgpt-)")
+_OPENAI_REASONS = re.compile(r"(?:ft:)?o[1-9](?:-|:|$)")
 _OLLAMA_THINKS = re.compile(
     r"qwen3|deepseek-(?:r1|v3\.1)|gpt-oss|magistral|cogito|phi4-.*reasoning|glm|kimi",
     re.IGNORECASE,

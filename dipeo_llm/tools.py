@@ -122,6 +122,11 @@ def provided_parameters(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return the provider's own words for its tools.
 
+    Sources, read 2026-11-23:
+    https://docs.anthropic.com/en/docs/agents-and-tools/tool-use/web-search-tool,
+    https://ai.google.dev/gemini-api/docs/google-search,
+    https://platform.openai.com/docs/guides/tools-web-search.
+
     Returns:
         What goes among `tools`, and further parameters of the request.
 
@@ -133,14 +138,11 @@ def provided_parameters(
     for tool in provided:
         config = tool.config or {}
         if tool.type in _SEARCHES and provider.format == "anthropic":
-            # Source: https://docs.anthropic.com/en/docs/agents-and-tools/tool-use/
-            # web-search-tool (2026-11-23)
             tools.append(
                 {"type": "web_search_20250305", "name": "web_search"}
                 | {k: v for k, v in config.items() if k != "search_context_size"}
             )
         elif tool.type in _SEARCHES and provider.format == "google":
-            # Source: https://ai.google.dev/gemini-api/docs/google-search (2026-11-23)
             tools.append({"googleSearch": {}})
         elif tool.type in _SEARCHES and provider.name == "openai":
             if "search" in model:

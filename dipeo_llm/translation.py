@@ -58,11 +58,9 @@ def translate(
     )
     for name in ("stream", "stream_options", "max_retries", "extra_body"):
         optional.pop(name, None)
-    outgoing = FORMATS[shaped.format or ""](
+    return FORMATS[shaped.format or ""](
         litellm, provider, model, shaped.messages, optional, stream
     )
-    outgoing.body.update(shaped.extra_body)
-    return outgoing
 
 
 def _config(litellm: Any, provider: Provider, model: str) -> Any:
@@ -208,6 +206,7 @@ def _responses(litellm: Any, model: str, shaped: Shape, stream: bool) -> Outgoin
     )
     for name, wire_name in (
         ("max_tokens", "max_output_tokens"),
+        ("max_completion_tokens", "max_output_tokens"),
         ("temperature", "temperature"),
         ("top_p", "top_p"),
     ):
@@ -230,7 +229,7 @@ def _responses(litellm: Any, model: str, shaped: Shape, stream: bool) -> Outgoin
         body["tool_choice"] = asked["tool_choice"]
     if stream:
         body["stream"] = True
-    return Outgoing("/responses", _JSON, {**body, **shaped.extra_body})
+    return Outgoing("/responses", _JSON, body)
 
 
 _Translate = Callable[

@@ -10,6 +10,7 @@ it, changes where a call or a key goes. LiteLLM itself never holds a key.
 import asyncio
 import contextvars
 import ipaddress
+import json
 import os
 import ssl
 import urllib.request
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from pydantic import SecretStr
+from pydantic_core import to_json
 
 from dipeo_llm.errors import (
     LLMServiceError,
@@ -75,6 +77,8 @@ class Exchange:
     """What was read, unless `on_piece` took it."""
     error: Exception | None = None
     """What failed below HTTP, or was refused at the fence."""
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
+    """Merged into the body of the request just before it is sent."""
     on_piece: Callable[[bytes], None] | None = None
     """Takes the pieces of a 200 in place of `body`."""
     response: Any = None
@@ -150,6 +154,10 @@ class Client:
         try:
             self._check(url, exchange)
             if exchange is not None:
+                if exchange.extra_body:
+                    body = to_json(
+                        merge(json.loads(body or b"{}"), exchange.extra_body)
+                    )
                 exchange.requests += 1
                 exchange.request_body = body or b""
             response = await self.session.request(
@@ -266,6 +274,17 @@ class Client:
 _TRANSPORT_HEADERS = frozenset({"host", "content-length", "connection", "user-agent"})
 
 
+def merge(body: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Return *body* with *extra* in it: objects are merged, anything else replaced."""
+    merged = dict(body)
+    for name, value in extra.items():
+        inside = merged.get(name)
+        if isinstance(value, Mapping) and isinstance(inside, Mapping):
+            value = merge(inside, value)  # noqa: PLW2901 - it is the same thing, merged
+        merged[name] = value
+    return merged
+
+
 def httpx_client(client: Client) -> "httpx.AsyncClient":
     """Wear a client as httpx, which LiteLLM and the OpenAI SDK speak."""
     import httpx
@@ -317,23 +336,26 @@ def httpx_client(client: Client) -> "httpx.AsyncClient":
     )
 
 
-def from_transport(
-    exc: Exception, *, service: str, model: str | None = None
-) -> Exception:
+def from_transport(exc: Exception, *, service: str, **fields: Any) -> Exception:
     """Return the error for a failure below HTTP, or at the fence.
 
     What is no failure of a network is returned as it is.
+
+    Args:
+        exc: What failed.
+        service: The provider.
+        **fields: What else is known, as on every LLMServiceError.
     """
     import aiohttp
 
     if isinstance(exc, LLMServiceError):
-        exc.service, exc.model = service, model
+        exc.service = exc.service or service
+        exc.model = exc.model or fields.get("model")
         return exc
-    fields: dict[str, Any] = {"service": service, "model": model}
+    fields["service"] = service
     if isinstance(exc, TimeoutError):
-        return LLMTimeoutError(
-            f"{service} fell silent: {str(exc) or 'timed out'}", **fields
-        )
+        what = str(exc) or "timed out"
+        return LLMTimeoutError(f"{service} fell silent: {what}", **fields)
     if isinstance(exc, aiohttp.ClientSSLError | ssl.SSLError):
         return ServiceUnavailableError(
             f"no trusted connection to {service}: {exc}. A private authority's"

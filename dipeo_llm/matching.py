@@ -1,0 +1,288 @@
+"""Compares requests by what they mean, and says field by field where they differ.
+
+Pure. A request is a method, a class of host, a path, a query and a JSON body compared
+as data; what may differ without a different meaning is listed here and nowhere else.
+"""
+
+import difflib
+import ipaddress
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import parse_qsl, urlsplit
+
+VOLATILE: Final = frozenset(
+    {"user", "metadata", "safety_identifier", "prompt_cache_key"}
+)
+"""Top-level fields of a body that label a request and do not change its answer.
+
+Beside them, null is as good as absent, `"stream": false` likewise, and the ids of tool
+calls, which are new in each run, count by the order in which they occur.
+"""
+
+# The part of a host's name that tells an account or a region, not a service.
+_HOST_CLASSES: Final = (
+    (
+        re.compile(r"[^.]+(\.openai\.azure\.com|\.cognitiveservices\.azure\.com)"),
+        r"*\1",
+    ),
+    (re.compile(r"(bedrock(?:-\w+)*)\.[^.]+(\.amazonaws\.com)"), r"\1.*\2"),
+    (re.compile(r"[^.]+(-aiplatform\.googleapis\.com)"), r"*\1"),
+)
+_CALL_IDS: Final = frozenset({"tool_call_id", "tool_use_id", "call_id"})
+_CALLS: Final = frozenset({"function", "tool_use", "function_call"})
+
+
+class _Nothing:
+    """Stands for a field that is not there."""
+
+    def __repr__(self) -> str:
+        return "(nothing)"
+
+
+NOTHING: Final = _Nothing()
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One field that is not the same in two requests."""
+
+    path: str
+    """Such as `messages[0].content`."""
+    expected: Any
+    """NOTHING where the field is new."""
+    actual: Any
+    """NOTHING where the field is gone."""
+
+
+def as_data(
+    method: str, uri: str, body: bytes | None, ignore: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return what a request means, as data to compare.
+
+    Args:
+        method: GET, POST, …
+        uri: The whole address.
+        body: What was sent.
+        ignore: Further fields of the body to leave out, with dots for nested ones.
+    """
+    parts = urlsplit(uri)
+    data: dict[str, Any] = {
+        "method": method.upper(),
+        "host": host_class(parts.netloc),
+        "path": parts.path or "/",
+    }
+    if parts.query:
+        data["query"] = dict(parse_qsl(parts.query, keep_blank_values=True))
+    if body:
+        data["body"] = _meaning(_json(body), ignore)
+    return data
+
+
+def host_class(netloc: str) -> str:
+    """Name the kind of host: loopback whatever the port, a cloud whatever the region."""
+    host, _, port = netloc.rpartition("@")[2].partition(":")
+    if netloc.startswith("[") or "[" in netloc:
+        host, _, port = netloc.rpartition("@")[2].lstrip("[").partition("]")
+        port = port.lstrip(":")
+    host = host.lower()
+    if _is_loopback(host):
+        return "loopback"
+    for pattern, kind in _HOST_CLASSES:
+        if pattern.fullmatch(host):
+            return pattern.sub(kind, host)
+    return host if port in {"", "80", "443"} else f"{host}:{port}"
+
+
+def differences(expected: Any, actual: Any, path: str = "") -> list[Difference]:
+    """List the fields in which two values differ, those inside each other included."""
+    return list(_differences(expected, actual, path))
+
+
+def nearest(actual: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]) -> int:
+    """Return the index of the candidate that differs least; the first of equals."""
+
+    def distance(candidate: Mapping[str, Any]) -> tuple[int, float]:
+        different = differences(candidate, actual)
+        elsewhere = sum(d.path in {"method", "host", "path"} for d in different)
+        one, other = _text(candidate), _text(actual)
+        likeness = difflib.SequenceMatcher(None, one[:4000], other[:4000]).ratio()
+        return len(different) + 100 * elsewhere, -likeness
+
+    return min(range(len(candidates)), key=lambda i: distance(candidates[i]))
+
+
+def explain(
+    different: Sequence[Difference],
+    names: tuple[str, str] = ("recorded", "now"),
+    most: int = 12,
+) -> str:
+    """Write differences for people to read, two lines for each field."""
+    width = max(map(len, names)) + 1
+    lines: list[str] = []
+    for difference in different[:most]:
+        one, other = _shown(difference.expected, difference.actual)
+        lines += [
+            f"  {difference.path}",
+            f"    {names[0] + ':':<{width}} {one}",
+            f"    {names[1] + ':':<{width}} {other}",
+        ]
+    if len(different) > most:
+        lines.append(f"  … and {len(different) - most} more")
+    return "\n".join(lines)
+
+
+def summary(data: Mapping[str, Any]) -> str:
+    """Describe a request in one line: where to, which model, and the last words."""
+    body = data.get("body")
+    model = body.get("model") if isinstance(body, dict) else None
+    said = _last_words(body) if isinstance(body, dict) else ""
+    line = f"{data['method']} {data['host']}{data['path']}"
+    return line + (f", model {model}" if model else "") + (f": {said}" if said else "")
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _json(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except ValueError:
+        return body.decode(errors="backslashreplace")
+
+
+def _meaning(body: Any, ignore: Sequence[str]) -> Any:
+    if not isinstance(body, dict):
+        return body
+    kept = {
+        name: value
+        for name, value in body.items()
+        if name not in VOLATILE
+        and value is not None
+        and not (name == "stream" and value is False)
+    }
+    data: dict[str, Any] = _numbered(kept, {})
+    for path in ignore:
+        _remove(data, path.split("."))
+    return data
+
+
+def _numbered(value: Any, seen: dict[str, str]) -> Any:
+    """Copy JSON, with the ids of tool calls replaced by their place."""
+    if isinstance(value, list):
+        return [_numbered(item, seen) for item in value]
+    if not isinstance(value, dict):
+        return value
+    is_call = value.get("type") in _CALLS
+    return {
+        name: seen.setdefault(item, f"tool call {len(seen) + 1}")
+        if isinstance(item, str) and (name in _CALL_IDS or (name == "id" and is_call))
+        else _numbered(item, seen)
+        for name, item in value.items()
+    }
+
+
+def _remove(data: Any, path: Sequence[str]) -> None:
+    if not isinstance(data, dict):
+        return
+    if len(path) == 1:
+        data.pop(path[0], None)
+    else:
+        _remove(data.get(path[0]), path[1:])
+
+
+def _differences(expected: Any, actual: Any, path: str) -> Iterator[Difference]:
+    if isinstance(expected, Mapping) and isinstance(actual, Mapping):
+        for name in [*expected, *(name for name in actual if name not in expected)]:
+            yield from _differences(
+                expected.get(name, NOTHING),
+                actual.get(name, NOTHING),
+                f"{path}.{name}" if path else str(name),
+            )
+    elif isinstance(expected, list | tuple) and isinstance(actual, list | tuple):
+        yield from _differences_of_lists(expected, actual, path)
+    elif not _equal(expected, actual):
+        yield Difference(path or "value", expected, actual)
+
+
+def _differences_of_lists(
+    expected: Sequence[Any], actual: Sequence[Any], path: str
+) -> Iterator[Difference]:
+    """Align two lists, so that an item put in is one difference and not many."""
+    one, other = [_text(item) for item in expected], [_text(item) for item in actual]
+    matcher = difflib.SequenceMatcher(None, one, other, autojunk=False)
+    for kind, from_, to, new_from, new_to in matcher.get_opcodes():
+        if kind == "equal":
+            continue
+        for step in range(max(to - from_, new_to - new_from)):
+            here, there = from_ + step, new_from + step
+            is_old, is_new = here < to, there < new_to
+            yield from _differences(
+                expected[here] if is_old else NOTHING,
+                actual[there] if is_new else NOTHING,
+                f"{path}[{there if is_new else here}]",
+            )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    # JSON has truth values, and Python takes them for numbers.
+    if isinstance(one, int | float) and isinstance(other, int | float):
+        return isinstance(one, bool) is isinstance(other, bool) and one == other
+    return bool(one == other)
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, default=repr)
+
+
+def _last_words(body: Mapping[str, Any]) -> str:
+    turns = body.get("messages") or body.get("contents") or body.get("input") or ""
+    last = turns[-1] if isinstance(turns, list) and turns else turns
+    while isinstance(last, dict | list) and last:
+        last = (
+            last[-1]
+            if isinstance(last, list)
+            else last.get("content") or last.get("parts") or last.get("text")
+        )
+    return _cut(last) if isinstance(last, str) and last else ""
+
+
+_LONGEST: Final = 100
+
+
+def _shown(expected: Any, actual: Any) -> tuple[str, str]:
+    """Show two values, long ones from a little before where they part."""
+    one, other = _readable(expected), _readable(actual)
+    if max(len(one), len(other)) <= _LONGEST:
+        return one, other
+    pairs = enumerate(zip(one, other, strict=False))
+    parting = next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+    start = max(0, parting - 30)
+    return _window(one, start), _window(other, start)
+
+
+def _window(text: str, start: int) -> str:
+    end = start + _LONGEST
+    return ("…" if start else "") + text[start:end] + ("…" if end < len(text) else "")
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, str | _Nothing):
+        return repr(value)
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except TypeError:
+        return repr(value)
+
+
+def _cut(text: str, longest: int = 60) -> str:
+    text = " ".join(text.split())
+    return repr(text if len(text) <= longest else text[: longest - 1] + "…")
