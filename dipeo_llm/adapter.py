@@ -587,7 +587,11 @@ def _tool_outputs(reading: Reading) -> list[ToolOutput]:
 
 
 def _base_url(provider: Provider, given: str | None, settings: Settings) -> str | None:
-    url = given or settings.base_urls.get(provider.name) or provider.base_url
+    names = (provider.name, provider.litellm, *provider.aliases)
+    # An enum of strings may stand for a name.
+    urls = {str(getattr(k, "value", k)): v for k, v in settings.base_urls.items()}
+    settled = next((urls[name] for name in names if name in urls), None)
+    url = given or settled or provider.base_url
     if url is None and provider.name not in _WITHOUT_BASE_URL:
         # LiteLLM would take it from the environment, and the key would go there.
         raise InvalidRequestError(
@@ -601,7 +605,8 @@ def _base_url(provider: Provider, given: str | None, settings: Settings) -> str 
         url = http_url(url)
     except ValueError as exc:
         raise InvalidRequestError(
-            f"base URL {url!r}: {exc}", service=provider.name
+            f"the base URL of {provider.name} cannot be used: {exc}",
+            service=provider.name,
         ) from None
     if provider.format == "anthropic":
         return url.removesuffix("/v1")

@@ -344,7 +344,7 @@ def tool_call(call_id: str | None, name: str | None, arguments: Any) -> ToolCall
 
     Text that is not a JSON object stays text: `arguments` is None then, never `{}`.
     """
-    if isinstance(arguments, dict):
+    if arguments is not None and not isinstance(arguments, str):
         text, parsed = json.dumps(arguments, ensure_ascii=False), arguments
     else:
         text = arguments or ""

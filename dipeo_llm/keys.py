@@ -5,6 +5,7 @@ The only module besides `settings` that reads the environment.
 
 import inspect
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,27 +53,35 @@ async def find_key(
             )
         return NO_KEY
     try:
-        found = port.get_api_key(api_key_id)
-        record = await found if inspect.isawaitable(found) else found
+        key = await _read(port, api_key_id)
     except Exception as exc:
         if not needed and (isinstance(exc, APIKeyError) or _is_key_error(exc)):
             return NO_KEY
         raise
-    secret = record.get("key") or ""
-    if isinstance(secret, SecretStr):
-        secret = secret.get_secret_value()
-    secret = secret.strip()
-    if needed and not secret:
+    if needed and not key.secret:
         raise APIKeyNotFoundError(f"key {api_key_id!r} is empty", service=service)
-    if any(ord(c) < 0x21 or ord(c) > 0x7E for c in secret):
+    if not _FIT_FOR_A_HEADER.fullmatch(key.secret.get_secret_value()):
         # It would break the header that carries it, in an error that shows it.
         raise APIKeyError(
             f"key {api_key_id!r} holds a character that no header can carry",
             service=service,
         )
+    return key
+
+
+_FIT_FOR_A_HEADER = re.compile(r"[\x21-\x7e]*")
+
+
+async def _read(port: APIKeyPort, api_key_id: str) -> Key:
+    """Read a record and wrap its key, so that no other frame ever holds it bare."""
+    found = port.get_api_key(api_key_id)
+    record = await found if inspect.isawaitable(found) else found
+    secret = record.get("key") or ""
+    if isinstance(secret, SecretStr):
+        secret = secret.get_secret_value()
     named = record.get("service")
     return Key(
-        SecretStr(secret),
+        SecretStr(secret.strip()),
         service=str(getattr(named, "value", named)) if named else None,
         base_url=record.get("base_url") or None,
     )

@@ -4,8 +4,8 @@ Knows the listing endpoints and their paging; uses an adapter's client to reach 
 """
 
 import asyncio
-import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlencode
 
@@ -23,40 +23,44 @@ from dipeo_llm.wire import Exchange
 _Page = Mapping[str, Any]
 
 
-def _names(field: str) -> Callable[[_Page], list[str]]:
-    def read(page: _Page) -> list[str]:
-        return [str(m[field]) for m in page.get("data") or page.get("models") or ()]
-
-    return read
-
-
 def _google_next(page: _Page) -> dict[str, Any] | None:
     token = page.get("nextPageToken")
     return {"pageToken": token} if token else None
 
 
 def _anthropic_next(page: _Page) -> dict[str, Any] | None:
-    return {"after_id": page["last_id"]} if page.get("has_more") else None
+    last = page.get("last_id")
+    return {"after_id": last} if page.get("has_more") and last else None
 
 
-# Path, first query, the names on a page, and the query of the next page.
+def _no_next(page: _Page) -> dict[str, Any] | None:
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _List:
+    path: str
+    rows: str
+    """The field that holds the rows."""
+    name: str
+    """The field of a row that holds the name."""
+    query: Mapping[str, Any] = field(default_factory=dict)
+    following: Callable[[_Page], dict[str, Any] | None] = _no_next
+    may_be_left_out: bool = False
+    """Whether an empty list is left out, or written as null."""
+
+
 # Sources, read 2026-11-23: https://platform.openai.com/docs/api-reference/models/list,
 # https://docs.anthropic.com/en/api/models-list,
 # https://ai.google.dev/api/models#method:-models.list,
 # https://github.com/ollama/ollama/blob/main/docs/api.md#list-local-models
-_LISTS: dict[
-    str,
-    tuple[
-        str,
-        dict[str, Any],
-        Callable[[_Page], list[str]],
-        Callable[[_Page], dict[str, Any] | None],
-    ],
-] = {
-    "openai": ("/models", {}, _names("id"), lambda page: None),
-    "anthropic": ("/v1/models", {"limit": 1000}, _names("id"), _anthropic_next),
-    "google": ("/models", {"pageSize": 1000}, _names("name"), _google_next),
-    "ollama": ("/api/tags", {}, _names("name"), lambda page: None),
+_LISTS = {
+    "openai": _List("/models", "data", "id"),
+    "anthropic": _List("/v1/models", "data", "id", {"limit": 1000}, _anthropic_next),
+    "google": _List(
+        "/models", "models", "name", {"pageSize": 1000}, _google_next, True
+    ),
+    "ollama": _List("/api/tags", "models", "name", may_be_left_out=True),
 }
 
 _MOST_PAGES = 100
@@ -79,17 +83,34 @@ async def models(adapter: BaseLLMAdapter, pages: int = _MOST_PAGES) -> list[str]
             f"{provider.name} has no list of models that is known here",
             service=provider.name,
         )
-    path, query, names, following = _LISTS[provider.format]
+    listed = _LISTS[provider.format]
     found: set[str] = set()
     after: dict[str, Any] | None = {}
     for _ in range(pages):
         if after is None:
             break
-        asked = urlencode({**query, **after})
-        page = await ask(adapter, f"{path}?{asked}" if asked else path)
-        found.update(name.removeprefix("models/") for name in names(page))
-        after = following(page)
+        asked = urlencode({**listed.query, **after})
+        page = await ask(adapter, f"{listed.path}?{asked}" if asked else listed.path)
+        found.update(_names(adapter, listed, page))
+        after = listed.following(page)
     return sorted(found)
+
+
+def _names(adapter: BaseLLMAdapter, listed: _List, page: _Page) -> list[str]:
+    rows = page.get(listed.rows)
+    if rows is None and listed.may_be_left_out:
+        return []
+    names = [
+        row.get(listed.name) if isinstance(row, Mapping) else None
+        for row in (rows if isinstance(rows, list) else [None])
+    ]
+    if not all(isinstance(name, str) for name in names):
+        raise ServiceUnavailableError(
+            f"{adapter.provider.name} answered 200, but not with a list of models",
+            status_code=200,
+            service=adapter.provider.name,
+        )
+    return [str(name).removeprefix("models/") for name in names]
 
 
 async def ask(
@@ -140,7 +161,8 @@ async def ask(
     except Exception as exc:
         raise wire.from_transport(exc, **fields) from exc
     answer = bytes(exchange.body)
-    if response.status != 200:
+    found, reason = failures.answer_in(None, "", answer)
+    if response.status != 200 or found.get("error"):
         raise failures.from_answer(
             response.status,
             response.headers,
@@ -148,13 +170,9 @@ async def ask(
             secret=adapter.endpoint.secret.get_secret_value(),
             **fields,
         )
-    try:
-        found = json.loads(answer)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
+    if reason is not None:
         raise ServiceUnavailableError(
-            f"{adapter.provider.name} answered 200, but not with a JSON object",
+            f"{adapter.provider.name} answered 200, but {failures.clean(reason)}",
             status_code=response.status,
             **fields,
         )

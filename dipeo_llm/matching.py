@@ -5,13 +5,14 @@ as data; what may differ without a different meaning is listed here and nowhere 
 """
 
 import difflib
-import ipaddress
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import parse_qsl, urlsplit
+
+from dipeo_llm.wire import is_loopback
 
 VOLATILE: Final = frozenset(
     {"user", "metadata", "safety_identifier", "prompt_cache_key"}
@@ -83,17 +84,14 @@ def as_data(
 
 def host_class(netloc: str) -> str:
     """Name the kind of host: loopback whatever the port, a cloud whatever the region."""
-    host, _, port = netloc.rpartition("@")[2].partition(":")
-    if netloc.startswith("[") or "[" in netloc:
-        host, _, port = netloc.rpartition("@")[2].lstrip("[").partition("]")
-        port = port.lstrip(":")
-    host = host.lower()
-    if _is_loopback(host):
+    parts = urlsplit(f"//{netloc}")
+    host = parts.hostname or ""
+    if is_loopback(host):
         return "loopback"
     for pattern, kind in _HOST_CLASSES:
         if pattern.fullmatch(host):
             return pattern.sub(kind, host)
-    return host if port in {"", "80", "443"} else f"{host}:{port}"
+    return host if parts.port in {None, 80, 443} else f"{host}:{parts.port}"
 
 
 def differences(expected: Any, actual: Any, path: str = "") -> list[Difference]:
@@ -141,15 +139,6 @@ def summary(data: Mapping[str, Any]) -> str:
     said = _last_words(body) if isinstance(body, dict) else ""
     line = f"{data['method']} {data['host']}{data['path']}"
     return line + (f", model {model}" if model else "") + (f": {said}" if said else "")
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _json(body: bytes) -> Any:

@@ -445,10 +445,10 @@ def sniff(data: bytes) -> str | None:
     if data[4:8] == b"ftyp":
         return _HEIF.get(data[8:12])
     if len(data) > 2 and data[0] == 0xFF:
-        # A frame of MPEG: eleven bits set, and a layer, which is 0 for AAC only.
+        # A frame of MPEG: eleven bits set, the version, and the layer: 0 is AAC, 1 MP3.
         if data[1] & 0xF6 == 0xF0:
             return "audio/aac"
-        if data[1] & 0xE0 == 0xE0 and data[1] & 0x06:
+        if data[1] & 0xE6 == 0xE2:
             return "audio/mp3"
     return None
 

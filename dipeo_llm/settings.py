@@ -112,8 +112,11 @@ def _read(env: Mapping[str, str], name: str, convert: Callable[[str], _T]) -> _T
         return convert(text)
     except ValueError as exc:
         # A URL may hold a password; everything else is shown.
-        shown = "" if "@" in text else f"={text!r}"
-        raise SettingsError(f"{name}{shown} cannot be read: {exc}") from None
+        if "@" in text:
+            raise SettingsError(
+                f"{name} cannot be read: it must not carry a user name or password"
+            ) from None
+        raise SettingsError(f"{name}={text!r} cannot be read: {exc}") from None
 
 
 def _seconds(text: str) -> float:
@@ -171,6 +174,8 @@ def _ollama_url(text: str) -> str:
     """
     if any(c.isspace() for c in text):
         raise ValueError("a host has no white space")
+    if "@" in text:
+        raise ValueError("a host must not carry a user name or password")
     url = text if "://" in text else f"http://{text}"
     if "://" not in text and text.count(":") > 1 and not text.startswith("["):
         url = f"http://[{text}]"

@@ -4,7 +4,6 @@ Knows files and one rule of roles; knows nothing of messages or the network. Its
 block: the service calls it in a thread.
 """
 
-import errno
 import logging
 import os
 import stat
@@ -42,7 +41,8 @@ class SystemPromptHandler:
     @property
     def base_dir(self) -> Path:
         """The folder in force now."""
-        return self._base_dir or Path(os.environ.get("DIPEO_BASE_DIR") or ".")
+        base = self._base_dir or Path(os.environ.get("DIPEO_BASE_DIR") or ".")
+        return base.expanduser()
 
     def get_system_prompt(self, llm_config: Any) -> str | None:
         """Return the prompt of *llm_config*, or None if it has none.
@@ -60,7 +60,8 @@ class SystemPromptHandler:
             return inline or None
         try:
             return self._load(prompt_file)
-        except (OSError, ValueError) as exc:
+        except (OSError, ValueError, RuntimeError) as exc:
+            # RuntimeError is pathlib's for a loop of links, and for an unknown ~user.
             reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else exc
             _log.warning(
                 "prompt file %r is not used: %s; %s",
@@ -86,11 +87,14 @@ class SystemPromptHandler:
         # The path is fully resolved, so a link at its end was put there since; and a
         # pipe must not hold the thread until somebody writes into it.
         fd = os.open(path, os.O_RDONLY | _NOFOLLOW | _NONBLOCK)
+        about = os.fstat(fd)
+        if not stat.S_ISREG(about.st_mode):
+            os.close(fd)
+            is_folder = stat.S_ISDIR(about.st_mode)
+            raise ValueError(
+                "it is a directory" if is_folder else "it is not a regular file"
+            )
         with os.fdopen(fd, "rb") as file:
-            about = os.fstat(fd)
-            if not stat.S_ISREG(about.st_mode):
-                code = errno.EISDIR if stat.S_ISDIR(about.st_mode) else errno.EINVAL
-                raise OSError(code, "it is not a regular file")
             version = (
                 about.st_mtime_ns,
                 about.st_size,

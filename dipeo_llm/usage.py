@@ -3,8 +3,11 @@
 Pure. Every provider's own words for the same numbers are listed here and nowhere else.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from pydantic import BaseModel
 
 from dipeo_llm.domain import RateLimits, TokenUsage
 from dipeo_llm.failures import seconds_until
@@ -16,26 +19,35 @@ def token_usage(usage: Any) -> TokenUsage | None:
     Tokens from a cache count as input: OpenAI and Google say so already, Anthropic
     counts them apart
     (https://docs.anthropic.com/en/docs/build-with-claude/prompt-caching, 2026-11-23).
+    Thoughts count as output: Google counts them apart, and its OpenAI-compatible
+    endpoint in the total only.
 
     Returns:
-        None where *usage* holds no number at all.
+        None where *usage* holds no number of tokens.
     """
     if isinstance(usage, TokenUsage):
         return usage
-    get = _getter(usage)
-    counts = [get(name) for name in (*_INPUT, *_OUTPUT, *_CACHED, "total_tokens")]
-    if all(count is None for count in counts):
+    counts = _counts(usage)
+    read = _first(counts, _INPUT)
+    output = _first(counts, _OUTPUT)
+    if read is None and output is None:
         return None
-    cached = _first_number(get, _CACHED)
-    written = _first_number(get, ("cache_creation_input_tokens",))
-    reasoning = _first_number(get, _REASONING)
-    read = _first_number(get, _INPUT)
-    if get("input_tokens") is not None and get("input_tokens_details") is None:
-        read += _first_number(get, ("cache_read_input_tokens",)) + written
-    output = _first_number(get, _OUTPUT)
-    if get("candidatesTokenCount") is not None or get("thoughtsTokenCount") is not None:
-        output += _first_number(get, ("thoughtsTokenCount",))
-        read += _first_number(get, ("toolUsePromptTokenCount",))
+    read, output = read or 0, output or 0
+    cached = _first(counts, _CACHED) or 0
+    written = counts.get("cache_creation_input_tokens", 0)
+    reasoning = _first(counts, _REASONING) or 0
+    if "promptTokenCount" in counts:
+        read += counts.get("toolUsePromptTokenCount", 0)
+        output += reasoning
+    elif "prompt_tokens" in counts:
+        untold = counts.get("total_tokens", 0) - read - output
+        if untold > 0 and not reasoning:
+            reasoning = untold
+            output += untold
+    elif (
+        "input_tokens" in counts and "input_tokens_details.cached_tokens" not in counts
+    ):
+        read += counts.get("cache_read_input_tokens", 0) + written
     return TokenUsage(
         input=read,
         output=output,
@@ -76,32 +88,28 @@ _REASONING = (
 )
 
 
-def _getter(usage: Any) -> Any:
-    def get(path: str) -> Any:
-        value = usage
-        for name in path.split("."):
-            if value is None:
-                return None
-            if isinstance(value, Mapping):
-                value = value.get(name)
-            else:
-                value = getattr(value, name, None)
-        return value
-
-    return get
-
-
-def _first_number(get: Any, names: Sequence[str]) -> int:
-    for name in names:
-        value = get(name)
+def _counts(usage: Any) -> dict[str, int]:
+    """Return the numbers of a record, those of its details as "details.number"."""
+    counts: dict[str, int] = {}
+    for name, value in _items(usage):
         if isinstance(value, int | float):
-            return int(value)
-    return 0
+            if not isinstance(value, bool) and math.isfinite(value):
+                counts[name] = int(value)
+        elif name.endswith("_details") and value is not None:
+            counts.update((f"{name}.{k}", v) for k, v in _counts(value).items())
+    return counts
 
 
-def usage_record(body: Mapping[str, Any]) -> Any:
-    """Find the usage in an answer's JSON; Ollama's counts lie at the top."""
-    return body.get("usage") or body.get("usageMetadata") or body
+def _items(record: Any) -> Iterable[tuple[str, Any]]:
+    if isinstance(record, Mapping):
+        return record.items()
+    if isinstance(record, BaseModel):
+        return record.model_dump().items()
+    return getattr(record, "__dict__", {}).items()
+
+
+def _first(counts: Mapping[str, int], names: Sequence[str]) -> int | None:
+    return next((counts[name] for name in names if name in counts), None)
 
 
 def rate_limits(headers: Mapping[str, str]) -> RateLimits | None:
@@ -131,7 +139,7 @@ def _limit_header(
 
 def _whole(headers: Mapping[str, str], anthropic: str, openai: str) -> int | None:
     text = _limit_header(headers, anthropic, openai)
-    return int(text) if text and text.isdecimal() else None
+    return int(text) if text and text.isdecimal() and len(text) < 19 else None
 
 
 def _reset(headers: Mapping[str, str], anthropic: str, openai: str) -> float | None:

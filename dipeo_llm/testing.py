@@ -1,0 +1,426 @@
+"""What stands in for a provider in the tests of those who use this package.
+
+`MockLLMAdapter` answers from a script, `use_cassette` from a recording of the real
+thing, `assert_request` says what was asked, `block_network` proves that nothing else
+was. All but the cassettes work without pytest; those need `dipeo-llm[testing]`.
+"""
+
+import asyncio
+import copy
+import inspect
+import json
+import re
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeAlias
+
+from dipeo_llm import providers
+from dipeo_llm.adapter import BaseLLMAdapter
+from dipeo_llm.domain import (
+    ChatRequest,
+    ChatResult,
+    StreamChunk,
+    TokenUsage,
+    ToolCall,
+    ToolCallDelta,
+)
+from dipeo_llm.errors import APIKeyError, LLMServiceError, LLMTimeoutError
+from dipeo_llm.matching import Difference, differences, explain
+from dipeo_llm.network_guard import NetworkBlockedError, block_network
+from dipeo_llm.pool import Lease
+from dipeo_llm.providers import Provider
+from dipeo_llm.streaming import Items
+from dipeo_llm.wire import Client
+
+if TYPE_CHECKING:
+    from dipeo_llm.cassettes import (
+        CassetteError,
+        CassetteMismatchError,
+        CassetteUnusedError,
+        SecretLeftError,
+        StaleCassetteWarning,
+        use_cassette,
+    )
+
+__all__ = [
+    "CassetteError",
+    "CassetteMismatchError",
+    "CassetteUnusedError",
+    "MockLLMAdapter",
+    "MockRequest",
+    "NetworkBlockedError",
+    "Reply",
+    "ScriptError",
+    "SecretLeftError",
+    "StaleCassetteWarning",
+    "assert_request",
+    "block_network",
+    "use_cassette",
+]
+
+_OF_CASSETTES: Final = frozenset(
+    {
+        "CassetteError",
+        "CassetteMismatchError",
+        "CassetteUnusedError",
+        "SecretLeftError",
+        "StaleCassetteWarning",
+        "use_cassette",
+    }
+)
+
+
+def __getattr__(name: str) -> Any:
+    # Cassettes bring vcrpy and pytest, which the rest of this module does without.
+    if name in _OF_CASSETTES:
+        from dipeo_llm import cassettes
+
+        return getattr(cassettes, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class ScriptError(AssertionError):
+    """A mock was asked for more than its script holds."""
+
+
+# --- a model that answers from a script ----------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """A scripted answer, where a text alone does not say enough."""
+
+    text: str = ""
+    tool_calls: Sequence[tuple[str, Mapping[str, Any]] | ToolCall] = ()
+    """Calls of the caller's tools: name and arguments."""
+    pieces: Sequence[str] = ()
+    """The text as a stream brings it; without them, word by word."""
+    reasoning: str | None = None
+    usage: TokenUsage | None = None
+    """None counts words."""
+    finish_reason: str | None = None
+    """None is "tool_calls" where there are some, else "stop"."""
+    delay: float = 0.0
+    """Seconds before the answer, or its first piece."""
+    piece_delay: float = 0.0
+    """Seconds before each further piece."""
+    error: Exception | None = None
+    """What is raised in place of the answer; by a stream, after its pieces."""
+    result: ChatResult | None = None
+    """The whole answer; what stands above only tells when and in which pieces."""
+
+
+Script: TypeAlias = (
+    str
+    | Reply
+    | ChatResult
+    | Exception
+    | type[Exception]
+    | Sequence[str]
+    | Callable[[ChatRequest], Any]
+)
+"""A text, a `Reply`, a result, an error to raise, the pieces of a stream, or a function
+of the request that returns, or is a coroutine of, any of these."""
+
+
+@dataclass(frozen=True, slots=True)
+class MockRequest:
+    """A request as a mock got it."""
+
+    provider: str
+    model: str
+    request: ChatRequest
+    streamed: bool = False
+
+    @property
+    def messages(self) -> Sequence[Mapping[str, Any]]:
+        """The conversation, OpenAI-shaped, oldest first."""
+        return self.request.messages
+
+    def as_data(self) -> dict[str, Any]:
+        """Return it as `assert_request` sees it: options beside the other fields."""
+        asked = {f.name: getattr(self.request, f.name) for f in fields(self.request)}
+        sampling = asked.pop("sampling")
+        about = {
+            "provider": self.provider,
+            "model": self.model,
+            "streamed": self.streamed,
+        }
+        return {**about, **asked, **sampling}
+
+
+class MockLLMAdapter(BaseLLMAdapter):
+    """Answers from a script and opens no connection; give it as `adapter_factory`.
+
+    Each request takes the next reply, whichever model or task it comes from.
+
+    Args:
+        *replies: Each answers one request, in this order.
+        default: Answers when they are used up. Without it that is a ScriptError, or,
+            for a mock without any script, an answer all the same.
+    """
+
+    def __init__(self, *replies: Script, default: Script | None = None) -> None:
+        openai = providers.by_name("openai")
+        super().__init__(openai, "mock-model", "key-of-the-mock")
+        self._script = _Script(replies, default)
+
+    def __call__(
+        self,
+        provider: Provider,
+        model_name: str,
+        api_key: Any = None,
+        base_url: str | None = None,
+        **options: Any,
+    ) -> Self:
+        """Return this mock as another model; script and requests are shared."""
+        bound = copy.copy(self)
+        bound.provider = provider
+        bound.model_name = model_name
+        return bound
+
+    @property
+    def requests(self) -> list[MockRequest]:
+        """What was asked so far, through every model."""
+        return self._script.requests
+
+    @property
+    def replies_left(self) -> int:
+        """How many scripted replies no request has taken yet."""
+        return len(self._script.replies)
+
+    def add(self, *replies: Script) -> None:
+        """Put further replies behind those that are left."""
+        self._script.add(replies)
+
+    async def complete(self, request: ChatRequest) -> ChatResult:
+        """Take the next reply and answer with it."""
+        limit = asyncio.timeout(request.timeout)
+        try:
+            async with limit:
+                reply = await self._next(request, streamed=False)
+                await asyncio.sleep(reply.delay)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise LLMTimeoutError(
+                f"{self.provider.name} did not answer within {request.timeout:g} s",
+                service=self.provider.name,
+                model=self.model_name,
+            ) from None
+        if reply.error is not None:
+            raise self._named(reply.error)
+        return self._result(reply, request)
+
+    async def stream(self, request: ChatRequest) -> Items:
+        """Take the next reply and yield it bit by bit, and the whole of it last."""
+        reply = await self._next(request, streamed=True)
+        result = self._result(reply, request)
+        wait = reply.delay
+        for chunk in _chunks(reply, result):
+            await asyncio.sleep(wait)
+            yield chunk
+            wait = reply.piece_delay
+        await asyncio.sleep(wait)
+        if reply.error is not None:
+            raise self._named(reply.error)
+        yield result
+
+    async def client(self) -> Lease[Client]:
+        """Refuse: there is nothing behind a mock that a client could reach."""
+        raise ScriptError(
+            "MockLLMAdapter only answers complete and stream: it has no connection to"
+            " ask for models, for a key's validity or for a count of tokens"
+        )
+
+    async def _next(self, request: ChatRequest, *, streamed: bool) -> Reply:
+        asked = MockRequest(self.provider.name, self.model_name, request, streamed)
+        return await _reply(self._script.next(asked), request)
+
+    def _result(self, reply: Reply, request: ChatRequest) -> ChatResult:
+        if reply.result is not None:
+            result = reply.result.model_copy(deep=True)
+            result.service = result.service or self.provider.name
+            result.model = result.model or self.model_name
+            return result
+        text = reply.text or "".join(reply.pieces)
+        calls = [_tool_call(call, i) for i, call in enumerate(reply.tool_calls, 1)]
+        return ChatResult(
+            text=text,
+            token_usage=reply.usage or _counted(request, text),
+            tool_calls=calls,
+            finish_reason=reply.finish_reason or ("tool_calls" if calls else "stop"),
+            reasoning=reply.reasoning,
+            service=self.provider.name,
+            model=self.model_name,
+        )
+
+    def _named(self, error: Exception) -> Exception:
+        """Fill in whose error it is, as the real adapter does."""
+        if isinstance(error, LLMServiceError | APIKeyError):
+            error.service = error.service or self.provider.name
+            error.model = error.model or self.model_name
+        return error
+
+
+class _Script:
+    """The replies of a mock, and what was asked of it: one for all its models."""
+
+    def __init__(self, replies: Sequence[Script], default: Script | None) -> None:
+        self.requests: list[MockRequest] = []
+        self.replies: deque[Script] = deque(replies)
+        self._given = len(replies)
+        if default is None and not replies:
+            default = "Hello from the mock."
+        self._default = default
+
+    def add(self, replies: Sequence[Script]) -> None:
+        self.replies.extend(replies)
+        self._given += len(replies)
+
+    def next(self, asked: MockRequest) -> Script:
+        self.requests.append(asked)
+        if self.replies:
+            return self.replies.popleft()
+        if self._default is None:
+            raise ScriptError(
+                f"the mock has no reply left: it was given {self._given}, and this is"
+                f" request {len(self.requests)}:\n  {_line(asked)}\nGive it one more, or"
+                " a default"
+            )
+        return self._default
+
+
+async def _reply(script: Any, request: ChatRequest) -> Reply:
+    """Turn whatever was scripted into one form."""
+    if isinstance(script, Reply):
+        return script
+    if isinstance(script, str):
+        return Reply(text=script)
+    if isinstance(script, ChatResult):
+        return Reply(result=script)
+    if isinstance(script, type) and issubclass(script, Exception):
+        script = script("scripted")
+    if isinstance(script, Exception):
+        return Reply(error=script)
+    if isinstance(script, list | tuple):
+        return Reply(pieces=script)
+    if callable(script):
+        made = script(request)
+        return await _reply(await made if inspect.isawaitable(made) else made, request)
+    raise TypeError(
+        f"{type(script).__name__} is no reply: script a str, a Reply, a ChatResult, an"
+        " exception, a list of pieces, or a function of the request that returns one"
+    )
+
+
+def _chunks(reply: Reply, result: ChatResult) -> Iterator[StreamChunk]:
+    if reply.error is not None and not reply.pieces and not reply.text:
+        return
+    if result.reasoning:
+        yield StreamChunk(reasoning=result.reasoning)
+    for piece in reply.pieces or re.findall(r"\S+\s*|\s+", result.text):
+        yield StreamChunk(text=piece)
+    for index, call in enumerate(result.tool_calls):
+        yield StreamChunk(
+            tool_call=ToolCallDelta(index, call.id, call.name, call.arguments_text)
+        )
+
+
+def _tool_call(call: tuple[str, Mapping[str, Any]] | ToolCall, number: int) -> ToolCall:
+    if isinstance(call, ToolCall):
+        return call
+    name, arguments = call
+    return ToolCall(
+        id=f"call_{number}",
+        name=name,
+        arguments=dict(arguments),
+        arguments_text=json.dumps(arguments),
+    )
+
+
+def _counted(request: ChatRequest, text: str) -> TokenUsage:
+    """Count words for tokens: the same each time, and not zero."""
+    read = sum(len(str(m.get("content") or "").split()) for m in request.messages)
+    written = len(text.split())
+    return TokenUsage(input=read, output=written, total=read + written)
+
+
+def _line(asked: MockRequest) -> str:
+    last = asked.messages[-1] if asked.messages else {}
+    said = " ".join(str(last.get("content")).split())
+    said = said if len(said) <= 60 else said[:59] + "…"
+    return f"{asked.provider}/{asked.model}, {last.get('role')}: {said!r}"
+
+
+# --- what was asked ------------------------------------------------------------------
+
+
+class Asked(Protocol):
+    """A request that can be looked at: a `MockRequest`, or one of a cassette."""
+
+    def as_data(self) -> Mapping[str, Any]:
+        """Return its fields."""
+        ...
+
+
+class _AsksSomething(Protocol):
+    @property
+    def requests(self) -> Sequence[Asked]: ...
+
+
+def assert_request(
+    where: Asked | Sequence[Asked] | _AsksSomething,
+    *,
+    times: int | None = None,
+    **expected: Any,
+) -> None:
+    """Assert that a request was made, and show the nearest one if none fits.
+
+    Args:
+        where: A mock, a cassette, its `requests`, or one of them.
+        times: How many requests are to fit; None is satisfied with any number but 0.
+        **expected: Fields and their values. For a mock: provider, model, messages,
+            tools, streamed, temperature, … For a cassette: method, host, path, and the
+            fields of the JSON that was sent. A value may be anything that equals, such
+            as `unittest.mock.ANY`; `...` stands for any value of a field that is there.
+    """
+    __tracebackhide__ = True
+    found = [asked.as_data() for asked in _requests(where)]
+    missing = [_missing(expected, data) for data in found]
+    fitting = sum(not different for different in missing)
+    if fitting == times or (times is None and fitting):
+        return
+    wanted = ", ".join(f"{name}={_brief(value)}" for name, value in expected.items())
+    wanted = f"with {wanted}" if wanted else "at all"
+    if not found:
+        raise AssertionError(f"no request was made {wanted}")
+    if fitting:
+        raise AssertionError(
+            f"{fitting} of {len(found)} requests were made {wanted}, not {times}"
+        )
+    nearest = min(range(len(found)), key=lambda i: len(missing[i]))
+    which = (
+        "the request" if len(found) == 1 else f"request {nearest + 1} of {len(found)}"
+    )
+    raise AssertionError(
+        f"no request was made {wanted}\n{which} differs in:\n"
+        + explain(missing[nearest], ("expected", "was"))
+    )
+
+
+def _requests(where: Any) -> Sequence[Asked]:
+    if hasattr(where, "requests"):
+        where = where.requests
+    return [where] if hasattr(where, "as_data") else list(where)
+
+
+def _missing(expected: Mapping[str, Any], data: Mapping[str, Any]) -> list[Difference]:
+    wanted = {k: v for k, v in expected.items() if not (v is ... and k in data)}
+    return differences(wanted, {name: data[name] for name in wanted if name in data})
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:59] + "…"
