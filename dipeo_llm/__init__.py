@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dipeo_llm.adapter import BaseLLMAdapter, create_adapter
     from dipeo_llm.domain import (
+        Capabilities,
         ChatResult,
         ImageGenerationResult,
         LLMRequestOptions,
@@ -18,8 +19,11 @@ if TYPE_CHECKING:
         Person,
         PersonLLMConfig,
         RateLimits,
+        StreamChunk,
+        TokenCount,
         TokenUsage,
         ToolCall,
+        ToolCallDelta,
         ToolConfig,
         ToolOutput,
         ToolType,
@@ -47,6 +51,7 @@ if TYPE_CHECKING:
     from dipeo_llm.ports import APIKeyPort, LLMDomainService, LLMServicePort
     from dipeo_llm.service import LLMInfraService
     from dipeo_llm.settings import Settings
+    from dipeo_llm.streaming import ChatStream
     from dipeo_llm.system_prompt_handler import SystemPromptHandler
 
 __all__ = [
@@ -54,7 +59,9 @@ __all__ = [
     "APIKeyNotFoundError",
     "APIKeyPort",
     "BaseLLMAdapter",
+    "Capabilities",
     "ChatResult",
+    "ChatStream",
     "ContentFilterError",
     "ContextWindowError",
     "DiPeOLLMError",
@@ -80,11 +87,14 @@ __all__ = [
     "Settings",
     "SettingsError",
     "StaticAPIKeys",
+    "StreamChunk",
     "StreamInterruptedError",
     "StructuredOutputError",
     "SystemPromptHandler",
+    "TokenCount",
     "TokenUsage",
     "ToolCall",
+    "ToolCallDelta",
     "ToolConfig",
     "ToolOutput",
     "ToolType",
@@ -102,6 +112,7 @@ _MODULES = (
     "keys",
     "system_prompt_handler",
     "message_formatter",
+    "streaming",
     "adapter",
     "service",
 )

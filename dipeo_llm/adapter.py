@@ -189,6 +189,7 @@ class _Call:
     shape: Shape
     exchange: Exchange
     stream: bool
+    queued: float = 0.0
 
     @property
     def format(self) -> str | None:
@@ -207,21 +208,17 @@ class LiteLLMAdapter(BaseLLMAdapter):
         """Make one attempt at a request."""
         call = await self._call(request, stream=False)
         limit = asyncio.timeout(request.timeout)
-        try:
-            async with limit, await self.client() as client:
-                if self._direct(call):
-                    await self._send(call, client)
-                    body = self._checked(call)
-                    self._log_left_out(call)
-                else:
-                    body = await self._through_litellm(call, client)
-        except TimeoutError as exc:
-            if not limit.expired():
-                raise self._failure(call, exc) from exc
-            raise LLMTimeoutError(
-                f"{self.provider.name} did not answer within {request.timeout:g} s",
-                **self._fields(),
-            ) from None
+        async with await self.client() as client, client.turn() as call.queued:
+            try:
+                async with limit:
+                    if self._direct(call):
+                        await self._send(call, client)
+                        body = self._checked(call)
+                    else:
+                        body = await self._through_litellm(call, client)
+            except TimeoutError as exc:
+                raise self._timed_out(call, limit, exc) from exc
+        self._log_left_out(call)
         return self._result(call, body)
 
     async def stream(self, request: ChatRequest) -> Items:
@@ -229,16 +226,34 @@ class LiteLLMAdapter(BaseLLMAdapter):
         call = await self._call(request, stream=True)
         reader = answers.STREAMS[call.format or "openai"]()
         pieces = self._direct_pieces if self._direct(call) else self._litellm_pieces
-        async with await self.client() as client:
+        limit = asyncio.timeout(request.timeout)
+        async with await self.client() as client, client.turn() as call.queued:
             chunks = pieces(call, client, reader)
             try:
+                async with limit:
+                    first = await anext(chunks, None)
+                if first is not None:
+                    yield first
                 async for chunk in chunks:
                     yield chunk
+            except TimeoutError as exc:
+                raise self._timed_out(call, limit, exc) from exc
             finally:
                 await chunks.aclose()
         self._check_end(call, reader)
         self._log_left_out(call)
         yield self._result(call, reader.body())
+
+    def _timed_out(
+        self, call: "_Call", limit: asyncio.Timeout, exc: TimeoutError
+    ) -> Exception:
+        """Tell the attempt's own limit from a silence on the wire."""
+        if not limit.expired():
+            return self._failure(call, exc)
+        return LLMTimeoutError(
+            f"{self.provider.name} did not answer within {call.request.timeout:g} s",
+            **self._fields(),
+        )
 
     async def _call(self, request: ChatRequest, *, stream: bool) -> _Call:
         litellm = await load_litellm()
@@ -325,7 +340,6 @@ class LiteLLMAdapter(BaseLLMAdapter):
         except Exception as exc:
             raise self._failure(call, exc) from exc
         self._check_seen(call)
-        self._log_left_out(call)
         if call.format is None:
             return dict(response.model_dump())
         return self._checked(call)
@@ -568,6 +582,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
                 call.litellm, self.provider, self.model_name, usage
             ),
             request_id=failures.request_id(headers) or reading.id,
+            queued=call.queued,
             reasoning=reading.reasoning,
             rate_limits=rate_limits(headers),
             refusal=reading.refusal,

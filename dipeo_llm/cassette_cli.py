@@ -1,4 +1,4 @@
-"""`dipeo-llm cassettes`: look after recordings. Prints; what it prints is `cassettes`'."""
+"""`dipeo-llm cassettes`: look after recordings. Prints; what it prints is `cassette_folder`'s."""
 
 import argparse
 import sys
@@ -35,13 +35,13 @@ def add_parser(subparsers: Any) -> None:
 
 async def check(options: argparse.Namespace) -> int:
     """Print what is wrong with a folder's cassettes, one line for each."""
-    cassettes = _cassettes()
-    if cassettes is None:
+    cassette_folder = _cassette_folder()
+    if cassette_folder is None:
         return 1
-    problems = cassettes.check(options.folder)
+    problems = cassette_folder.check(options.folder)
     for problem in problems:
         sys.stdout.write(f"{problem}\n")
-    count = len(cassettes.files(options.folder))
+    count = len(cassette_folder.files(options.folder))
     noun = "cassette" if count == 1 else "cassettes"
     verdict = f"{len(problems)} problems" if problems else "no secret found"
     sys.stderr.write(f"dipeo-llm: {count} {noun}, {verdict}\n")
@@ -50,21 +50,21 @@ async def check(options: argparse.Namespace) -> int:
 
 async def list_(options: argparse.Namespace) -> int:
     """Print a table of a folder's cassettes."""
-    cassettes = _cassettes()
-    if cassettes is None:
+    cassette_folder = _cassette_folder()
+    if cassette_folder is None:
         return 1
     try:
-        sys.stdout.write(cassettes.list_table(options.folder))
-    except cassettes.CassetteError as exc:
+        sys.stdout.write(cassette_folder.list_table(options.folder))
+    except cassette_folder.CassetteError as exc:
         sys.stderr.write(f"dipeo-llm: {exc}\n")
         return 1
     return 0
 
 
-def _cassettes() -> Any:
+def _cassette_folder() -> Any:
     try:
-        from dipeo_llm import cassettes
+        from dipeo_llm import cassette_folder
     except ModuleNotFoundError:
         sys.stderr.write(f"dipeo-llm: {_MISSING}\n")
         return None
-    return cassettes
+    return cassette_folder

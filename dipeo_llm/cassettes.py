@@ -4,44 +4,51 @@ The file is vcrpy's, so that its tools and people can read it; what to match, wh
 leave out and when to fail is decided here. Needs `dipeo-llm[testing]`.
 """
 
-import json
 import os
-import re
 import threading
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 import pytest
-from vcr.request import Request as VcrRequest
-from vcr.serialize import deserialize, serialize
-from vcr.serializers import yamlserializer
 
 from dipeo_llm import matching, providers
-from dipeo_llm.interception import (
-    Answer,
-    Request,
-    intercept,
-    pieces_of,
-    unpack,
-    with_pieces,
+from dipeo_llm.cassette_file import (
+    CassetteError,
+    Exchange,
+    as_text,
+    holds_something,
+    host_of,
+    origin_of,
+    read,
+    scrubbed,
+    secrets_in,
+    shown,
 )
+from dipeo_llm.cassette_folder import Problem, check, list_table
+from dipeo_llm.interception import Answer, Request, intercept
 from dipeo_llm.network_guard import block_network
-from dipeo_llm.scrubbing import (
-    ID_HEADERS,
-    PLACEHOLDER,
-    REQUEST_HEADERS,
-    RESPONSE_HEADERS,
-    Secrets,
-    is_secret_header,
-    told_over_events,
-)
+from dipeo_llm.scrubbing import Secrets
+
+__all__ = [
+    "REPLAY_KEY",
+    "Cassette",
+    "CassetteError",
+    "CassetteMismatchError",
+    "CassetteUnusedError",
+    "Exchange",
+    "Problem",
+    "SecretLeftError",
+    "StaleCassetteWarning",
+    "check",
+    "list_table",
+    "opened",
+    "use_cassette",
+]
 
 Mode: TypeAlias = Literal["none", "once", "new", "all"]
 """What is recorded: nothing; everything where there is no file yet; what the file does
@@ -49,17 +56,6 @@ not answer; everything."""
 
 REPLAY_KEY: Final = "key-of-the-replay"
 """Stands in the environment for each provider's key that is not set, in a replay."""
-
-
-class CassetteError(pytest.fail.Exception):
-    """A test and its cassette do not go together.
-
-    Like every outcome of pytest it is no `Exception`: nothing between the request and
-    the test takes it for an error of the provider, retries it or swallows it.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, pytrace=False)
 
 
 class CassetteMismatchError(CassetteError):
@@ -76,17 +72,6 @@ class SecretLeftError(CassetteError):
 
 class StaleCassetteWarning(UserWarning):
     """A cassette is older than the test run wants them to be."""
-
-
-@dataclass(slots=True, eq=False)
-class Exchange:
-    """A request and its answer."""
-
-    request: Request
-    answer: Answer
-    used: bool = False
-    recorded_at: datetime | None = None
-    recorded_by: str = ""
 
 
 class Cassette:
@@ -129,12 +114,12 @@ class Cassette:
         self._again = again
         self._lock = threading.Lock()
         self._changed = False
-        self.is_there = _holds_something(self.path)
+        self.is_there = holds_something(self.path)
         self._recorded = read(self.path) if self.is_there and record != "all" else []
         self._new: list[Exchange] = []
 
     def __repr__(self) -> str:
-        return f"Cassette({_shown(self.path)!r}, {self.mode!r}, {len(self)} exchanges)"
+        return f"Cassette({shown(self.path)!r}, {self.mode!r}, {len(self)} exchanges)"
 
     def __len__(self) -> int:
         return len(self.exchanges)
@@ -205,7 +190,7 @@ class Cassette:
         lines = [f"  exchange {number[id(e)]}: {self._line(e)}" for e in unused]
         raise CassetteUnusedError(
             f"{len(unused)} of {len(self._recorded)} recorded exchanges of"
-            f" {_shown(self.path)} were not used:\n"
+            f" {shown(self.path)} were not used:\n"
             + "\n".join(lines)
             + f"\nThe test no longer makes these calls. If that is wanted,\n"
             f"  {self._again.format(mode='new')}\ndrops them; allow_unused=True lets them"
@@ -226,11 +211,11 @@ class Cassette:
             for number, exchange in enumerate(kept, 1)
             for finding in secrets_in(exchange, self.secrets)
         ]
-        text = self.secrets.scrub(self._head(kept)) + _as_text(kept)
+        text = self.secrets.scrub(self._head(kept)) + as_text(kept)
         left += [f"  {f.what}" for f in self.secrets.find(text) if not left]
         if left:
             raise SecretLeftError(
-                f"{_shown(self.path)} was not written, a secret would be in it:\n"
+                f"{shown(self.path)} was not written, a secret would be in it:\n"
                 + "\n".join(left)
                 + "\nA model that repeats a key, or a key inside of other data, cannot be"
                 " scrubbed without damage: change the test."
@@ -270,7 +255,7 @@ class Cassette:
     def _explain(self, asked: Mapping[str, Any]) -> str:
         again = self._again.format(mode="new" if self._recorded else "once")
         lines = [
-            f"no exchange of {_shown(self.path)} answers this request:",
+            f"no exchange of {shown(self.path)} answers this request:",
             f"  {matching.summary(asked)}",
         ]
         same = [e for e in self._recorded if not self._different(e, asked)]
@@ -300,8 +285,8 @@ class Cassette:
         return "\n".join(lines)
 
     def _head(self, kept: Sequence[Exchange]) -> str:
-        origin = self._origin or _old_origin(self.path)
-        hosts = dict.fromkeys(_host(e.request.uri) for e in kept)
+        origin = self._origin or origin_of(self.path)
+        hosts = dict.fromkeys(host_of(e.request.uri) for e in kept)
         dates = sorted(e.recorded_at for e in kept if e.recorded_at)
         by = next((e.recorded_by for e in reversed(kept) if e.recorded_by), "")
         lines = [f"Recorded from: {origin or ', '.join(hosts)}"]
@@ -352,7 +337,7 @@ def warn_if_stale(cassette: Cassette, most_days: float) -> None:
         return
     if age is None or age > most_days:
         known = "of unknown age" if age is None else f"{age:.0f} days old"
-        message = f"{_shown(cassette.path)} is {known}; --llm-max-age is {most_days:g}"
+        message = f"{shown(cassette.path)} is {known}; --llm-max-age is {most_days:g}"
         warnings.warn(StaleCassetteWarning(message), stacklevel=2)
 
 
@@ -374,309 +359,8 @@ def _no_waits() -> Iterator[None]:
         yield
 
 
-# --- the file ------------------------------------------------------------------------
-
-
-def read(path: Path) -> list[Exchange]:
-    """Return the exchanges of a file of ours or of vcrpy's.
-
-    Raises:
-        CassetteError: It cannot be read.
-    """
-    try:
-        found = deserialize(path.read_text(encoding="utf-8"), yamlserializer)
-        pairs = list(zip(found[0], found[1], strict=True))
-        return [_exchange(request, answer) for request, answer in pairs]
-    except Exception as exc:
-        raise CassetteError(f"{_shown(path)} is no cassette: {exc!r}") from exc
-
-
-def _exchange(request: Any, answer: Answer) -> Exchange:
-    recorded = answer.pop("recorded", None) or {}
-    answer["headers"] = {
-        name: values if isinstance(values, list) else [values]
-        for name, values in answer["headers"].items()
-    }
-    body = request.body
-    if not isinstance(body, bytes | None):
-        body = json.dumps(body).encode() if isinstance(body, dict) else b"".join(body)
-    asked = Request(request.method, request.uri, dict(request.headers), body or b"")
-    return Exchange(
-        asked,
-        _unpacked(answer),
-        recorded_at=_when(recorded.get("at")),
-        recorded_by=recorded.get("by") or "",
-    )
-
-
-def _unpacked(answer: Answer) -> Answer:
-    """Take off the compression that vcrpy by itself leaves on."""
-    names = [n for n in answer["headers"] if n.lower() == "content-encoding"]
-    for name in names:
-        (encoding, *_) = answer["headers"].pop(name)
-        try:
-            return with_pieces(answer, unpack(encoding, pieces_of(answer)))
-        except Exception:  # noqa: BLE001 - aiohttp had taken it off, and left the header
-            return answer
-    return answer
-
-
-def scrubbed(exchange: Exchange, secrets: Secrets) -> Exchange:
-    """Return what may be kept of an exchange."""
-    request, answer = exchange.request, exchange.answer
-    pieces = pieces_of(answer)
-    cuts = [sum(len(p) for p, _ in pieces[:i]) for i in range(1, len(pieces) + 1)]
-    body, moved = secrets.scrub_pieces(b"".join(p for p, _ in pieces), cuts)
-    starts = [0, *moved]
-    cut = [(body[a:b], pieces[i][1]) for i, (a, b) in enumerate(_pairs(starts))]
-    headers = {
-        name: [PLACEHOLDER]
-        if name.lower() in ID_HEADERS
-        else [*map(secrets.scrub, values)]
-        for name, values in answer["headers"].items()
-        if name.lower() in ID_HEADERS or RESPONSE_HEADERS.fullmatch(name.lower())
-    }
-    asked = Request(
-        request.method,
-        secrets.scrub(request.uri),
-        {
-            name: secrets.scrub(value)
-            for name, value in request.headers.items()
-            if name.lower() in REQUEST_HEADERS
-        },
-        secrets.scrub_pieces(request.body, ())[0],
-    )
-    kept = with_pieces({**answer, "headers": headers}, cut)
-    return Exchange(asked, kept, True, exchange.recorded_at, exchange.recorded_by)
-
-
-def secrets_in(exchange: Exchange, secrets: Secrets) -> list[str]:
-    """Say where an exchange holds a secret, without its value."""
-    request, answer = exchange.request, exchange.answer
-    sent = request.body.decode(errors="backslashreplace")
-    came = (answer["body"].get("string") or b"").decode(errors="backslashreplace")
-    values = [(f"request header {k}", v) for k, v in request.headers.items()]
-    values += [(f"header {k}", v) for k, vs in answer["headers"].items() for v in vs]
-    places = [("URL", request.uri), ("request", sent), *values, ("answer", came)]
-    found = [f"{where}: {f.what}" for where, text in places for f in secrets.find(text)]
-    found += [
-        f"{name}: a header that is not to be kept"
-        for name, value in values
-        if is_secret_header(name.rpartition(" ")[2]) and value != PLACEHOLDER
-    ]
-    found += [
-        f"answer, over several events: {f.what}"
-        for text in told_over_events(came)
-        for f in secrets.find(text)
-    ]
-    return [
-        f"{text} (×{times})" if times > 1 else text
-        for text, times in Counter(found).items()
-    ]
-
-
-def _as_text(kept: Sequence[Exchange]) -> str:
-    responses = []
-    for exchange in kept:
-        response = {**exchange.answer, "body": dict(exchange.answer["body"])}
-        if exchange.recorded_at:
-            at = exchange.recorded_at.strftime("%Y-%m-%dT%H:%M:%SZ")
-            response["recorded"] = {"at": at, "by": exchange.recorded_by}
-        responses.append(response)
-    requests = [
-        VcrRequest(
-            e.request.method, e.request.uri, e.request.body or None, e.request.headers
-        )
-        for e in kept
-    ]
-    text: str = serialize(
-        {"requests": requests, "responses": responses}, yamlserializer
-    )
-    return text
-
-
-def _pairs(cuts: Sequence[int]) -> Iterator[tuple[int, int]]:
-    return zip(cuts, cuts[1:], strict=False)
-
-
-def _holds_something(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0
-
-
-def _shown(path: Path) -> str:
-    path = path.absolute()
-    here = Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
-
-
-def _host(uri: str) -> str:
-    return re.sub(r"^\w+://(?:[^/@]*@)?([^/?#]*).*", r"\1", uri)
-
-
-def _when(value: Any) -> datetime | None:
-    """Read a time; YAML makes one of it by itself unless it is quoted."""
-    try:
-        at = (
-            value if isinstance(value, datetime) else datetime.fromisoformat(str(value))
-        )
-    except ValueError:
-        return None
-    return at if at.tzinfo else at.replace(tzinfo=UTC)
-
-
 def _age(dates: Sequence[datetime | None], now: datetime | None = None) -> float | None:
     known = [date for date in dates if date]
     if not known or len(known) < len(dates):
         return None
     return ((now or datetime.now(UTC)) - min(known)).total_seconds() / 86_400
-
-
-# --- folders of them -----------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Something in a folder of cassettes that should not be there."""
-
-    path: Path
-    what: str
-
-    def __str__(self) -> str:
-        return f"{_shown(self.path)}: {self.what}"
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """What a cassette says about itself."""
-
-    path: Path
-    exchanges: int
-    models: tuple[str, ...]
-    hosts: tuple[str, ...]
-    origin: str
-    by: str
-    recorded_at: datetime | None = field(default=None)
-    """When its oldest exchange was recorded."""
-
-
-def files(folder: str | os.PathLike[str]) -> list[Path]:
-    """Return the cassettes of a folder and of those in it, sorted.
-
-    Raises:
-        FileNotFoundError: There is no such folder.
-    """
-    root = Path(folder)
-    if root.is_file():
-        return [root]
-    if not root.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}")
-    return sorted(p for end in ("yaml", "yml") for p in root.rglob(f"*.{end}"))
-
-
-def check(folder: str | os.PathLike[str]) -> list[Problem]:
-    """Look for secrets in every cassette of a folder, and for files that are none.
-
-    Values of the environment's keys count, and whatever looks like a key, a token, a
-    cookie, or the id of a request or an organisation. No problem shows a value.
-
-    Raises:
-        FileNotFoundError: There is no such folder.
-    """
-    secrets = Secrets()
-    secrets.learn_from_environment()
-    problems: list[Problem] = []
-    for path in files(folder):
-        try:
-            exchanges = read(path)
-        except CassetteError as exc:
-            problems.append(Problem(path, str(exc)))
-            continue
-        problems += [
-            Problem(path, f"exchange {number}, {finding}")
-            for number, exchange in enumerate(exchanges, 1)
-            for finding in secrets_in(exchange, secrets)
-        ]
-        comments = "\n".join(_comments(path))
-        problems += [Problem(path, f"head: {f.what}") for f in secrets.find(comments)]
-    return problems
-
-
-def entries(folder: str | os.PathLike[str]) -> list[Entry]:
-    """Return what each cassette of a folder says about itself.
-
-    Raises:
-        FileNotFoundError: There is no such folder.
-        CassetteError: A file is no cassette.
-    """
-    return [_entry(path) for path in files(folder)]
-
-
-def _entry(path: Path) -> Entry:
-    exchanges = read(path)
-    head = "\n".join(_comments(path))
-    on = re.search(r"^# on (\S+) by (.+)$", head, re.MULTILINE)
-    dates = [e.recorded_at for e in exchanges if e.recorded_at]
-    by = next((e.recorded_by for e in reversed(exchanges) if e.recorded_by), "")
-    return Entry(
-        path,
-        len(exchanges),
-        tuple(dict.fromkeys(filter(None, (_model(e.request) for e in exchanges)))),
-        tuple(dict.fromkeys(_host(e.request.uri) for e in exchanges)),
-        _old_origin(path) or "",
-        by or (on[2] if on else ""),
-        min(dates) if dates else _when(on[1]) if on else None,
-    )
-
-
-def _model(request: Request) -> str | None:
-    named = request.as_data().get("model")
-    in_path = re.search(r"/models/([^/:?]+):", request.uri)
-    return str(named) if named else in_path[1] if in_path else None
-
-
-def _comments(path: Path) -> list[str]:
-    lines: list[str] = []
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if not line.startswith("#"):
-                break
-            lines.append(line.rstrip())
-    return lines
-
-
-def _old_origin(path: Path) -> str | None:
-    """Return where the file that is there says it was recorded from."""
-    comments = _comments(path) if _holds_something(path) else []
-    found = re.search(r"^# Recorded from: (.+)$", "\n".join(comments), re.MULTILINE)
-    return found[1] if found else None
-
-
-def list_table(folder: str | os.PathLike[str]) -> str:
-    """Return the cassettes of a folder as a table, oldest first.
-
-    Raises:
-        FileNotFoundError: There is no such folder.
-        CassetteError: A file is no cassette.
-    """
-    root = Path(folder)
-    now = datetime.now(UTC)
-    head = ("cassette", "calls", "model", "from", "recorded", "days", "by")
-    rows = [head]
-    never = datetime.min.replace(tzinfo=UTC)
-    for entry in sorted(entries(root), key=lambda e: (e.recorded_at or never, e.path)):
-        at = entry.recorded_at
-        name = entry.path.relative_to(root) if root.is_dir() else entry.path
-        rows.append(
-            (
-                str(name.with_suffix("")),
-                str(entry.exchanges),
-                ", ".join(entry.models) or "-",
-                entry.origin or ", ".join(entry.hosts) or "-",
-                f"{at:%Y-%m-%d}" if at else "?",
-                str((now - at).days) if at else "?",
-                entry.by or "?",
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-    return "".join(f"{line}\n" for line in lines)

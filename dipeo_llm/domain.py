@@ -240,6 +240,8 @@ class ChatResult(BaseModel):
     """The provider's name for the request."""
     attempts: int = 1
     """Requests that this call made, the successful one included."""
+    queued: float = 0.0
+    """Seconds that the successful one waited for a turn, under `max_concurrency`."""
     cached: bool = False
     """True where a response cache answered and nothing was sent."""
     reasoning: str | None = None

@@ -131,7 +131,7 @@ def _mode(config: pytest.Config) -> Any:
 
 def _path(node: pytest.Item, name: str | None) -> Path:
     """Return `<root>/<module>/<test>.yaml`, or `<root>/<name>.yaml`."""
-    root = node.config.rootpath / node.config.getini("llm_cassette_dir")
+    root: Path = node.config.rootpath / node.config.getini("llm_cassette_dir")
     if name is not None:
         path = root / f"{name.removesuffix('.yaml')}.yaml"
         if not path.resolve().is_relative_to(root.resolve()):

@@ -28,7 +28,6 @@ from dipeo_llm.errors import (
     DiPeOLLMError,
     InvalidRequestError,
     LLMServiceError,
-    LLMTimeoutError,
 )
 from dipeo_llm.keys import find_key
 from dipeo_llm.litellm_gate import (
@@ -444,19 +443,10 @@ class LLMInfraService:
 
         async def attempt() -> tuple[Items, StreamChunk | ChatResult]:
             items = adapter.stream(request)
-            limit = asyncio.timeout(request.timeout)
             try:
-                async with limit:
-                    return items, await anext(items)
-            except BaseException as exc:
+                return items, await anext(items)
+            except BaseException:
                 await items.aclose()
-                if isinstance(exc, TimeoutError) and limit.expired():
-                    raise LLMTimeoutError(
-                        f"{adapter.provider.name} sent nothing within"
-                        f" {request.timeout:g} s",
-                        service=adapter.provider.name,
-                        model=adapter.model_name,
-                    ) from None
                 raise
 
         (items, first), attempts = await self._retried(

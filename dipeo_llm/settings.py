@@ -56,8 +56,12 @@ class Settings:
     """Sent with every request, to every provider."""
     max_connections: int = 100
     """Open connections of one client."""
+    max_concurrency: int | None = None
+    """Requests in flight of one client; the others queue, first come first served."""
     max_clients: int = 64
     """Open clients, one per loop, provider, base URL and key; the oldest idle one goes."""
+    allow_private_urls: bool = False
+    """Whether a picture or file in a message may be fetched from a private address."""
     client_ttl: float = 3600.0
     """Seconds that a client is reused; then it closes when its last call has ended."""
     close_grace: float = 5.0

@@ -13,8 +13,10 @@ import ipaddress
 import json
 import os
 import ssl
+import time
 import urllib.request
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -119,8 +121,24 @@ class Client:
             headers={"User-Agent": USER_AGENT},
             skip_auto_headers=("Accept",),
         )
+        limit = settings.max_concurrency
+        self._turns = asyncio.Semaphore(limit) if limit is not None else None
         self.sdk: Any = None
         """What LiteLLM takes as `client=`; made by the adapter."""
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[float]:
+        """Wait for a turn, first come first served; give it back at the end.
+
+        Yields:
+            Seconds waited. A caller that is cancelled while it waits takes no turn.
+        """
+        if self._turns is None:
+            yield 0.0
+            return
+        came = time.monotonic()
+        async with self._turns:
+            yield time.monotonic() - came
 
     async def send(
         self,

@@ -1,0 +1,151 @@
+"""Folders of cassettes: what is in them, how old it is, and whether a secret is left."""
+
+import os
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from dipeo_llm.cassette_file import (
+    CassetteError,
+    comments_of,
+    host_of,
+    origin_of,
+    read,
+    secrets_in,
+    shown,
+    when,
+)
+from dipeo_llm.interception import Request
+from dipeo_llm.scrubbing import Secrets
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something in a folder of cassettes that should not be there."""
+
+    path: Path
+    what: str
+
+    def __str__(self) -> str:
+        return f"{shown(self.path)}: {self.what}"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a cassette says about itself."""
+
+    path: Path
+    exchanges: int
+    models: tuple[str, ...]
+    hosts: tuple[str, ...]
+    origin: str
+    by: str
+    recorded_at: datetime | None = None
+    """When its oldest exchange was recorded."""
+
+
+def files(folder: str | os.PathLike[str]) -> list[Path]:
+    """Return the cassettes of a folder and of those in it, sorted.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+    """
+    root = Path(folder)
+    if root.is_file():
+        return [root]
+    if not root.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    return sorted(p for end in ("yaml", "yml") for p in root.rglob(f"*.{end}"))
+
+
+def check(folder: str | os.PathLike[str]) -> list[Problem]:
+    """Look for secrets in every cassette of a folder, and for files that are none.
+
+    Values of the environment's keys count, and whatever looks like a key, a token, a
+    cookie, or the id of a request or an organisation. No problem shows a value.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+    """
+    secrets = Secrets()
+    secrets.learn_from_environment()
+    problems: list[Problem] = []
+    for path in files(folder):
+        try:
+            exchanges = read(path)
+        except CassetteError as exc:
+            problems.append(Problem(path, str(exc)))
+            continue
+        problems += [
+            Problem(path, f"exchange {number}, {finding}")
+            for number, exchange in enumerate(exchanges, 1)
+            for finding in secrets_in(exchange, secrets)
+        ]
+        comments = "\n".join(comments_of(path))
+        problems += [Problem(path, f"head: {f.what}") for f in secrets.find(comments)]
+    return problems
+
+
+def entries(folder: str | os.PathLike[str]) -> list[Entry]:
+    """Return what each cassette of a folder says about itself.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        CassetteError: A file is no cassette.
+    """
+    return [_entry(path) for path in files(folder)]
+
+
+def _entry(path: Path) -> Entry:
+    exchanges = read(path)
+    head = "\n".join(comments_of(path))
+    on = re.search(r"^# on (\S+) by (.+)$", head, re.MULTILINE)
+    dates = [e.recorded_at for e in exchanges if e.recorded_at]
+    by = next((e.recorded_by for e in reversed(exchanges) if e.recorded_by), "")
+    return Entry(
+        path,
+        len(exchanges),
+        tuple(dict.fromkeys(filter(None, (_model(e.request) for e in exchanges)))),
+        tuple(dict.fromkeys(host_of(e.request.uri) for e in exchanges)),
+        origin_of(path) or "",
+        by or (on[2] if on else ""),
+        min(dates) if dates else when(on[1]) if on else None,
+    )
+
+
+def _model(request: Request) -> str | None:
+    named = request.as_data().get("model")
+    in_path = re.search(r"/models/([^/:?]+):", request.uri)
+    return str(named) if named else in_path[1] if in_path else None
+
+
+def list_table(folder: str | os.PathLike[str]) -> str:
+    """Return the cassettes of a folder as a table, oldest first.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        CassetteError: A file is no cassette.
+    """
+    root = Path(folder)
+    now = datetime.now(UTC)
+    head = ("cassette", "calls", "model", "from", "recorded", "days", "by")
+    rows = [head]
+    never = datetime.min.replace(tzinfo=UTC)
+    for entry in sorted(entries(root), key=lambda e: (e.recorded_at or never, e.path)):
+        at = entry.recorded_at
+        name = entry.path.relative_to(root) if root.is_dir() else entry.path
+        rows.append(
+            (
+                str(name.with_suffix("")),
+                str(entry.exchanges),
+                ", ".join(entry.models) or "-",
+                entry.origin or ", ".join(entry.hosts) or "-",
+                f"{at:%Y-%m-%d}" if at else "?",
+                str((now - at).days) if at else "?",
+                entry.by or "?",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return "".join(f"{line}\n" for line in lines)

@@ -1,0 +1,66 @@
+"""What most tests need: a clean environment, a loopback server, keys and a service."""
+
+import os
+from collections.abc import AsyncIterator
+
+import pytest
+
+from dipeo_llm.keys import StaticAPIKeys
+from dipeo_llm.service import LLMInfraService
+from dipeo_llm.settings import Settings
+from tests.provider_server import ProviderServer
+
+PROVIDERS = ("openai", "anthropic", "google", "ollama")
+
+_PREFIXES = (
+    "OPENAI_",
+    "ANTHROPIC_",
+    "GEMINI_",
+    "GOOGLE_",
+    "OLLAMA_",
+    "DIPEO_",
+    "LITELLM_",
+    "SSL_CERT_",
+)
+_SUFFIXES = ("_API_KEY", "_PROXY")
+# The package sets it with LiteLLM's import, for as long as the process lives.
+_KEPT = frozenset({"LITELLM_LOCAL_ANTHROPIC_BETA_HEADERS"})
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take away every variable that could lead a call or a key elsewhere."""
+    for name in set(os.environ) - _KEPT:
+        upper = name.upper()
+        if upper.startswith(_PREFIXES) or upper.endswith(_SUFFIXES):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[ProviderServer]:
+    """Run a loopback server that speaks the wire format of all four providers."""
+    async with ProviderServer() as running:
+        yield running
+
+
+@pytest.fixture
+def keys(server: ProviderServer) -> StaticAPIKeys:
+    """Hold one key for each provider, under its name, all leading to the server."""
+    return StaticAPIKeys(
+        {
+            provider: {
+                "key": f"sk-test-{provider}",
+                "service": provider,
+                "base_url": server.base_url(provider),
+            }
+            for provider in PROVIDERS
+        }
+    )
+
+
+@pytest.fixture
+async def service(keys: StaticAPIKeys) -> AsyncIterator[LLMInfraService]:
+    """Open a service on the server that hardly waits before a retry."""
+    settings = Settings(retry_wait=0.01, retry_wait_max=0.05, timeout=20)
+    async with LLMInfraService(keys, settings=settings) as opened:
+        yield opened

@@ -1,0 +1,827 @@
+"""The command `dipeo-llm`, against a server that speaks the providers' formats."""
+
+import asyncio
+import io
+import json
+import os
+import pty
+import signal
+import sys
+from asyncio.subprocess import PIPE, Process, create_subprocess_exec
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dipeo_llm.cli import main
+from tests.conftest import PROVIDERS
+from tests.provider_server import (
+    MISSING_MODEL,
+    Answer,
+    Fault,
+    ProviderServer,
+    Raw,
+    error,
+)
+
+MODELS = {
+    "openai": "gpt-4.1-nano",
+    "anthropic": "claude-haiku-4-5",
+    "google": "gemini-2.5-flash",
+    "ollama": "llama3.2:1b",
+}
+HOSTILE = "\x1b]0;mine\x07\x1b[2Jred\x9b31m\r\x7f over\u202eturned\tok\n2"
+HARMLESS = r"\x1b]0;mine\x07\x1b[2Jred\x9b31m\x7f over\u202eturned" + "\tok\n2"
+
+Run = Callable[..., Awaitable[tuple[int, str, str]]]
+
+
+@pytest.fixture
+def environment(server: ProviderServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set what a user sets: keys, the providers' addresses, and no retries."""
+    for provider in PROVIDERS:
+        name = f"DIPEO_LLM_{provider.upper()}_BASE_URL"
+        monkeypatch.setenv(name, server.base_url(provider))
+    for provider in ("OPENAI", "ANTHROPIC", "GEMINI"):
+        monkeypatch.setenv(f"{provider}_API_KEY", f"sk-{provider.lower()}")
+    monkeypatch.setenv("DIPEO_LLM_MAX_RETRIES", "0")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in this process; give its exit code, output and complaints."""
+
+    async def running(*argv: str) -> tuple[int, str, str]:
+        code = await asyncio.to_thread(main, argv)
+        return code, *capsys.readouterr()
+
+    return running
+
+
+async def start(*argv: str, **options: Any) -> Process:
+    """Start the command as a process of its own."""
+    settings = {"stdin": asyncio.subprocess.DEVNULL, "stdout": PIPE, "stderr": PIPE}
+    extra = options.pop("env", {})
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    return await create_subprocess_exec(
+        sys.executable,
+        *("-m", "dipeo_llm", *argv),
+        env=env | extra,
+        **settings | options,
+    )
+
+
+async def finish(process: Process, stdin: bytes | None = None) -> tuple[int, str, str]:
+    """Wait for a process to end."""
+    async with asyncio.timeout(120):
+        out, err = await process.communicate(stdin)
+    assert process.returncode is not None
+    return process.returncode, (out or b"").decode(), (err or b"").decode()
+
+
+async def until(true: Callable[[], bool]) -> None:
+    """Wait for what a process of its own does."""
+    async with asyncio.timeout(60):
+        while not true():  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.01)
+
+
+def body(server: ProviderServer) -> Any:
+    """Return what the last request asked for."""
+    return server.requests[-1].json
+
+
+# --- chat ---------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize(("provider", "model"), MODELS.items())
+async def test_chat_prints_the_answer_of_the_provider_that_the_name_tells(
+    run: Run, server: ProviderServer, provider: str, model: str
+) -> None:
+    """A model's name is enough, and only the answer is printed."""
+    server.reply(Answer("Rhine, Rhone, Danube."))
+
+    got = await run("chat", model, "Name three rivers.")
+
+    assert got == (0, "Rhine, Rhone, Danube.\n", "")
+    assert server.requests[-1].provider == provider
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize(
+    ("options", "sent"),
+    [
+        (["--temperature", "0.5"], {"temperature": 0.5}),
+        (["--temperature", "0"], {"temperature": 0}),
+        (["--max-tokens", "7"], {"max_tokens": 7}),
+        (
+            ["--system", "Be brief."],
+            {
+                "messages": [
+                    {"role": "developer", "content": "Be brief."},
+                    {"role": "user", "content": "Hi"},
+                ]
+            },
+        ),
+        (["--system", ""], {"messages": [{"role": "user", "content": "Hi"}]}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+async def test_an_option_of_chat_reaches_the_provider(
+    run: Run, server: ProviderServer, options: list[str], sent: dict[str, Any]
+) -> None:
+    """What is asked for by an option is what goes out."""
+    code, _, _ = await run("chat", "gpt-4.1-nano", "Hi", *options)
+
+    assert code == 0
+    assert {name: body(server).get(name) for name in sent} == sent
+
+
+@pytest.mark.usefixtures("environment")
+async def test_chat_sends_nothing_that_was_not_asked_for(
+    run: Run, server: ProviderServer
+) -> None:
+    """Without options the provider's own defaults hold."""
+    await run("chat", "gpt-4.1-nano", "Hi")
+
+    messages = [{"role": "user", "content": "Hi"}]
+    assert body(server) == {"model": "gpt-4.1-nano", "messages": messages}
+
+
+@pytest.mark.usefixtures("environment")
+async def test_service_and_base_url_reach_a_server_of_ones_own(
+    run: Run, server: ProviderServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that nobody knows is asked of the server that is named."""
+    monkeypatch.delenv("DIPEO_LLM_OPENAI_BASE_URL")
+    own = ["--service", "openai", "--base-url", f"{server.origin}/v1/"]
+
+    code, _, complaint = await run("chat", "my-model", "Hi", *own)
+
+    assert (code, complaint) == (0, "")
+    assert body(server)["model"] == "my-model"
+    assert server.requests[-1].headers["authorization"] == "Bearer sk-openai"
+
+
+@pytest.mark.usefixtures("environment")
+async def test_base_url_wins_over_the_environment(
+    run: Run, server: ProviderServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is typed counts more than what is set."""
+    monkeypatch.setenv("DIPEO_LLM_OLLAMA_BASE_URL", "http://127.0.0.1:9")
+
+    code, _, _ = await run("chat", "llama3.2", "Hi", "--base-url", server.origin)
+
+    assert code == 0
+    assert server.requests[-1].path == "/api/chat"
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("key_id", ["GOOGLE_API_KEY", "GEMINI_API_KEY"])
+async def test_key_id_names_the_variable_that_the_key_is_taken_from(
+    run: Run, server: ProviderServer, monkeypatch: pytest.MonkeyPatch, key_id: str
+) -> None:
+    """Of two variables that are set, the one that is named holds the key."""
+    monkeypatch.setenv("GEMINI_API_KEY", "sk-from-GEMINI_API_KEY")
+    monkeypatch.setenv("GOOGLE_API_KEY", "sk-from-GOOGLE_API_KEY")
+
+    code, _, _ = await run("chat", "gemini-2.5-flash", "Hi", "--key-id", key_id)
+
+    assert code == 0
+    assert server.requests[-1].headers["x-goog-api-key"] == f"sk-from-{key_id}"
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize(
+    "command", [["chat", "gpt-4.1-nano", "Hi"], ["models", "openai"]]
+)
+async def test_a_key_is_not_sent_to_another_provider(
+    run: Run, server: ProviderServer, command: list[str]
+) -> None:
+    """A slip in --key-id does not show one provider the key of another."""
+    got = await run(*command, "--key-id", "ANTHROPIC_API_KEY")
+
+    complaint = (
+        "'ANTHROPIC_API_KEY' names a key of anthropic, which is not sent to openai"
+    )
+    assert got == (2, "", f"dipeo-llm: {complaint}\n")
+    assert server.requests == []
+
+
+@pytest.mark.usefixtures("environment")
+async def test_timeout_ends_a_call_that_gets_no_answer(
+    run: Run, server: ProviderServer
+) -> None:
+    """Seconds after --timeout are what a silent provider is given."""
+    server.default = Fault("stall")
+
+    code, out, complaint = await run("chat", "llama3.2", "Hi", "--timeout", "0.2")
+
+    assert (code, out) == (1, "")
+    assert complaint == "dipeo-llm: ollama did not answer within 0.2 s\n"
+
+
+@pytest.mark.usefixtures("environment")
+async def test_chat_tries_again_as_often_as_the_environment_says(
+    run: Run, server: ProviderServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DIPEO_LLM_MAX_RETRIES is obeyed, and the number of attempts is told."""
+    monkeypatch.setenv("DIPEO_LLM_MAX_RETRIES", "1")
+    server.default = error("ollama", 500, "out of memory", headers={"retry-after": "0"})
+
+    code, _, complaint = await run("chat", "llama3.2", "Hi")
+
+    assert (code, len(server.requests)) == (1, 2)
+    assert complaint == (
+        "dipeo-llm: ollama answered 500: out of memory (2 attempts, try again in 0 s)\n"
+    )
+
+
+@pytest.mark.usefixtures("environment")
+async def test_json_prints_the_whole_result(run: Run, server: ProviderServer) -> None:
+    """A program can read everything but the provider's raw words."""
+    server.reply(Answer("42", input_tokens=9, output_tokens=1, finish="length"))
+
+    code, out, complaint = await run("chat", "gpt-4.1-nano", "Hi", "--json")
+
+    result = json.loads(out)
+    assert (code, complaint) == (0, "")
+    assert "raw_response" not in result
+    assert (result["text"], result["finish_reason"]) == ("42", "length")
+    assert (result["service"], result["model"]) == ("openai", "gpt-4.1-nano")
+    assert result["token_usage"]["input"] == 9
+    assert result["cost_usd"] > 0
+
+
+@pytest.mark.usefixtures("environment")
+async def test_an_answer_that_was_cut_off_is_printed_and_said_to_be_cut(
+    run: Run, server: ProviderServer
+) -> None:
+    """A reader of half an answer learns that it is half."""
+    server.reply(Answer("Once upon a", finish="length"))
+
+    got = await run("chat", "gpt-4.1-nano", "Tell a story.", "--max-tokens", "4")
+
+    complaint = "dipeo-llm: the answer is not whole: it ended with 'length'\n"
+    assert got == (0, "Once upon a\n", complaint)
+
+
+@pytest.mark.usefixtures("environment")
+async def test_a_prompt_of_one_dash_is_read_from_stdin(server: ProviderServer) -> None:
+    """What another program prints can be the question."""
+    process = await start("chat", "llama3.2", "-", stdin=PIPE)
+
+    got = await finish(process, "Größe?\n".encode())
+
+    assert got == (0, "Hello from the loopback.\n", "")
+    assert body(server)["messages"][0]["content"] == "Größe?\n"
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [
+        (
+            b"\xff\xfe",
+            "the prompt on stdin is not text in UTF-8: invalid start byte at",
+        ),
+        (None, "the prompt is to come from stdin, which is closed"),
+    ],
+)
+async def test_stdin_that_is_no_text_is_a_wrong_argument(
+    run: Run, monkeypatch: pytest.MonkeyPatch, data: bytes | None, complaint: str
+) -> None:
+    """Bytes that are no text, or no stdin at all, are named as what is wrong."""
+    stdin = None if data is None else io.TextIOWrapper(io.BytesIO(data))
+    monkeypatch.setattr(sys, "stdin", stdin)
+
+    code, out, said = await run("chat", "llama3.2", "-")
+
+    assert (code, out) == (2, "")
+    assert said.startswith(f"dipeo-llm: {complaint}")
+
+
+# --- the prompt file ----------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in a folder that is empty."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("environment")
+async def test_a_prompt_file_is_found_from_the_working_directory(
+    run: Run, server: ProviderServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path on a command line means what it means to every other command."""
+    monkeypatch.setenv("DIPEO_BASE_DIR", "/nowhere")
+    (folder / "brief.md").write_text("Be brief.")
+
+    got = await run(
+        "chat", "gpt-5", "Hi", "--prompt-file", "brief.md", "--system", "Be long."
+    )
+
+    assert got == (0, "Hello from the loopback.\n", "")
+    assert body(server)["messages"][0] == {"role": "developer", "content": "Be brief."}
+
+
+@pytest.mark.usefixtures("environment", "folder")
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("missing.md", "No such file or directory"),
+        ("/etc/passwd", "it leads outside the base directory"),
+        (".", "it is not a regular file"),
+    ],
+)
+async def test_a_prompt_file_that_cannot_be_used_is_named_with_the_rules(
+    run: Run, server: ProviderServer, path: str, reason: str
+) -> None:
+    """Nothing is sent without the prompt that was asked for."""
+    code, out, complaint = await run("chat", "llama3.2", "Hi", "--prompt-file", path)
+
+    assert (code, out, server.requests) == (2, "", [])
+    assert complaint.startswith(
+        f"dipeo-llm: prompt file {path!r} is not used: {reason}"
+    )
+    assert "in or below the working directory, is text in UTF-8" in complaint
+    assert complaint.count("\n") == 1
+
+
+@pytest.mark.usefixtures("environment", "folder")
+async def test_system_stands_in_for_a_prompt_file_that_cannot_be_used(
+    run: Run, server: ProviderServer
+) -> None:
+    """As in the library, the text is used, and the user is told."""
+    code, _, complaint = await run(
+        "chat", "gpt-5", "Hi", "--prompt-file", "none.md", "--system", "Be brief."
+    )
+
+    assert code == 0
+    assert body(server)["messages"][0] == {"role": "developer", "content": "Be brief."}
+    assert complaint == (
+        "dipeo-llm: prompt file 'none.md' is not used: No such file or directory;"
+        " system_prompt stands in\n"
+    )
+
+
+# --- models and provider ------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("provider", PROVIDERS)
+async def test_models_prints_what_a_provider_offers_as_chat_takes_it(
+    run: Run, server: ProviderServer, provider: str
+) -> None:
+    """Each line can be given to `chat`."""
+    got = await run("models", provider)
+
+    names = sorted(server.models[provider])
+    assert got == (0, "".join(f"{provider}/{name}\n" for name in names), "")
+
+
+@pytest.mark.usefixtures("environment")
+async def test_models_without_a_service_asks_all_that_the_environment_leads_to(
+    run: Run, server: ProviderServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A provider whose key is not set is left out; Ollama needs an address only."""
+    monkeypatch.delenv("ANTHROPIC_API_KEY")
+
+    code, out, complaint = await run("models", "--json")
+
+    asked = ("openai", "google", "ollama")
+    assert (code, complaint) == (0, "")
+    assert json.loads(out) == {name: sorted(server.models[name]) for name in asked}
+
+
+@pytest.mark.usefixtures("environment")
+async def test_models_of_the_others_are_printed_where_one_provider_fails(
+    run: Run, server: ProviderServer
+) -> None:
+    """One bad key does not hide what the others offer, but is not forgotten."""
+    server.keys["openai"] = {"sk-another"}
+
+    code, out, complaint = await run("models")
+
+    services = {line.split("/")[0] for line in out.splitlines()}
+    assert (code, services) == (3, {"anthropic", "google", "ollama"})
+    assert complaint.startswith("dipeo-llm: openai answered 401: ")
+
+
+@pytest.mark.usefixtures("environment")
+async def test_models_takes_its_own_address_and_patience(
+    run: Run, server: ProviderServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The options of the connection mean what they mean to `chat`."""
+    monkeypatch.delenv("DIPEO_LLM_OLLAMA_BASE_URL")
+
+    got = await run("models", "ollama", "--base-url", server.origin, "--timeout", "20")
+
+    assert got == (0, "ollama/llama3.2:latest\nollama/qwen3:4b\n", "")
+
+
+@pytest.mark.usefixtures("environment")
+async def test_the_name_of_a_model_stays_on_its_line(
+    run: Run, server: ProviderServer
+) -> None:
+    """A name that a server made up can neither drive the terminal nor add lines."""
+    server.models["ollama"] = ["a\x1b[2J\nb"]
+
+    got = await run("models", "ollama")
+
+    assert got == (0, "ollama/a\\x1b[2J b\n", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("gpt-4.1-nano", "openai"),
+        ("claude-haiku-4-5", "anthropic"),
+        ("gemini-2.5-flash", "google"),
+        ("llama3.2:1b", "ollama"),
+        ("gemini/gemma-3-27b-it", "google"),
+        ("groq/llama-3.3-70b-versatile", "groq"),
+    ],
+)
+async def test_provider_prints_whose_a_model_is(
+    run: Run, name: str, expected: str
+) -> None:
+    """One word, for a script to use."""
+    assert await run("provider", name) == (0, f"{expected}\n", "")
+
+
+async def test_provider_says_what_to_do_about_an_unknown_name(run: Run) -> None:
+    """An unknown name is a failure that tells the way out."""
+    got = await run("provider", "nobodys-model")
+
+    complaint = (
+        "dipeo-llm: no provider is known for model 'nobodys-model': put its name before"
+        " it, as in openai/nobodys-model, or give `chat` a --service\n"
+    )
+    assert got == (1, "", complaint)
+
+
+# --- exit codes ---------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize(
+    ("reply", "code", "complaint"),
+    [
+        (error("openai", 401), 3, "openai answered 401: Incorrect API key"),
+        (error("openai", 403), 3, "openai answered 403: "),
+        (error("openai", 400, "bad temperature"), 1, "openai answered 400: bad temp"),
+        (error("openai", 404), 1, "openai answered 404: Not found."),
+        (error("openai", 429, retry_delay=7), 1, "openai answered 429: Rate limit"),
+        (error("openai", 503), 1, "openai answered 503: The engine is currently"),
+        (Raw(body=b"<html>a proxy</html>"), 1, "openai answered 200, but its body is"),
+        (Raw(302, {"location": "https://x.test"}), 1, "openai answered 302: "),
+        (Fault("reset"), 1, "no answer from openai: "),
+        (Fault("reset_mid_body"), 1, "no answer from openai: "),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+async def test_a_call_that_fails_ends_with_one_line_and_the_code_of_its_kind(
+    run: Run, server: ProviderServer, reply: Raw | Fault, code: int, complaint: str
+) -> None:
+    """A script can tell a bad key from a bad day, and a person can read why."""
+    server.default = reply
+
+    got, out, said = await run("chat", "gpt-4.1-nano", "Hi")
+
+    assert (got, out) == (code, "")
+    assert said.startswith(f"dipeo-llm: {complaint}")
+    assert said.count("\n") == 1
+    assert "sk-openai" not in said
+
+
+@pytest.mark.usefixtures("environment")
+async def test_a_failure_tells_when_to_come_back_and_what_to_quote(
+    run: Run, server: ProviderServer
+) -> None:
+    """The provider's own wish and its name for the request are passed on."""
+    server.default = error("openai", 429, retry_delay=7, headers={"x-request-id": "r1"})
+
+    _, _, said = await run("chat", "gpt-4.1-nano", "Hi")
+
+    assert said.endswith(" (try again in 7 s, request r1)\n")
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize(
+    ("argv", "code", "complaint"),
+    [
+        (["chat", f"openai/{MISSING_MODEL}", "Hi"], 1, "openai answered 404: "),
+        (["chat", "nobodys-model", "Hi"], 1, "no provider is known for model"),
+        (["chat", "", "Hi"], 1, "'' is not the name of a model"),
+        (["chat", "llama3.2", ""], 1, "there is nothing to answer"),
+        (["chat", "groq/llama3", "Hi"], 3, "no environment variable is known for"),
+        (["models", "bedrock"], 3, "set AWS_BEARER_TOKEN_BEDROCK for 'bedrock'"),
+        (["models", "deepseek"], 3, "set DEEPSEEK_API_KEY for 'deepseek'"),
+        ([], 2, "the following arguments are required: COMMAND (see dipeo-llm --help)"),
+        (["talk"], 2, "argument COMMAND: invalid choice: 'talk'"),
+        (["chat", "llama3.2"], 2, "the following arguments are required: PROMPT (see"),
+        (
+            ["chat", "llama3.2", "Hi", "--temp", "1"],
+            2,
+            "unrecognized arguments: --temp",
+        ),
+        (["chat", "llama3.2", "\udcff"], 2, "argument PROMPT: it is not text in UTF-8"),
+        (
+            ["models", "--base-url", "http://x"],
+            2,
+            "--key-id and --base-url need a SERV",
+        ),
+        (["models", "!"], 2, "argument SERVICE: '!' is not the name of a service"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+async def test_what_cannot_be_done_is_said_in_one_line(
+    run: Run, argv: list[str], code: int, complaint: str
+) -> None:
+    """Each mistake has its exit code and names what is wrong."""
+    got, out, said = await run(*argv)
+
+    assert (got, out) == (code, "")
+    assert said.startswith(f"dipeo-llm: {complaint}")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "complaint"),
+    [
+        ("--temperature", "warm", "'warm' is not a number from 0"),
+        ("--temperature", "-1", "'-1' is not a number from 0"),
+        ("--temperature", "nan", "'nan' is not a number from 0"),
+        ("--max-tokens", "0", "'0' is not a whole number above 0"),
+        ("--max-tokens", "1.5", "'1.5' is not a whole number above 0"),
+        ("--timeout", "0", "'0' is not a number of seconds above 0"),
+        ("--timeout", "inf", "'inf' is not a number of seconds above 0"),
+        ("--base-url", "example.org", "it must be an http:// or https:// URL"),
+        (
+            "--base-url",
+            "http://me:pw@x",
+            "a URL must not carry a user name or password",
+        ),
+        ("--system", "\udcff", "it is not text in UTF-8"),
+        ("--service", "", "'' is not the name of a service"),
+    ],
+)
+async def test_an_option_that_makes_no_sense_is_refused_before_anything_is_sent(
+    run: Run, option: str, value: str, complaint: str
+) -> None:
+    """The line names the option and says what it takes."""
+    got = await run("chat", "llama3.2", "Hi", f"{option}={value}")
+
+    said = f"dipeo-llm: argument {option}: {complaint} (see dipeo-llm chat --help)\n"
+    assert got == (2, "", said)
+
+
+async def test_a_key_in_place_of_its_name_is_refused_and_not_repeated(run: Run) -> None:
+    """A key that was typed by mistake does not show up in a log of complaints."""
+    code, _, said = await run("chat", "gpt-4.1-nano", "Hi", "--key-id", "sk-secret")
+
+    assert code == 2
+    assert "a key itself does not belong on a command line" in said
+    assert "sk-secret" not in said
+
+
+@pytest.mark.parametrize("command", [["models"], ["chat", "gpt-4.1-nano", "Hi"]])
+async def test_a_missing_key_is_asked_for_by_the_name_of_its_variable(
+    run: Run, command: list[str]
+) -> None:
+    """Who has set nothing yet learns what to set."""
+    code, out, said = await run(*command)
+
+    assert (code, out) == (3, "")
+    assert "OPENAI_API_KEY" in said
+
+
+@pytest.mark.parametrize("command", [["models", "ollama"], ["chat", "llama3.2", "Hi"]])
+async def test_a_setting_that_cannot_be_read_is_named(
+    run: Run, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    """A variable with a slip in it is a mistake to mend, not a failed call."""
+    monkeypatch.setenv("DIPEO_LLM_TIMEOUT", "soon")
+
+    code, out, said = await run(*command)
+
+    assert (code, out) == (2, "")
+    assert said.startswith("dipeo-llm: DIPEO_LLM_TIMEOUT='soon' cannot be read: ")
+
+
+@pytest.mark.usefixtures("environment")
+async def test_ctrl_c_closes_the_connection_and_says_nothing(
+    server: ProviderServer,
+) -> None:
+    """An interrupted call leaves no traceback, and nothing open at the provider."""
+    server.default = Fault("stall")
+    process = await start("chat", "gpt-4.1-nano", "Hi")
+    await until(lambda: server.in_flight == 1)
+
+    process.send_signal(signal.SIGINT)
+    got = await finish(process)
+
+    assert got == (130, "", "")
+    await until(lambda: server.open_connections == 0)
+
+
+# --- the terminal and the pipe ------------------------------------------------------
+
+
+@pytest.mark.usefixtures("environment")
+async def test_an_answer_cannot_drive_the_terminal(server: ProviderServer) -> None:
+    """On a terminal control characters are shown, not obeyed; tabs and lines stay."""
+    server.reply(Answer(HOSTILE))
+    screen, terminal = pty.openpty()
+    process = await start("chat", "llama3.2", "Hi", stdout=terminal)
+
+    got = await finish(process)
+
+    shown = await asyncio.to_thread(os.read, screen, 4096)
+    os.close(terminal)
+    os.close(screen)
+    assert got == (0, "", "")
+    assert shown.decode() == f"{HARMLESS}\n".replace("\n", "\r\n")
+
+
+@pytest.mark.usefixtures("environment")
+async def test_a_file_gets_the_answer_as_it_came(
+    run: Run, server: ProviderServer
+) -> None:
+    """What is not shown is not touched."""
+    server.reply(Answer(HOSTILE))
+
+    got = await run("chat", "llama3.2", "Hi")
+
+    assert got == (0, f"{HOSTILE}\n", "")
+
+
+@pytest.mark.usefixtures("environment")
+async def test_json_holds_no_control_character_and_loses_none(
+    run: Run, server: ProviderServer
+) -> None:
+    """JSON has escapes of its own, so it is harmless and exact at once."""
+    server.reply(Answer(HOSTILE))
+
+    _, out, _ = await run("chat", "llama3.2", "Hi", "--json")
+
+    assert json.loads(out)["text"] == HOSTILE
+    assert {c for c in out if not c.isprintable()} == {"\n"}
+
+
+@pytest.mark.usefixtures("environment")
+async def test_a_complaint_cannot_drive_the_terminal(
+    run: Run, server: ProviderServer
+) -> None:
+    """A provider's words of refusal are shown on one line without control characters."""
+    server.reply(error("ollama", 500, HOSTILE))
+
+    _, _, said = await run("chat", "llama3.2", "Hi")
+
+    assert {c for c in said if not c.isprintable()} == {"\n"}
+    assert said.count("\n") == 1
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("option", [[], ["--json"]])
+async def test_half_a_character_from_a_model_is_printed_as_an_escape(
+    run: Run, server: ProviderServer, option: Sequence[str]
+) -> None:
+    """Text that no encoding can hold is no reason to fail."""
+    message = {"role": "assistant", "content": "half \ud83d"}
+    answer = {"model": "m", "message": message, "done": True, "done_reason": "stop"}
+    server.reply(Raw(body=json.dumps(answer).encode()))
+
+    code, out, said = await run("chat", "llama3.2", "Hi", *option)
+
+    assert (code, said) == (0, "")
+    assert r"half \ud83d" in out
+
+
+@pytest.mark.usefixtures("environment")
+async def test_what_the_output_cannot_encode_is_printed_as_an_escape(
+    server: ProviderServer,
+) -> None:
+    """A terminal without Unicode shows the rest of the answer."""
+    server.models["ollama"] = ["größe"]
+
+    process = await start("models", "ollama", env={"PYTHONIOENCODING": "ascii"})
+
+    assert await finish(process) == (0, "ollama/gr\\xf6\\xdfe\n", "")
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("argv", [["models", "ollama"], ["--help"], ["--version"]])
+async def test_output_that_nobody_reads_ends_the_command_in_silence(
+    argv: list[str],
+) -> None:
+    """`dipeo-llm models | head -1` prints no complaint."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = await start(*argv, stdout=writing, env={"PYTHONUNBUFFERED": ""})
+    os.close(writing)
+
+    assert await finish(process) == (141, "", "")
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
+async def test_a_full_disk_is_a_failure() -> None:
+    """An answer that could not be kept is not a success."""
+    full = os.open("/dev/full", os.O_WRONLY)
+    process = await start("models", "ollama", stdout=full)
+    os.close(full)
+
+    got = await finish(process)
+
+    assert got == (1, "", "dipeo-llm: [Errno 28] No space left on device\n")
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize(
+    ("stdout", "complaint"),
+    [
+        (None, "stdout is closed"),
+        (io.StringIO(), "ValueError: I/O operation on closed file"),
+    ],
+)
+async def test_an_output_that_is_closed_is_a_failure_in_one_line(
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    stdout: io.StringIO | None,
+    complaint: str,
+) -> None:
+    """Even what nobody foresaw ends without a traceback."""
+    if stdout is not None:
+        stdout.close()
+    with monkeypatch.context() as closed:
+        closed.setattr(sys, "stdout", stdout)
+
+        code, _, said = await run("provider", "gpt-4.1-nano")
+
+    assert (code, said) == (1, f"dipeo-llm: {complaint}\n")
+
+
+# --- help ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (
+            ["--help"],
+            ["chat", "models", "provider", "--version", "130", "DIPEO_LLM_TI"],
+        ),
+        (
+            ["chat", "--help"],
+            ["--temperature NUMBER", "--timeout SECONDS", "in tokens"],
+        ),
+        (["models", "--help"], ["SERVICE", "--json"]),
+        (["provider", "--help"], ["NAME"]),
+    ],
+    ids=lambda value: value[0],
+)
+async def test_help_tells_units_variables_and_exit_codes(
+    run: Run, argv: list[str], words: list[str]
+) -> None:
+    """Who asks for help finds what a call needs."""
+    code, out, complaint = await run(*argv)
+
+    assert (code, complaint) == (0, "")
+    assert [word for word in words if word not in out] == []
+    assert max(map(len, out.splitlines())) <= 88
+
+
+async def test_version_names_the_package_and_litellm(run: Run) -> None:
+    """Both numbers are what a report of a fault needs."""
+    from importlib.metadata import version
+
+    got = await run("--version")
+
+    said = f"dipeo-llm {version('dipeo-llm')} (LiteLLM {version('litellm')})\n"
+    assert got == (0, said, "")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["--help"], ["chat", "--help"], ["--version"], ["provider", "gpt-4.1-nano"]],
+)
+async def test_what_needs_no_call_imports_nothing_heavy(argv: list[str]) -> None:
+    """Help and a known name come at once."""
+    heavy = {"litellm", "openai", "pydantic", "aiohttp", "httpx"}
+    program = (
+        "import sys; from dipeo_llm.cli import main; code = main(sys.argv[1:]);"
+        f" print(sorted({heavy} & set(sys.modules)), file=sys.stderr); sys.exit(code)"
+    )
+    process = await create_subprocess_exec(
+        sys.executable, "-c", program, *argv, stdout=PIPE, stderr=PIPE
+    )
+
+    code, _, imported = await finish(process)
+
+    assert (code, imported) == (0, "[]\n")

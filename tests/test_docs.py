@@ -1,0 +1,220 @@
+"""The README and the pages of docs/: their examples run, and what they list is true."""
+
+import ast
+import asyncio
+import dataclasses
+import inspect
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+from sybil import Document, Example
+from sybil.parsers.markdown import CodeBlockParser
+
+import dipeo_llm
+from dipeo_llm import (
+    DiPeOLLMError,
+    EnvironmentAPIKeys,
+    LLMInfraService,
+    Settings,
+    cli,
+)
+from dipeo_llm.providers import PROVIDERS
+from tests.conftest import PROVIDERS as SERVED
+from tests.provider_server import ProviderServer
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page: page.read_text("utf-8") for page in PAGES}
+WITH_EXAMPLES = [page for page, text in TEXTS.items() if "```python\n" in text]
+
+
+def name_of(page: object) -> str:
+    """Name a page in the id of a test."""
+    return page.name if isinstance(page, Path) else ""
+
+
+def run_examples(page: Path) -> int:
+    """Run a page's Python examples in order, in one namespace; say how many ran.
+
+    An example may await, as in a coroutine, and finds an open `service`.
+    """
+
+    def evaluate(example: Example) -> None:
+        source = "\n" * (example.line + example.parsed.line_offset) + example.parsed
+        flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+        code = compile(source, example.path, "exec", flags)
+        awaited = eval(code, example.namespace)
+        if code.co_flags & inspect.CO_COROUTINE:
+            runner.run(awaited)
+
+    document = Document.parse(str(page), CodeBlockParser("python", evaluate))
+    examples = list(document)
+    with asyncio.Runner() as runner:
+        service = LLMInfraService(EnvironmentAPIKeys())
+        document.namespace["service"] = service
+        try:
+            for example in examples:
+                example.evaluate()
+        finally:
+            runner.run(service.aclose())
+    return len(examples)
+
+
+def table(page: Path, head: str) -> dict[str, list[str]]:
+    """Read the table whose first column is called *head*: first cell to the others."""
+    lines = rf"^\| {head} \|.*\n\| ---.*\n((?:\|.*\n)+)"
+    (found,) = re.findall(lines, TEXTS[page], re.MULTILINE)
+    rows = [
+        [cell.strip() for cell in row.strip("|").split("|")]
+        for row in found.splitlines()
+    ]
+    return {row[0]: row[1:] for row in rows}
+
+
+@pytest.fixture
+def leading_to_the_server(
+    server: ProviderServer, monkeypatch: pytest.MonkeyPatch
+) -> ProviderServer:
+    """Set the environment so that the examples, as they are, ask the server."""
+    monkeypatch.chdir(ROOT)
+    for provider in SERVED:
+        name = f"DIPEO_LLM_{provider.upper()}_BASE_URL"
+        monkeypatch.setenv(name, server.base_url(provider))
+    for provider in ("OPENAI", "ANTHROPIC", "GEMINI"):
+        monkeypatch.setenv(f"{provider}_API_KEY", f"sk-{provider.lower()}")
+    return server
+
+
+@pytest.mark.usefixtures("leading_to_the_server")
+@pytest.mark.parametrize("page", WITH_EXAMPLES, ids=name_of)
+async def test_the_examples_of_a_page_run_as_they_are(page: Path) -> None:
+    """Who copies an example gets what the page says, and not an error."""
+    ran = await asyncio.to_thread(run_examples, page)
+
+    assert ran == TEXTS[page].count("```python\n")
+
+
+async def test_the_examples_of_the_readme_ask_every_provider(
+    leading_to_the_server: ProviderServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model string is all that leads to another provider."""
+    await asyncio.to_thread(run_examples, README)
+
+    asked = {request.provider for request in leading_to_the_server.requests}
+    assert asked == set(SERVED)
+    assert "ollama Hello from the loopback." in capsys.readouterr().out
+
+
+def test_the_readme_lists_every_setting_with_its_default() -> None:
+    """No setting is hidden, and no default has changed unseen."""
+    listed = {
+        name.strip("`"): ast.literal_eval(default.strip("`"))
+        for name, (default, _) in table(README, "field").items()
+    }
+
+    defaults = Settings()
+    fields = [field.name for field in dataclasses.fields(Settings)]
+    assert listed == {name: getattr(defaults, name) for name in fields}
+
+
+def test_the_readme_lists_every_variable_that_is_read() -> None:
+    """Each variable that has a say is in the table, with the address that it replaces."""
+    read: set[str] = set()
+
+    class Environment(dict[str, str]):
+        def get(self, name: str, default: str = "") -> str:  # type: ignore[override]
+            read.add(name)
+            return default
+
+    Settings.from_env(Environment())
+    read.update(name for row in PROVIDERS for name in row.key_variables)
+
+    listed = table(README, "variable")
+    named = {name for cell in listed for name in re.findall(r"`(\w+)`", cell)}
+    assert read - named == set()
+    for row in PROVIDERS:
+        if cells := listed.get(f"`DIPEO_LLM_{row.name.upper()}_BASE_URL`"):
+            assert cells[0] == f"`{row.base_url}`"
+
+
+def test_the_readme_lists_every_error_and_whether_it_is_tried_again() -> None:
+    """Who catches errors by the table misses none."""
+    listed = {
+        name.strip("`"): cells[-1] for name, cells in table(README, "error").items()
+    }
+
+    errors = [
+        getattr(dipeo_llm, name)
+        for name in dipeo_llm.__all__
+        if name.endswith("Error") and name != DiPeOLLMError.__name__
+    ]
+    retried = {e.__name__: getattr(e, "default_retryable", False) for e in errors}
+    assert listed == {name: "yes" if yes else "no" for name, yes in retried.items()}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_a_page_links_to_what_is_there(page: Path) -> None:
+    """No link of a page to another file leads nowhere."""
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", TEXTS[page])
+
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_commands_of_the_readme_and_the_help_are_ones_that_exist() -> None:
+    """A command that is copied from the README or the help is understood."""
+    parser = cli.build_parser()
+    texts = [*TEXTS.values(), parser.format_help(), cli._CHAT_EPILOG]
+    shown = r"^ *(?:[^`|\n]*\| )?dipeo-llm (.+)$"
+    lines = re.findall(shown, "\n".join(texts), re.MULTILINE)
+    commands = [re.sub(r"< \S+", "", line) for line in lines if line[0] != "-"]
+
+    parsed = [parser.parse_args(shlex.split(command)) for command in commands]
+
+    assert {options.command for options in parsed} == {
+        cli.chat,
+        cli.models,
+        cli.provider,
+    }
+
+
+def test_the_readme_and_the_help_tell_every_exit_code() -> None:
+    """A script can be written from either."""
+    text = " ".join(TEXTS[README].split())
+    sentence = text[text.index("the exit code is 0") :].split(". ")[0]
+
+    codes = {int(code) for code in re.findall(r"\b\d+\b", sentence)}
+    told = re.findall(r"^  (\d+) ", cli.build_parser().format_help(), re.MULTILINE)
+    assert codes == {int(code) for code in told} == {int(code) for code in cli.Exit}
+
+
+def test_the_nox_sessions_that_are_named_exist() -> None:
+    """The commands that the pages give for the demo, the tests and the checks work."""
+    noxfile = (ROOT / "noxfile.py").read_text("utf-8")
+    defined = re.findall(r"^@nox\.session.*\ndef (\w+)", noxfile, re.MULTILINE)
+
+    named = set(re.findall(r"nox -s (\w+)", "\n".join(TEXTS.values())))
+    assert {"demo", "tests"} <= named <= set(defined)
+
+
+def test_the_architecture_page_lists_the_modules_in_the_order_of_the_layers() -> None:
+    """The map shows the layers as they are checked, and no module that is gone."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    (contract,) = project["tool"]["importlinter"]["contracts"]
+    rank = {
+        module: number
+        for number, layer in enumerate(contract["layers"])
+        for module in re.findall(r"dipeo_llm\.(\w+)", layer)
+    }
+
+    cells = table(ARCHITECTURE, "module")
+    listed = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
+    modules = {path.stem for path in (ROOT / "dipeo_llm").glob("*.py")}
+    assert set(rank) - set(listed) == set()
+    assert set(listed) - modules == set()
+    ranks = [rank[name] for name in listed if name in rank]
+    assert ranks == sorted(ranks)

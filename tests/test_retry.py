@@ -1,0 +1,458 @@
+"""How often and how soon a call is tried again, and what ends it."""
+
+import asyncio
+import itertools
+import math
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+import pytest
+
+from dipeo_llm import (
+    APIKeyError,
+    DiPeOLLMError,
+    InvalidRequestError,
+    LLMInfraService,
+    LLMServiceError,
+    LLMTimeoutError,
+    RateLimitError,
+    ServiceUnavailableError,
+    Settings,
+    StaticAPIKeys,
+)
+from dipeo_llm.retry import RetryDecision, past_deadline
+from tests.conftest import PROVIDERS
+from tests.provider_server import Answer, Fault, ProviderServer, Raw, Received, error
+
+MODELS = {
+    "openai": "gpt-4.1-nano",
+    "anthropic": "claude-sonnet-4-5",
+    "google": "gemini-2.5-flash",
+    "ollama": "llama3.2:1b",
+}
+HELLO = [{"role": "user", "content": "Hello"}]
+
+Open = Callable[..., AbstractAsyncContextManager[LLMInfraService]]
+
+each_provider = pytest.mark.parametrize("provider", PROVIDERS)
+
+
+@pytest.fixture
+def opened(keys: StaticAPIKeys) -> Open:
+    """Open a service that hardly waits, with settings of the test's choice."""
+
+    @asynccontextmanager
+    async def open_service(**settings: Any) -> AsyncIterator[LLMInfraService]:
+        usual = {"retry_wait": 0.01, "retry_wait_max": 0.02, "timeout": 20.0}
+        async with LLMInfraService(
+            keys, settings=Settings(**usual | settings)
+        ) as service:
+            await service.initialize()  # its seconds are no part of a deadline
+            yield service
+
+    return open_service
+
+
+async def ask(
+    service: LLMInfraService, provider: str = "openai", **options: Any
+) -> Any:
+    """Make a call."""
+    return await service.complete(HELLO, MODELS[provider], provider, **options)
+
+
+def times(server: ProviderServer, *replies: Answer | Raw | Fault) -> list[float]:
+    """Queue replies, and note when each of their requests came in."""
+    came: list[float] = []
+
+    def noted(reply: Answer | Raw | Fault) -> Callable[[Received], Any]:
+        def answer(_: Received) -> Answer | Raw | Fault:
+            came.append(time.monotonic())
+            return reply
+
+        return answer
+
+    server.reply(*map(noted, replies))
+    return came
+
+
+# --- the decision -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "left", "answer"),
+    [
+        (ServiceUnavailableError("x"), math.inf, True),
+        (ServiceUnavailableError("x", retryable=False), math.inf, False),
+        (LLMTimeoutError("x"), math.inf, True),
+        (InvalidRequestError("x"), math.inf, False),
+        (InvalidRequestError("x", retryable=True), math.inf, True),
+        (APIKeyError("x"), math.inf, False),
+        (RateLimitError("x"), math.inf, True),
+        (RateLimitError("x", retry_after=0.0), math.inf, 0.0),
+        (RateLimitError("x", retry_after=0.3), math.inf, 0.3),
+        (RateLimitError("x", retry_after=30.0), math.inf, 30.0),
+        (RateLimitError("x", retry_after=30.1), math.inf, False),
+        (RateLimitError("x", retry_after=5.0), 6.0, 5.0),
+        (RateLimitError("x", retry_after=5.0), 5.0, False),
+        (RateLimitError("x", retry_after=5.0), 4.0, False),
+        (ServiceUnavailableError("x"), 0.1, True),
+        (ServiceUnavailableError("x"), 0.0, False),
+        (ServiceUnavailableError("x"), -1.0, False),
+        (RateLimitError("x", retryable=False, retry_after=1.0), math.inf, False),
+        (ValueError("x"), math.inf, False),
+        (TimeoutError("x"), math.inf, False),
+    ],
+)
+def test_decision(error: Exception, left: float, answer: bool | float) -> None:
+    """Give up, back off, or wait as long as the provider asks and the deadline lets."""
+    settings = Settings(retry_after_max=30.0)
+
+    got = RetryDecision(settings, deadline=100.0 + left, clock=lambda: 100.0)(error)
+
+    assert got == answer
+    assert type(got) is type(answer)
+
+
+def test_a_deadline_tells_what_failed_before() -> None:
+    """The error at the deadline is a timeout that is not worth another try."""
+    got = past_deadline(
+        2.5, ServiceUnavailableError("it is down"), service="openai", model="m"
+    )
+
+    assert type(got) is LLMTimeoutError
+    assert str(got) == (
+        "openai did not answer within the deadline of 2.5 s; the attempt before failed"
+        " with: it is down"
+    )
+    assert (got.service, got.model, got.retryable) == ("openai", "m", False)
+
+
+# --- how often ------------------------------------------------------------------------
+
+
+@each_provider
+@pytest.mark.parametrize("retries", [0, 1, 4])
+async def test_n_retries_are_n_plus_one_requests(
+    server: ProviderServer, opened: Open, provider: str, retries: int
+) -> None:
+    """Never one more, whatever stands below the retry policy, and the error counts them."""
+    server.default = error(provider, 503)
+
+    async with opened(max_retries=retries) as service:
+        with pytest.raises(ServiceUnavailableError) as caught:
+            await ask(service, provider)
+
+    assert len(server.requests) == retries + 1
+    assert caught.value.attempts == retries + 1
+    assert caught.value.retryable
+
+
+@each_provider
+async def test_two_failures_and_an_answer(
+    server: ProviderServer, opened: Open, provider: str
+) -> None:
+    """A call that ends well tells how many requests it took."""
+    server.reply(error(provider, 529), Fault("reset"), Answer("At last."))
+
+    async with opened() as service:
+        result = await ask(service, provider)
+
+    assert (result.text, result.attempts) == ("At last.", 3)
+    assert len(server.requests) == 3
+    assert len({request.body for request in server.requests}) == 1
+
+
+@each_provider
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
+async def test_what_is_refused_is_not_asked_again(
+    server: ProviderServer, opened: Open, provider: str, status: int
+) -> None:
+    """A request or a key that is wrong is wrong the second time too."""
+    server.default = error(provider, status)
+
+    async with opened() as service:
+        with pytest.raises(DiPeOLLMError) as caught:
+            await ask(service, provider)
+
+    assert len(server.requests) == 1
+    assert getattr(caught.value, "attempts", None) == 1
+
+
+async def test_calls_count_their_own_attempts(
+    server: ProviderServer, opened: Open
+) -> None:
+    """Many calls that fail at once do not add up each other's numbers."""
+    server.default = lambda asked: error("openai", 503)
+
+    async with opened(max_retries=2) as service:
+        got = await asyncio.gather(
+            *(ask(service) for _ in range(8)), return_exceptions=True
+        )
+
+    assert [getattr(exc, "attempts", None) for exc in got] == [3] * 8
+    assert len({id(exc) for exc in got}) == 8
+    assert len(server.requests) == 24
+
+
+# --- how soon -------------------------------------------------------------------------
+
+
+@each_provider
+async def test_the_wait_that_the_provider_asks_for(
+    server: ProviderServer, opened: Open, provider: str
+) -> None:
+    """The next request comes no sooner than Retry-After or RetryInfo says."""
+    slow = error(provider, 429, retry_delay=0.3)
+    came = times(server, slow, slow, Answer())
+
+    async with opened() as service:
+        result = await ask(service, provider)
+
+    assert result.attempts == 3
+    assert min(b - a for a, b in itertools.pairwise(came)) >= 0.3
+
+
+@pytest.mark.parametrize("headers", [{"retry-after-ms": "300"}, {"retry-after": "0.3"}])
+async def test_the_wait_in_either_header(
+    server: ProviderServer, opened: Open, headers: dict[str, str]
+) -> None:
+    """Milliseconds are read too; and a 503 may ask for a wait as a 429 does."""
+    came = times(server, error("openai", 503, headers=headers), Answer())
+
+    async with opened() as service:
+        await ask(service)
+
+    assert came[1] - came[0] >= 0.3
+
+
+async def test_a_wait_of_nothing(server: ProviderServer, opened: Open) -> None:
+    """Retry-After: 0 is tried again at once, however long the backoff would be."""
+    server.reply(error("openai", 429, retry_delay=0), Answer())
+
+    async with opened(retry_wait=300.0, retry_wait_max=300.0) as service:
+        async with asyncio.timeout(10):
+            result = await ask(service)
+
+    assert result.attempts == 2
+
+
+@each_provider
+async def test_a_wait_that_is_too_long(
+    server: ProviderServer, opened: Open, provider: str
+) -> None:
+    """It is not waited for: the error comes at once and says when to come back."""
+    server.default = error(provider, 429, retry_delay=61)
+
+    async with opened() as service:
+        async with asyncio.timeout(10):
+            with pytest.raises(RateLimitError) as caught:
+                await ask(service, provider)
+
+    assert len(server.requests) == 1
+    assert (caught.value.retry_after, caught.value.attempts) == (61.0, 1)
+    assert caught.value.retryable
+
+
+async def test_backoff_grows(server: ProviderServer, opened: Open) -> None:
+    """Without a word from the provider the waits grow up to their limit."""
+    down = error("anthropic", 529)
+    came = times(server, down, down, down, Answer())
+
+    async with opened(retry_wait=0.1, retry_wait_max=0.2) as service:
+        await ask(service, "anthropic")
+
+    waits = [b - a for a, b in itertools.pairwise(came)]
+    assert waits[0] >= 0.1
+    assert min(waits[1:]) >= 0.19
+
+
+# --- what ends it ------------------------------------------------------------------------
+
+
+@each_provider
+async def test_a_deadline_ends_the_whole_call(
+    server: ProviderServer, opened: Open, provider: str
+) -> None:
+    """A server that falls silent is left when the deadline comes, for good."""
+    server.default = Fault("stall")
+
+    async with opened() as service:
+        async with asyncio.timeout(15):
+            with pytest.raises(LLMTimeoutError, match=r"deadline of 0\.3 s") as caught:
+                await ask(service, provider, deadline=0.3)
+
+    assert (caught.value.attempts, len(server.requests)) == (1, 1)
+    assert caught.value.retryable is False
+    assert (caught.value.service, caught.value.model) == (provider, MODELS[provider])
+
+
+async def test_a_deadline_in_the_midst_of_retries(
+    server: ProviderServer, opened: Open
+) -> None:
+    """It ends the waiting between attempts, and tells what the last one failed with."""
+    server.default = error("openai", 503, "it is down")
+
+    async with opened(
+        max_retries=10_000, retry_wait=0.05, retry_wait_max=0.1
+    ) as service:
+        async with asyncio.timeout(15):
+            with pytest.raises(LLMServiceError, match="it is down") as caught:
+                await ask(service, deadline=0.5)
+
+    assert caught.value.attempts == len(server.requests) > 1
+
+
+async def test_a_wait_beyond_the_deadline(server: ProviderServer, opened: Open) -> None:
+    """It fails at once as what it is, with the wait that the provider asked for."""
+    server.default = error("openai", 429, retry_delay=30)
+
+    async with opened() as service:
+        async with asyncio.timeout(10):
+            with pytest.raises(RateLimitError) as caught:
+                await ask(service, deadline=20)
+
+    assert (caught.value.retry_after, caught.value.attempts) == (30.0, 1)
+
+
+async def test_a_deadline_that_is_met(server: ProviderServer, opened: Open) -> None:
+    """A call that ends in time does not know of its deadline."""
+    server.reply(error("openai", 503), Answer(delay=0.1))
+
+    async with opened() as service:
+        result = await ask(service, deadline=15)
+
+    assert result.attempts == 2
+
+
+@each_provider
+async def test_a_timeout_ends_an_attempt(
+    server: ProviderServer, opened: Open, provider: str
+) -> None:
+    """After `timeout` seconds the next attempt begins, on another connection."""
+    server.reply(Fault("stall"), Fault("stall"), Answer("At last."))
+
+    async with opened() as service:
+        result = await ask(service, provider, timeout=0.3)
+
+    assert (result.text, result.attempts) == ("At last.", 3)
+    assert server.connections == 3
+
+
+@each_provider
+async def test_a_timeout_of_the_settings(
+    server: ProviderServer, opened: Open, provider: str
+) -> None:
+    """Where a call names none, the settings' holds for each attempt."""
+    server.default = Fault("stall")
+
+    async with opened(timeout=0.2, max_retries=1) as service:
+        with pytest.raises(LLMTimeoutError, match=r"within 0\.2 s") as caught:
+            await ask(service, provider)
+
+    assert (caught.value.attempts, len(server.requests)) == (2, 2)
+    assert caught.value.retryable
+    assert caught.value.status_code is None
+
+
+@each_provider
+async def test_a_timeout_counts_the_whole_answer(
+    server: ProviderServer, opened: Open, provider: str
+) -> None:
+    """A server that never falls silent but never ends is left as well."""
+    server.default = Fault("drip", delay=0.05)
+
+    async with opened(max_retries=0) as service:
+        with pytest.raises(LLMTimeoutError):
+            await ask(service, provider, timeout=0.5)
+
+    assert len(server.requests) == 1
+
+
+async def test_a_connection_that_never_opens(keys: StaticAPIKeys) -> None:
+    """`connect_timeout` counts the handshake, which is an attempt like any other."""
+
+    async def silent(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await reader.read()
+        writer.close()
+
+    listener = await asyncio.start_server(silent, "127.0.0.1", 0)
+    port = listener.sockets[0].getsockname()[1]
+    settings = Settings(
+        connect_timeout=0.2,
+        max_retries=1,
+        retry_wait=0.01,
+        base_urls={"openai": f"https://127.0.0.1:{port}/v1"},
+    )
+    async with listener:
+        plain = StaticAPIKeys({"openai": "sk-test"})
+        async with LLMInfraService(plain, settings=settings) as service:
+            await service.initialize()
+            async with asyncio.timeout(15):
+                with pytest.raises(LLMTimeoutError) as caught:
+                    await ask(service)
+
+    assert caught.value.attempts == 2
+
+
+# --- cancelling ---------------------------------------------------------------------------
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - the server has no event for it
+            await asyncio.sleep(0.005)
+
+
+@each_provider
+async def test_cancelling_closes_the_connection(
+    server: ProviderServer, opened: Open, provider: str
+) -> None:
+    """CancelledError passes untouched, the server sees the end, the service lives on."""
+    server.reply(Fault("stall"))
+
+    async with opened() as service:
+        task = asyncio.create_task(ask(service, provider))
+        await _until(lambda: server.in_flight == 1)
+        task.cancel("enough")
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await task
+        await _until(lambda: server.open_connections == 0)
+        after = await ask(service, provider)
+
+    assert type(caught.value) is asyncio.CancelledError
+    assert task.cancelled()
+    assert after.text == "Hello from the loopback."
+    assert len(server.requests) == 2
+
+
+async def test_cancelling_while_it_waits(server: ProviderServer, opened: Open) -> None:
+    """Between two attempts there is nothing to close, and no further attempt."""
+    server.default = error("openai", 429, retry_delay=30)
+
+    async with opened() as service:
+        task = asyncio.create_task(ask(service))
+        await _until(lambda: len(server.requests) == 1 and server.in_flight == 0)
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    assert len(server.requests) == 1
+
+
+async def test_the_callers_own_timeout(server: ProviderServer, opened: Open) -> None:
+    """A TimeoutError of the caller's is the caller's, and no error of a provider."""
+    server.default = Fault("stall")
+
+    async with opened() as service:
+        with pytest.raises(TimeoutError) as caught:
+            async with asyncio.timeout(0.3):
+                await ask(service, deadline=10)
+        await _until(lambda: server.open_connections == 0)
+
+    assert not isinstance(caught.value, DiPeOLLMError)
+    assert len(server.requests) == 1

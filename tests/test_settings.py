@@ -1,0 +1,323 @@
+"""Settings: what the environment may say, in what form, and what it may not."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dipeo_llm.adapter import create_adapter
+from dipeo_llm.domain import LLMService
+from dipeo_llm.errors import InvalidRequestError, SettingsError
+from dipeo_llm.keys import StaticAPIKeys
+from dipeo_llm.service import LLMInfraService
+from dipeo_llm.settings import Settings
+
+VARIABLES = {
+    "DIPEO_BASE_DIR",
+    "DIPEO_LLM_TIMEOUT",
+    "DIPEO_LLM_MAX_RETRIES",
+    "DIPEO_LLM_ENGINE",
+    "DIPEO_LLM_OPENAI_BASE_URL",
+    "DIPEO_LLM_ANTHROPIC_BASE_URL",
+    "DIPEO_LLM_GOOGLE_BASE_URL",
+    "DIPEO_LLM_OLLAMA_BASE_URL",
+    "OLLAMA_HOST",
+}
+GOOD: list[tuple[str, str, str, Any]] = [
+    ("DIPEO_BASE_DIR", "/srv/prompts", "base_dir", Path("/srv/prompts")),
+    ("DIPEO_BASE_DIR", "not/there/yet", "base_dir", Path("not/there/yet")),
+    ("DIPEO_BASE_DIR", "~/prompts", "base_dir", Path.home() / "prompts"),
+    ("DIPEO_LLM_TIMEOUT", "30", "timeout", 30.0),
+    ("DIPEO_LLM_TIMEOUT", " 0.5 ", "timeout", 0.5),
+    ("DIPEO_LLM_TIMEOUT", "", "timeout", 300.0),
+    ("DIPEO_LLM_TIMEOUT", "  ", "timeout", 300.0),
+    ("DIPEO_LLM_MAX_RETRIES", "0", "max_retries", 0),
+    ("DIPEO_LLM_MAX_RETRIES", "7", "max_retries", 7),
+    ("DIPEO_LLM_MAX_RETRIES", "", "max_retries", 3),
+    ("DIPEO_LLM_ENGINE", "direct", "engine", "direct"),
+    ("DIPEO_LLM_ENGINE", "LiteLLM", "engine", "litellm"),
+    ("DIPEO_LLM_ENGINE", "", "engine", "auto"),
+]
+BAD = [
+    ("DIPEO_LLM_TIMEOUT", "0"),
+    ("DIPEO_LLM_TIMEOUT", "-1"),
+    ("DIPEO_LLM_TIMEOUT", "inf"),
+    ("DIPEO_LLM_TIMEOUT", "nan"),
+    ("DIPEO_LLM_TIMEOUT", "5 min"),
+    ("DIPEO_LLM_TIMEOUT", "0x10"),
+    ("DIPEO_LLM_MAX_RETRIES", "-1"),
+    ("DIPEO_LLM_MAX_RETRIES", "2.5"),
+    ("DIPEO_LLM_MAX_RETRIES", "many"),
+    ("DIPEO_LLM_ENGINE", "steam"),
+    ("OLLAMA_HOST", "ftp://gpu"),
+    ("OLLAMA_HOST", "gpu:ollama"),
+    ("OLLAMA_HOST", "gpu:99999"),
+    ("OLLAMA_HOST", "http://[::1"),
+    ("OLLAMA_HOST", "g p u"),
+]
+PROVIDERS = ("openai", "anthropic", "google", "ollama")
+GOOD_URLS = [
+    ("http://127.0.0.1:8000/v1", "http://127.0.0.1:8000/v1"),
+    ("https://llm.example.com/v1/", "https://llm.example.com/v1"),
+    (" https://llm.example.com ", "https://llm.example.com"),
+    ("http://[::1]:8000/v1", "http://[::1]:8000/v1"),
+]
+BAD_URLS = [
+    "llm.example.com/v1",
+    "localhost:8000",
+    "ftp://llm.example.com",
+    "file:///etc/passwd",
+    "https://",
+    "https:///v1",
+    "https://llm.example.com:port/v1",
+    "https://llm.example.com:65536/v1",
+    "https://[::1/v1",
+    "https://llm.example.com/v1?key=x",
+    "https://llm.example.com/v1#x",
+    "https://user@llm.example.com/v1",
+    "https://llm.exa mple.com/v1",
+    "https://llm.example\n.com/v1",
+]
+OLLAMA_HOSTS = [
+    ("gpu", "http://gpu:11434"),
+    ("gpu.lan:8080", "http://gpu.lan:8080"),
+    ("gpu:", "http://gpu:11434"),
+    (":8080", "http://127.0.0.1:8080"),
+    ("http://gpu", "http://gpu:80"),
+    ("https://gpu", "https://gpu:443"),
+    ("https://gpu:8443/", "https://gpu:8443"),
+    ("https://gpu/ollama/", "https://gpu:443/ollama"),
+    ("gpu/ollama", "http://gpu:11434/ollama"),
+    ("0.0.0.0", "http://127.0.0.1:11434"),
+    ("0.0.0.0:8080", "http://127.0.0.1:8080"),
+    ("http://0.0.0.0:8080", "http://127.0.0.1:8080"),
+    ("::1", "http://[::1]:11434"),
+    ("[::1]", "http://[::1]:11434"),
+    ("[::1]:8080", "http://[::1]:8080"),
+    ("http://[2001:db8::1]", "http://[2001:db8::1]:80"),
+    ("::", "http://[::1]:11434"),
+    ("[::]:8080", "http://[::1]:8080"),
+]
+
+
+class Recorder(dict[str, str]):
+    """An environment that remembers which of its variables were asked for."""
+
+    def __init__(self, values: dict[str, str]) -> None:
+        super().__init__(values)
+        self.asked: set[object] = set()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Look a variable up."""
+        self.asked.add(name)
+        return super().get(name, default)
+
+    def __getitem__(self, name: str) -> str:
+        self.asked.add(name)
+        return super().__getitem__(name)
+
+    def __contains__(self, name: object) -> bool:
+        self.asked.add(name)
+        return super().__contains__(name)
+
+    def __iter__(self) -> Iterator[str]:
+        raise AssertionError("every variable was read")
+
+
+@pytest.mark.parametrize(("variable", "text", "field", "value"), GOOD)
+def test_a_variable_sets_its_field(
+    variable: str, text: str, field: str, value: Any
+) -> None:
+    """A variable is read into its setting; a blank one counts as not set."""
+    settings = Settings.from_env({variable: text})
+
+    assert settings == dataclasses.replace(Settings(), **{field: value})
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize(("text", "url"), GOOD_URLS)
+def test_a_base_url_is_read(provider: str, text: str, url: str) -> None:
+    """Each provider's base URL is taken as given, without a slash at its end."""
+    settings = Settings.from_env({f"DIPEO_LLM_{provider.upper()}_BASE_URL": text})
+
+    assert settings.base_urls == {provider: url}
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [
+        *BAD,
+        *(
+            (f"DIPEO_LLM_{p.upper()}_BASE_URL", url)
+            for p in PROVIDERS
+            for url in BAD_URLS
+        ),
+    ],
+)
+def test_a_value_that_cannot_be_read_names_its_variable(
+    variable: str, text: str
+) -> None:
+    """Whoever set a bad value learns at the start which variable to mend."""
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_env({variable: text})
+
+    assert str(caught.value).startswith(variable)
+
+
+@pytest.mark.parametrize(
+    ("variable", "url"),
+    [
+        ("DIPEO_LLM_OPENAI_BASE_URL", "https://me:hunter2@gpu/v1"),
+        ("DIPEO_LLM_OPENAI_BASE_URL", "https://:hunter2@gpu/v1"),
+        ("DIPEO_LLM_OPENAI_BASE_URL", "https://me:hunter2@gpu:port/v1"),
+        ("OLLAMA_HOST", "https://me:hunter2@gpu"),
+        ("OLLAMA_HOST", "me:hunter2@gpu"),
+        ("OLLAMA_HOST", "me:hunter2@gpu:11434"),
+    ],
+)
+def test_a_password_in_a_url_is_refused_and_not_shown(variable: str, url: str) -> None:
+    """A URL with a password in it is refused by an error that keeps the password."""
+    with pytest.raises(SettingsError, match=variable) as caught:
+        Settings.from_env({variable: url})
+
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["google", "gemini", LLMService.GEMINI], ids=repr)
+def test_a_base_url_may_stand_under_any_name_of_its_provider(
+    name: str,
+) -> None:
+    """A key does not travel to the provider's own address for want of an alias."""
+    settings = Settings(base_urls={name: "http://127.0.0.1:1/v1beta"})
+
+    adapter = create_adapter("google", "gemini-2.5-flash", "sk-1", settings=settings)
+
+    assert adapter.endpoint.base_url == "http://127.0.0.1:1/v1beta"
+
+
+@pytest.mark.parametrize(("host", "url"), OLLAMA_HOSTS)
+def test_ollama_host_is_read_as_ollama_reads_it(host: str, url: str) -> None:
+    """OLLAMA_HOST takes every form that Ollama's own tools take."""
+    assert Settings.from_env({"OLLAMA_HOST": host}).base_urls == {"ollama": url}
+
+
+def test_our_own_variable_wins_over_ollama_host() -> None:
+    """DIPEO_LLM_OLLAMA_BASE_URL decides where both are set."""
+    settings = Settings.from_env(
+        {"OLLAMA_HOST": "one", "DIPEO_LLM_OLLAMA_BASE_URL": "http://two:1"}
+    )
+
+    assert settings.base_urls == {"ollama": "http://two:1"}
+
+
+def test_a_password_in_a_keys_base_url_is_refused_and_not_shown() -> None:
+    """A key record's base URL is held to the same rule."""
+    with pytest.raises(InvalidRequestError, match="password") as caught:
+        create_adapter("openai", "gpt-4o", "sk-1", "https://me:hunter2@gpu/v1")
+
+    assert "hunter2" not in str(caught.value)
+
+
+def test_several_base_urls_are_kept_apart() -> None:
+    """Every provider can have a base URL of its own."""
+    settings = Settings.from_env(
+        {f"DIPEO_LLM_{p.upper()}_BASE_URL": f"http://{p}:1" for p in PROVIDERS}
+    )
+
+    assert settings.base_urls == {p: f"http://{p}:1" for p in PROVIDERS}
+
+
+def test_an_empty_environment_gives_the_defaults() -> None:
+    """Without a variable the settings are those of the constructor."""
+    assert Settings.from_env({}) == Settings()
+
+
+def test_nothing_but_the_documented_variables_is_asked_for() -> None:
+    """No other variable can change a setting, since no other is read."""
+    environment = Recorder({"OPENAI_BASE_URL": "http://elsewhere/v1"})
+
+    Settings.from_env(environment)
+
+    assert environment.asked == VARIABLES
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("OPENAI_BASE_URL", "http://elsewhere/v1"),
+        ("OPENAI_API_BASE", "http://elsewhere/v1"),
+        ("OPENAI_ORGANIZATION", "org-1"),
+        ("ANTHROPIC_BASE_URL", "http://elsewhere"),
+        ("GEMINI_API_BASE", "http://elsewhere"),
+        ("OLLAMA_API_BASE", "http://elsewhere"),
+        ("OLLAMA_API_KEY", "sk-1"),
+        ("LITELLM_PROXY_API_BASE", "http://elsewhere"),
+        ("HTTPS_PROXY", "http://elsewhere"),
+        ("dipeo_llm_timeout", "1"),
+    ],
+)
+def test_other_variables_change_no_setting(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    """A variable of another tool leaves the settings as they are."""
+    monkeypatch.setenv(variable, value)
+
+    assert Settings.from_env() == Settings()
+
+
+def test_the_process_environment_is_read_by_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without an argument, from_env reads the variables of the process."""
+    monkeypatch.setenv("DIPEO_LLM_TIMEOUT", "12")
+
+    assert Settings.from_env().timeout == 12.0
+
+
+def test_a_service_reads_the_environment_when_it_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A service without settings takes the environment's."""
+    monkeypatch.setenv("DIPEO_LLM_MAX_RETRIES", "1")
+
+    assert LLMInfraService(StaticAPIKeys({})).settings.max_retries == 1
+
+
+def test_a_service_refuses_a_bad_environment_when_it_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A bad variable fails at the start, not at the first call."""
+    monkeypatch.setenv("DIPEO_LLM_MAX_RETRIES", "lots")
+
+    with pytest.raises(SettingsError, match="DIPEO_LLM_MAX_RETRIES"):
+        LLMInfraService(StaticAPIKeys({}))
+
+
+def test_settings_given_in_code_do_not_ask_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A service with settings of its own does not mind a bad environment."""
+    monkeypatch.setenv("DIPEO_LLM_MAX_RETRIES", "lots")
+
+    assert (
+        LLMInfraService(StaticAPIKeys({}), settings=Settings()).settings == Settings()
+    )
+
+
+def test_settings_cannot_be_changed() -> None:
+    """Settings are frozen: what a service was made with is what it works with."""
+    settings = Settings()
+
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.timeout = 1.0  # type: ignore[misc]
+
+
+def test_secrets_are_not_in_the_repr() -> None:
+    """A proxy's password and the extra headers do not appear in a log of settings."""
+    settings = Settings(
+        proxy="http://me:hunter2@proxy:3128", extra_headers={"x-team": "hunter3"}
+    )
+
+    assert "hunter" not in repr(settings)
