@@ -95,7 +95,10 @@ def host_class(netloc: str) -> str:
 
 
 def differences(expected: Any, actual: Any, path: str = "") -> list[Difference]:
-    """List the fields in which two values differ, those inside each other included."""
+    """List the fields in which two values differ, those inside each other included.
+
+    `...` as an expected value stands for any that is there.
+    """
     return list(_differences(expected, actual, path))
 
 
@@ -222,6 +225,8 @@ def _differences_of_lists(
 
 
 def _equal(one: Any, other: Any) -> bool:
+    if one is ...:
+        return other is not NOTHING
     # JSON has truth values, and Python takes them for numbers.
     if isinstance(one, int | float) and isinstance(other, int | float):
         return isinstance(one, bool) is isinstance(other, bool) and one == other
@@ -264,6 +269,8 @@ def _window(text: str, start: int) -> str:
 
 
 def _readable(value: Any) -> str:
+    if value is ...:
+        return "(anything)"
     if isinstance(value, str | _Nothing):
         return repr(value)
     try:

@@ -6,13 +6,22 @@ closed: when its last call ends, not before.
 """
 
 import asyncio
+import contextlib
+import contextvars
 import itertools
 import logging
 import threading
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable
+from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
+from dipeo_llm.errors import ServiceUnavailableError
+
 _log = logging.getLogger("dipeo_llm")
+
+# How long `Pool.aclose` waits, past the grace, for a loop of another thread.
+_PATIENCE = 5.0
 
 
 class Closable(Protocol):
@@ -27,17 +36,24 @@ C = TypeVar("C", bound=Closable)
 
 
 class _Slot(Generic[C]):
-    """A client and who uses it."""
+    """A client, made or in the making, and who uses it.
 
-    __slots__ = ("client", "key", "leases", "retired", "timer", "used")
+    Whoever asks is counted in `leases` at once, so that a client which has just been
+    made is never taken for idle before those who waited for it have run.
+    """
 
-    def __init__(self, key: Hashable, client: C) -> None:
+    def __init__(self, key: Hashable) -> None:
         self.key = key
-        self.client = client
+        self.client: C | None = None
+        self.failure: Exception | None = None
+        self.trace: TracebackType | None = None
+        self.made = asyncio.Event()
+        self.making: asyncio.Task[None] | None = None
+        self.closing: asyncio.Task[None] | None = None
+        self.timer: asyncio.TimerHandle | None = None
         self.leases = 0
         self.used = 0
         self.retired = False
-        self.timer: asyncio.TimerHandle | None = None
 
 
 class Lease(Generic[C]):
@@ -45,10 +61,10 @@ class Lease(Generic[C]):
 
     __slots__ = ("_clients", "_slot", "client")
 
-    def __init__(self, clients: "_LoopClients[C]", slot: _Slot[C]) -> None:
+    def __init__(self, clients: "_LoopClients[C]", slot: _Slot[C], client: C) -> None:
         self._clients = clients
         self._slot: _Slot[C] | None = slot
-        self.client = slot.client
+        self.client = client
 
     async def __aenter__(self) -> C:
         return self.client
@@ -80,6 +96,7 @@ class Pool(Generic[C]):
         self._max_clients = max_clients
         self._lock = threading.Lock()
         self._loops: dict[asyncio.AbstractEventLoop, _LoopClients[C]] = {}
+        self._closed = False
 
     async def lease(self, key: Hashable, make: Callable[[], Awaitable[C]]) -> Lease[C]:
         """Return the client of *key* on this loop, made by *make* if there is none.
@@ -87,6 +104,10 @@ class Pool(Generic[C]):
         However many ask at once, *make* runs once; its failure reaches all that wait
         and is not kept. A caller that is cancelled while it waits leaves the others
         waiting, and the client in the pool.
+
+        Raises:
+            ServiceUnavailableError: The pool is closed, or was before the client was
+                made.
         """
         clients = self._loops.get(asyncio.get_running_loop())
         if clients is None:
@@ -95,13 +116,12 @@ class Pool(Generic[C]):
 
     async def _open_loop(self) -> "_LoopClients[C]":
         loop = asyncio.get_running_loop()
+        clients: _LoopClients[C] = _LoopClients(self._ttl, self._max_clients)
         with self._lock:
-            for old in [old for old in self._loops if old.is_closed()]:
-                del self._loops[old]
-            clients = self._loops.get(loop)
-            if clients is not None:
-                return clients
-            clients = self._loops[loop] = _LoopClients(self._ttl, self._max_clients)
+            if self._closed:
+                raise _closed()
+            self._forget_closed_loops()
+            self._loops[loop] = clients
         clients.keeper = self._close_with(loop, clients)
         await anext(clients.keeper)
         return clients
@@ -123,30 +143,48 @@ class Pool(Generic[C]):
             await clients.aclose(grace=0.0)
 
     async def aclose(self, grace: float = 0.0) -> None:
-        """Close the clients of every running loop. May be called twice.
+        """Close the clients of every loop, and the pool for good. May be called twice.
 
         Args:
             grace: Seconds that calls have to end; then their client is closed under
-                them. No new call may begin meanwhile.
+                them. No new call may begin meanwhile, nor afterwards.
+
+        A loop of another thread closes its own clients. One that is not running does so
+        when it runs again, and one that is stuck is not waited for.
         """
         here = asyncio.get_running_loop()
+        patience = time.monotonic() + grace + _PATIENCE
         with self._lock:
-            loops, self._loops = self._loops, {}
-        elsewhere = [
-            asyncio.wrap_future(
-                asyncio.run_coroutine_threadsafe(clients.aclose(grace), loop)
-            )
-            for loop, clients in loops.items()
-            if loop is not here and loop.is_running()
-        ]
-        if here in loops:
-            await loops[here].aclose(grace)
-        if elsewhere:
-            await asyncio.wait(elsewhere)
+            self._closed = True
+            self._forget_closed_loops()
+            loops = dict(self._loops)
+        ours = loops.pop(here, None)
+        running = []
+        for loop, clients in loops.items():
+            with contextlib.suppress(RuntimeError):  # it has closed meanwhile
+                loop.call_soon_threadsafe(clients.start_aclose, grace)
+                if loop.is_running():
+                    running.append((loop, clients))
+        if ours is not None:
+            await ours.aclose(grace)
+        # Looking beats waiting for a message: a loop may end without sending any.
+        while running := [
+            (loop, clients)
+            for loop, clients in running
+            if not (clients.ended or loop.is_closed())
+        ]:
+            if time.monotonic() > patience:
+                _log.warning("%d event loops did not close their clients", len(running))
+                break
+            await asyncio.sleep(0.01)
 
     def __len__(self) -> int:
         """Count the open clients of all loops."""
         return sum(len(clients.slots) for clients in list(self._loops.values()))
+
+    def _forget_closed_loops(self) -> None:
+        for loop in [loop for loop in self._loops if loop.is_closed()]:
+            del self._loops[loop]
 
 
 class _LoopClients(Generic[C]):
@@ -160,96 +198,169 @@ class _LoopClients(Generic[C]):
         self._cache: Any = SimpleMemoryCache(timeout=0)
         self._ttl = ttl
         self._max_clients = max_clients
-        self._making: dict[Hashable, asyncio.Task[_Slot[C]]] = {}
-        self._closing: set[asyncio.Task[None]] = set()
+        self._making: dict[Hashable, _Slot[C]] = {}
         self._uses = itertools.count()
-        self._none_left = asyncio.Event()
+        self._none_open = asyncio.Event()
+        self._closed = False
+        self._out_of_grace = False
+        self._acloser: asyncio.Task[None] | None = None
         self.slots: set[_Slot[C]] = set()
         self.keeper: AsyncGenerator[None, None] | None = None
+        self.ended = False
+        """Whether nothing is open any more; read by other threads too."""
 
     async def lease(self, key: Hashable, make: Callable[[], Awaitable[C]]) -> Lease[C]:
+        if self._closed:
+            raise _closed()
         slot: _Slot[C] | None = await self._cache.get(key)
-        while slot is None or slot.retired:
-            # The task belongs to nobody: a caller that is cancelled leaves it running.
-            slot = await asyncio.shield(self._making.get(key) or self._start(key, make))
-        slot.leases += 1
-        slot.used = next(self._uses)
-        return Lease(self, slot)
+        if slot is None or slot.retired:
+            slot = self._making.get(key)
+        if slot is None:
+            slot = self._making[key] = _Slot(key)
+            slot.leases = 1
+            self._start(slot, make)
+        else:
+            slot.leases += 1
+        try:
+            await slot.made.wait()
+            if slot.failure is not None:
+                # Each caller's own frames, not those of all who raised it before.
+                raise slot.failure.with_traceback(slot.trace)
+        except BaseException:
+            self._give_back(slot)
+            raise
+        assert slot.client is not None  # noqa: S101 - made, and not a failure
+        return Lease(self, slot, slot.client)
 
     async def release(self, slot: _Slot[C]) -> None:
-        slot.leases -= 1
-        if slot.retired and slot.leases == 0:
-            await asyncio.shield(self._start_close(slot))
+        self._give_back(slot)
+        if slot.closing is not None:
+            await asyncio.wait([slot.closing])
 
-    def _start(
-        self, key: Hashable, make: Callable[[], Awaitable[C]]
-    ) -> asyncio.Task[_Slot[C]]:
-        def done(task: asyncio.Task[_Slot[C]]) -> None:
-            del self._making[key]
-            # If every caller was cancelled, nobody else reads a failure.
-            _ = task.cancelled() or task.exception()
+    def _start(self, slot: _Slot[C], make: Callable[[], Awaitable[C]]) -> None:
+        # The task belongs to nobody: a caller that is cancelled leaves it running, and
+        # its timers, which live for the time to live, hold no caller's context.
+        self._none_open.clear()
+        context = contextvars.Context()
+        slot.making = context.run(asyncio.create_task, self._make(slot, make))
 
-        task = asyncio.create_task(self._make(key, make))
-        self._making[key] = task
-        task.add_done_callback(done)
-        return task
+    async def _make(self, slot: _Slot[C], make: Callable[[], Awaitable[C]]) -> None:
+        try:
+            slot.client = await make()
+            self.slots.add(slot)
+            await self._keep(slot)
+        except Exception as exc:  # noqa: BLE001 - raised by everyone who waits for it
+            slot.failure, slot.trace = exc, exc.__traceback__
+        except BaseException:
+            # Those who wait were not cancelled themselves, so they get no CancelledError.
+            slot.failure = (
+                _closed()
+                if self._closed
+                else ServiceUnavailableError("the opening of the client was cancelled")
+            )
+            raise
+        finally:
+            del self._making[slot.key]
+            slot.made.set()
+            self._look_around()
 
-    async def _make(self, key: Hashable, make: Callable[[], Awaitable[C]]) -> _Slot[C]:
-        slot = _Slot(key, await make())
-        self.slots.add(slot)
-        await self._cache.set(key, slot, ttl=self._ttl)
+    async def _keep(self, slot: _Slot[C]) -> None:
+        """Put a client that has just been made where the next call finds it."""
+        if self._out_of_grace:
+            slot.failure = _closed()
+            self._close_soon(slot)
+            return
+        if not slot.retired:
+            await self._cache.set(slot.key, slot, ttl=self._ttl)
+            # AIOCACHE_DISABLE=1 makes it keep nothing: then these leases are the last.
+            slot.retired = await self._cache.get(slot.key) is not slot
+        if slot.retired:
+            self._retire(slot)
+            return
         # aiocache forgets an entry without a word, so its end is timed beside it.
         loop = asyncio.get_running_loop()
         slot.timer = loop.call_later(self._ttl, self._retire, slot)
-        if len(self.slots) > self._max_clients:
-            idle = [s for s in self.slots if not s.leases and s is not slot]
-            if idle:
-                self._retire(min(idle, key=lambda s: s.used))
-        return slot
+        slot.used = next(self._uses)
+        self._make_room()
+
+    def _give_back(self, slot: _Slot[C]) -> None:
+        slot.leases -= 1
+        slot.used = next(self._uses)
+        if slot.retired:
+            self._retire(slot)
+        elif slot.leases == 0:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Retire what is idle and beyond the limit, unused for longest first."""
+        if len(self.slots) <= self._max_clients:
+            return
+        kept = [slot for slot in self.slots if not slot.retired]
+        idle = sorted((s for s in kept if not s.leases), key=lambda s: s.used)
+        for slot in idle[: max(0, len(kept) - self._max_clients)]:
+            self._retire(slot)
 
     def _retire(self, slot: _Slot[C]) -> None:
         """Hand a client out no more, and close it now if nobody uses it."""
         slot.retired = True
         if slot.timer is not None:
             slot.timer.cancel()
-        if slot.leases == 0:
-            self._start_close(slot)
+        if slot.client is not None and slot.leases == 0:
+            self._close_soon(slot)
 
-    def _start_close(self, slot: _Slot[C]) -> asyncio.Task[None]:
-        task = asyncio.create_task(self._close(slot))
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
-        return task
+    def _close_soon(self, slot: _Slot[C]) -> asyncio.Task[None]:
+        # One that was cancelled, as all tasks are when a loop ends, has closed nothing.
+        if slot.closing is None or slot.closing.cancelled():
+            slot.closing = asyncio.create_task(self._close(slot))
+        return slot.closing
 
     async def _close(self, slot: _Slot[C]) -> None:
-        if slot not in self.slots:
-            return
-        self.slots.discard(slot)
         if await self._cache.get(slot.key) is slot:
             await self._cache.delete(slot.key)
         try:
-            await slot.client.aclose()
+            if slot.client is not None:
+                await slot.client.aclose()
         except Exception:  # noqa: BLE001 - a client that will not close ends no call
             _log.warning("a client could not be closed", exc_info=True)
-        finally:
-            if not self.slots:
-                self._none_left.set()
+        self.slots.discard(slot)
+        self._look_around()
+
+    def _look_around(self) -> None:
+        if not self.slots and not self._making:
+            self._none_open.set()
+
+    def start_aclose(self, grace: float) -> None:
+        self._closed = True
+        self._acloser = asyncio.create_task(self.aclose(grace))
 
     async def aclose(self, grace: float) -> None:
-        if self._making:
-            await asyncio.wait(list(self._making.values()))
-        for slot in list(self.slots):
+        self._closed = True
+        for slot in [*self._making.values(), *self.slots]:
             self._retire(slot)
-        if self.slots:
-            self._none_left.clear()
-            try:
-                async with asyncio.timeout(grace):
-                    await self._none_left.wait()
-            except TimeoutError:
-                for slot in list(self.slots):
-                    self._start_close(slot)
-        if self._closing:
-            await asyncio.wait(list(self._closing))
+        self._look_around()
+        try:
+            async with asyncio.timeout(grace):
+                await self._none_open.wait()
+        except TimeoutError:
+            await self._close_under_calls()
+        self.ended = True
         keeper, self.keeper = self.keeper, None
         if keeper is not None:
             await keeper.aclose()
+
+    async def _close_under_calls(self) -> None:
+        self._out_of_grace = True
+        making = [s.making for s in self._making.values() if s.making is not None]
+        for task in making:
+            task.cancel()
+        if making:
+            await asyncio.wait(making)
+        closing = [self._close_soon(slot) for slot in list(self.slots)]
+        if closing:
+            await asyncio.wait(closing)
+
+
+def _closed() -> ServiceUnavailableError:
+    return ServiceUnavailableError(
+        "the service was closed before the call had a client", retryable=False
+    )

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, Self, TypeVar
 
 from dipeo_llm import adapter as adapters
-from dipeo_llm import counting, listing, providers
+from dipeo_llm import counting, listing, media, providers
 from dipeo_llm.adapter import BaseLLMAdapter
 from dipeo_llm.domain import (
     Capabilities,
@@ -419,7 +419,16 @@ class LLMInfraService:
     async def _with_media(
         self, request: ChatRequest, adapter: BaseLLMAdapter
     ) -> ChatRequest:
-        return request
+        if all(isinstance(m.get("content"), str | None) for m in request.messages):
+            return request
+        messages = await media.prepare(
+            request.messages,
+            adapter.provider,
+            base_dir=self._prompts.base_dir,
+            settings=self.settings,
+            allow_outside_base_dir=self._prompts.allow_outside_base_dir,
+        )
+        return replace(request, messages=messages)
 
     def _stream(
         self, start: Start, request: ChatRequest, options: Mapping[str, Any]

@@ -45,33 +45,33 @@ def shape(
     """
     tools = sort_tools(request.tools)
     provided, parameters = provided_parameters(provider, model, tools.provided)
-    all_tools = _copy([*tools.functions, *provided])
+    all_tools = copied([*tools.functions, *provided])
     sampling = _compatible(provider, model, dict(request.sampling))
     parameters = {**sampling, **parameters}
     if all_tools:
         parameters["tools"] = all_tools
         if request.tool_choice is not None:
-            parameters["tool_choice"] = _copy(request.tool_choice)
+            parameters["tool_choice"] = copied(request.tool_choice)
     form = form_of(request.response_format)
     if form is not None:
-        parameters["response_format"] = _copy(form.response_format)
+        parameters["response_format"] = copied(form.response_format)
     responses = responses or needs_responses(provider, all_tools)
     return Shape(
         format="responses" if responses else provider.format,
         messages=_MESSAGES.get(provider.format or "", _plain_messages)(
-            _copy(request.messages), provider
+            copied(request.messages), provider
         ),
         parameters=parameters,
         extra_body=request.extra_body,
     )
 
 
-def _copy(value: Any) -> Any:
+def copied(value: Any) -> Any:
     """Copy lists and dicts, which LiteLLM changes in place, and share what is in them."""
     if isinstance(value, Mapping):
-        return {k: _copy(v) for k, v in value.items()}
+        return {k: copied(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_copy(v) for v in value]
+        return [copied(v) for v in value]
     return value
 
 

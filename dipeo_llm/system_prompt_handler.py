@@ -34,7 +34,7 @@ class SystemPromptHandler:
         max_bytes: int = 1024 * 1024,
     ) -> None:
         self._base_dir = None if base_dir is None else Path(base_dir)
-        self._allow_outside = allow_outside_base_dir
+        self.allow_outside_base_dir = allow_outside_base_dir
         self._max_bytes = max_bytes
         self._read: dict[Path, tuple[tuple[int, ...], str]] = {}
 
@@ -82,7 +82,7 @@ class SystemPromptHandler:
     def _load(self, prompt_file: str | os.PathLike[str]) -> str:
         base = self.base_dir.resolve()
         path = (base / Path(prompt_file).expanduser()).resolve()
-        if not self._allow_outside and not path.is_relative_to(base):
+        if not self.allow_outside_base_dir and not path.is_relative_to(base):
             raise ValueError(f"it leads outside the base directory {str(base)!r}")
         # The path is fully resolved, so a link at its end was put there since; and a
         # pipe must not hold the thread until somebody writes into it.

@@ -417,8 +417,9 @@ def _requests(where: Any) -> Sequence[Asked]:
 
 
 def _missing(expected: Mapping[str, Any], data: Mapping[str, Any]) -> list[Difference]:
-    wanted = {k: v for k, v in expected.items() if not (v is ... and k in data)}
-    return differences(wanted, {name: data[name] for name in wanted if name in data})
+    return differences(
+        expected, {name: data[name] for name in expected if name in data}
+    )
 
 
 def _brief(value: Any) -> str:

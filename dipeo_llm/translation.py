@@ -15,7 +15,7 @@ from typing import Any
 from dipeo_llm.domain import ChatRequest
 from dipeo_llm.litellm_gate import know_model
 from dipeo_llm.providers import Provider, by_name
-from dipeo_llm.shape import Shape, shape
+from dipeo_llm.shape import Shape, copied, shape
 from dipeo_llm.wire import PLACEHOLDER
 
 _log = logging.getLogger("dipeo_llm")
@@ -49,7 +49,47 @@ def translate(
     if shaped.format == "responses":
         return _responses(litellm, model, shaped, stream)
     know_model(litellm, provider, model)
-    optional = litellm.utils.get_optional_params(
+    optional = _options(litellm, provider, model, shaped)
+    return FORMATS[shaped.format or ""](
+        litellm, provider, model, shaped.messages, optional, stream
+    )
+
+
+def _options(
+    litellm: Any, provider: Provider, model: str, shaped: Shape
+) -> dict[str, Any]:
+    """Map options to the provider's names.
+
+    Plain numbers and text are mapped alike every time, whatever the messages say, and
+    that takes a third of a translation: so the answer is kept.
+    """
+    asked = shaped.parameters
+    key = (
+        (provider.name, model, *sorted(asked.items())) if set(asked) <= _PLAIN else None
+    )
+    if key is not None and all(
+        isinstance(v, int | float | str) for v in asked.values()
+    ):
+        if key not in _kept_options:
+            if len(_kept_options) >= _MOST_KEPT:
+                _kept_options.clear()
+            _kept_options[key] = _mapped(litellm, provider, model, shaped)
+        copy: dict[str, Any] = copied(_kept_options[key])
+        return copy
+    return _mapped(litellm, provider, model, shaped)
+
+
+_PLAIN = frozenset(
+    {"temperature", "max_tokens", "max_completion_tokens", "top_p", "n", "stop", "seed"}
+)
+_MOST_KEPT = 512
+_kept_options: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+
+def _mapped(
+    litellm: Any, provider: Provider, model: str, shaped: Shape
+) -> dict[str, Any]:
+    optional: dict[str, Any] = litellm.utils.get_optional_params(
         model=model,
         custom_llm_provider=provider.litellm,
         messages=shaped.messages,
@@ -58,9 +98,7 @@ def translate(
     )
     for name in ("stream", "stream_options", "max_retries", "extra_body"):
         optional.pop(name, None)
-    return FORMATS[shaped.format or ""](
-        litellm, provider, model, shaped.messages, optional, stream
-    )
+    return optional
 
 
 def _config(litellm: Any, provider: Provider, model: str) -> Any:

@@ -16,9 +16,10 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from local_model import MODEL, LocalModel, LocalServerError, local_model
+from pydantic import BaseModel, Field
 
 from dipeo_llm import (
     DiPeOLLMError,
@@ -204,7 +205,55 @@ async def demonstrate(model: LocalModel, rounds: int, screen: "Screen") -> list[
                     screen.turn(turn)
             screen.sums(talk)
             talks.append(talk)
+        await stream_an_answer(service, screen)
+        await ask_for_a_form(service, screen)
     return talks
+
+
+async def stream_an_answer(service: LLMInfraService, screen: "Screen") -> None:
+    """Show an answer word by word, as it comes."""
+    screen.title("a streamed answer, through Anthropic's format")
+    stream = service.stream(
+        [{"role": "user", "content": "Name three kinds of bread."}],
+        ANTHROPIC.model,
+        ANTHROPIC.api_key_id,
+        temperature=0,
+        max_tokens=MAX_TOKENS,
+        timeout=TIMEOUT,
+    )
+    chunks = 0
+    async with stream:
+        async for chunk in stream:
+            chunks += 1
+            screen.piece(chunk.text)
+    result = await stream.result()
+    usage = result.token_usage
+    tokens = usage.output if usage else None
+    screen.line()
+    screen.line(f"({chunks} chunks, {_count(tokens)} tokens)")
+
+
+class Loaf(BaseModel):
+    """A loaf, as the model must describe it."""
+
+    flour: Literal["wheat", "rye", "spelt"]
+    minutes: int = Field(ge=20, le=90)
+    """In the oven."""
+
+
+async def ask_for_a_form(service: LLMInfraService, screen: "Screen") -> None:
+    """Ask for an answer in a form: the server lets the model write nothing else."""
+    screen.title("an answer in the form of a pydantic class")
+    result = await service.complete(
+        [{"role": "user", "content": "Describe a loaf of bread as JSON."}],
+        OPENAI.model,
+        OPENAI.api_key_id,
+        response_format=Loaf,
+        temperature=0,
+        max_tokens=3 * MAX_TOKENS,
+        timeout=TIMEOUT,
+    )
+    screen.line(f"{result.text.strip()}  ->  {result.parsed!r}")
 
 
 # --- what is shown ------------------------------------------------------------------
@@ -291,6 +340,11 @@ class Screen:
             self._rich.rule(text)
         else:
             self.line(f"--- {text} ".ljust(72, "-"))
+
+    def piece(self, text: str) -> None:
+        """Print a piece of a line."""
+        if not self._silent:
+            print(text, end="", flush=True)
 
     def line(self, text: str = "", style: str | None = None) -> None:
         """Print a line."""

@@ -54,7 +54,7 @@ def hostile(trap: str) -> dict[str, str]:
         " GEMINI_API_BASE GOOGLE_GEMINI_BASE_URL GOOGLE_API_BASE VERTEXAI_API_BASE"
         " VERTEX_API_BASE OLLAMA_API_BASE OLLAMA_HOST LITELLM_PROXY_API_BASE"
         " LITELLM_MODEL_COST_MAP_URL DEEPSEEK_API_BASE AZURE_API_BASE"
-        " HTTP_PROXY HTTPS_PROXY ALL_PROXY http_proxy https_proxy all_proxy"
+        " HTTP_PROXY HTTPS_PROXY http_proxy https_proxy"
     )
     words = (
         "OPENAI_API_KEY OPENAI_ORGANIZATION OPENAI_ORG_ID OPENAI_PROJECT_ID"
@@ -70,6 +70,8 @@ def hostile(trap: str) -> dict[str, str]:
         "GOOGLE_APPLICATION_CREDENTIALS": "/nowhere/evil.json",
         "GOOGLE_GENAI_USE_VERTEXAI": "True",
         "USE_LITELLM_PROXY": "True",
+        # httpx, which LiteLLM opens clients of as it is imported, cannot do this kind.
+        "ALL_PROXY": "socks5://127.0.0.1:9",
         "SSL_VERIFY": "False",
         "SSL_CERTIFICATE": "/nowhere/evil.pem",
         "SSL_SECURITY_LEVEL": "DEFAULT@SECLEVEL=0",
@@ -168,7 +170,7 @@ def watch(event, args):
         allowed = args[1][0] == "127.0.0.1" and args[1][1] == port
     elif event == "socket.getaddrinfo":
         allowed = args[0] in ("127.0.0.1", b"127.0.0.1")
-    elif event in ("socket.gethostbyname", "socket.sendto", "subprocess.Popen"):
+    elif event in ("socket.gethostbyname", "socket.sendto"):
         allowed = False
     elif event == "open":
         name = str(args[0])
@@ -681,7 +683,8 @@ def _chain(exc: BaseException | None) -> Iterator[BaseException]:
         if one is not None and id(one) not in seen_already:
             seen_already.add(id(one))
             yield one
-            todo += [one.__cause__, one.__context__]
+            shown = None if one.__suppress_context__ else one.__context__
+            todo += [one.__cause__, shown]
 
 
 def _words(exc: BaseException) -> Iterator[str]:

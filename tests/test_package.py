@@ -25,10 +25,9 @@ from dipeo_llm import (
 
 HEAVY = ["aiohttp", "httpx", "litellm", "openai", "opentelemetry", "pytest", "redis"]
 FOLDER = Path(str(resources.files("dipeo_llm")))
-# The plugin stands on pytest, and __main__ runs; nothing imports either.
-MODULES = sorted(
-    {path.stem for path in FOLDER.glob("*.py")} - {"pytest_plugin", "__main__"}
-)
+# These stand on pytest and vcrpy, or run as they are imported; `testing` is not one.
+ON_TOP = {"__main__", "cassette_file", "cassette_folder", "cassettes", "pytest_plugin"}
+MODULES = sorted({path.stem for path in FOLDER.glob("*.py")} - ON_TOP)
 CONTRACT = {
     "APIKeyError",
     "APIKeyNotFoundError",

@@ -123,10 +123,17 @@ def _recordings() -> Iterator[Recording]:
 RECORDINGS = {recording.name: recording for recording in _recordings()}
 
 
+# Streams that broke off for the one who recorded them too.
+BROKEN = {
+    # OpenRouter's, sent for Novita: [DONE] comes, but never a finish reason.
+    "openai/stream-toolcall-gpt-4.1-d3f6",
+}
+
+
 def pick(*, streamed: bool, ok: bool = True) -> Any:
-    """Parametrize a test with the recordings of one kind, on both engines."""
+    """Parametrize a test with the recordings of one kind."""
     names = [n for n, r in RECORDINGS.items() if (r.streamed, r.ok) == (streamed, ok)]
-    return pytest.mark.parametrize("name", names)
+    return pytest.mark.parametrize("name", [n for n in names if n not in BROKEN])
 
 
 each_engine = pytest.mark.parametrize("engine", ENGINES)
@@ -318,7 +325,8 @@ def _anthropic(events: list[Any]) -> Said:
         match block["type"]:
             case "text":
                 said.text += block["text"]
-                said.urls += [c["url"] for c in block.get("citations") or ()]
+                cited = block.get("citations") or ()
+                said.urls += [c["url"] for c in cited if "url" in c]
             case "thinking" | "redacted_thinking":
                 said.thinking.append(block)
                 said.reasoning += [block["thinking"]] if block.get("thinking") else []
