@@ -12,7 +12,7 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
@@ -119,7 +119,11 @@ class BaseLLMAdapter(ABC):
 
     async def client(self) -> Lease[Client]:
         """Lease the open client of this endpoint, opening it if need be."""
-        return await self._pool.lease(_pool_key(self.endpoint), self._open)
+        try:
+            return await self._pool.lease(_pool_key(self.endpoint), self._open)
+        except LLMServiceError as exc:
+            exc.service, exc.model = self.provider.name, self.model_name
+            raise
 
     def common_parameters(self, request: ChatRequest) -> dict[str, Any]:
         """Return the options of a request under OpenAI's names, for this model."""
@@ -185,8 +189,8 @@ class _Call:
     """One attempt: what is asked, and what the wire has seen of it."""
 
     litellm: Any
-    request: ChatRequest
-    shape: Shape
+    request: ChatRequest = field(repr=False)
+    shape: Shape = field(repr=False)
     exchange: Exchange
     stream: bool
     queued: float = 0.0
@@ -337,8 +341,8 @@ class LiteLLMAdapter(BaseLLMAdapter):
             response = await self._seen(
                 call.exchange, lambda: call.litellm.acompletion(**arguments)
             )
-        except Exception as exc:
-            raise self._failure(call, exc) from exc
+        except Exception as exc:  # noqa: BLE001 - mapped
+            raise self._failure(call, exc) from self._cause(call, exc)
         self._check_seen(call)
         if call.format is None:
             return dict(response.model_dump())
@@ -353,7 +357,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
                 **self._fields(),
             )
 
-    async def _litellm_pieces(  # noqa: C901 - one story, told in one place
+    async def _litellm_pieces(  # noqa: C901, PLR0912 - one story, told in one place
         self, call: _Call, client: Client, reader: StreamReader
     ) -> AsyncGenerator[StreamChunk, None]:
         """Let LiteLLM read the stream, and read the same bytes under it.
@@ -382,9 +386,13 @@ class LiteLLMAdapter(BaseLLMAdapter):
                     yield chunks.pop(0)
             if call.format is None:
                 reader.take_end()
-        except Exception as exc:
+            elif call.exchange.response is not None and not reader.ended:
+                # It stops at the finish reason, with the end mark still to come.
+                async for piece in call.exchange.response.content.iter_any():
+                    chunks += reader.feed(piece)
+        except Exception as exc:  # noqa: BLE001 - mapped
             if reader.error is None and not reader.ended:
-                raise self._failure(call, exc) from exc
+                raise self._failure(call, exc) from self._cause(call, exc)
             # The bytes are whole; LiteLLM stumbled over something behind them.
         finally:
             # LiteLLM does not close an Anthropic stream that is left early.
@@ -392,8 +400,18 @@ class LiteLLMAdapter(BaseLLMAdapter):
                 call.exchange.response.close()
             if response is not None:
                 await response.aclose()
-        for chunk in [*chunks, *reader.close()]:
+        if not reader.ended:
+            chunks += reader.close()
+        for chunk in chunks:
             yield chunk
+
+    @staticmethod
+    def _cause(call: _Call, exc: Exception) -> Exception | None:
+        """Return what to chain an error to: not LiteLLM's if the wire has spoken.
+
+        Its text is the provider's, with a key in it if the provider echoes one.
+        """
+        return exc if call.exchange.status is None else call.exchange.error
 
     @staticmethod
     async def _seen(exchange: Exchange, step: Callable[[], Any]) -> Any:

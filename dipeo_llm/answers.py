@@ -7,6 +7,7 @@ end mark is looked for, which LiteLLM does not do.
 """
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -71,8 +72,11 @@ def _read_openai(body: Mapping[str, Any]) -> Reading:
         texts=texts if len(texts) > 1 else [],
         reasoning=first.get("reasoning_content") or first.get("reasoning") or None,
         tool_calls=[
-            tool_call(call.get("id"), *_function(call))
-            for call in first.get("tool_calls") or ()
+            tool_call(
+                call.get("id") or _made_id(body.get("id"), index, call),
+                *_function(call),
+            )
+            for index, call in enumerate(first.get("tool_calls") or ())
         ],
         finish="tool_calls" if finish == "function_call" else finish,
         refusal=first.get("refusal") or None,
@@ -383,6 +387,10 @@ class MalformedStreamError(ValueError):
     """What came is not an event of the format."""
 
 
+# A field that is not known is passed over, by the standard; a page of HTML has none.
+_FIELD = re.compile(rb"\s*[\w-]*:")
+
+
 class EventLines:
     """Cuts a stream of bytes into the payloads of its events.
 
@@ -409,13 +417,14 @@ class EventLines:
             return [line for line in lines if line.strip()]
         payloads: list[bytes] = []
         for line in lines:
-            if line.startswith(b"data:"):
-                self._data.append(line[5:].strip())
+            if line.startswith((b"data:", b"\xef\xbb\xbfdata:", b" data:")):
+                # The standard knows no space in front; a server in use sends one.
+                self._data.append(line.partition(b":")[2].strip())
             elif not line or line == b"\r":
                 if self._data:
                     payloads.append(b"\n".join(self._data))
                     self._data = []
-            elif not line.startswith((b"event:", b":", b"id:", b"retry:")):
+            elif not _FIELD.match(line.removeprefix(b"\xef\xbb\xbf")):
                 raise MalformedStreamError(line[:200].decode("utf-8", "replace"))
         return payloads
 

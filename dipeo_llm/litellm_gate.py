@@ -19,15 +19,41 @@ _log = logging.getLogger("dipeo_llm")
 _lock = threading.Lock()
 _litellm: Any = None
 
-# Read while it is imported: without them it fetches a price table over the network,
-# reads a .env file from any folder above, and logs to stderr. Put back afterwards.
-_WHILE_IMPORTING = {
+# In force while it is imported, then put back; None takes a variable away. Without the
+# first three it fetches a price table over the network, reads a .env file from any
+# folder above, and logs to stderr. The others go into HTTP clients that it makes for
+# itself then, and that we never use: a bad value there would break the import.
+_WHILE_IMPORTING: Mapping[str, str | None] = {
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
     "LITELLM_MODE": "PRODUCTION",
     "LITELLM_LOG": "ERROR",
+    **dict.fromkeys(
+        [
+            "SSL_CERTIFICATE",
+            "SSL_VERIFY",
+            "SSL_SECURITY_LEVEL",
+            "SSL_ECDH_CURVE",
+            "SSL_CERT_FILE",
+            "SSL_CERT_DIR",
+            *(f"{scheme}_PROXY" for scheme in ("ALL", "HTTP", "HTTPS")),
+            *(f"{scheme}_proxy" for scheme in ("all", "http", "https")),
+        ]
+    ),
 }
-# Read at the first Anthropic call that needs a beta header, so it stays set.
-_FROM_NOW_ON = {"LITELLM_LOCAL_ANTHROPIC_BETA_HEADERS": "True"}
+# The first is read at the first Anthropic call that needs a beta header; with the second
+# set, LiteLLM takes every provider for its proxy.
+_FROM_NOW_ON: Mapping[str, str | None] = {
+    "LITELLM_LOCAL_ANTHROPIC_BETA_HEADERS": "True",
+    "USE_LITELLM_PROXY": None,
+}
+
+
+def _set(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 async def load_litellm() -> Any:
@@ -43,16 +69,12 @@ def import_litellm() -> Any:
             return _litellm
         before = {name: os.environ.get(name) for name in _WHILE_IMPORTING}
         httpx_level = logging.getLogger("httpx").level
-        os.environ.update(_WHILE_IMPORTING)
-        os.environ.update(_FROM_NOW_ON)
+        _set(_WHILE_IMPORTING)
+        _set(_FROM_NOW_ON)
         try:
             import litellm
         finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
+            _set(before)
         logging.getLogger("httpx").setLevel(httpx_level)
         for name in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy"):
             logging.getLogger(name).handlers.clear()
@@ -77,16 +99,10 @@ def _infer(litellm: Any, model: str) -> Provider | None:
     prefix = model.partition("/")[0]
     if prefix in _SIGNS_IN:
         return by_name(prefix)
-    with _lock:
-        # With this variable set, every name is the proxy's.
-        proxy = os.environ.pop("USE_LITELLM_PROXY", None)
-        try:
-            name = litellm.get_llm_provider(model=model)[1]
-        except Exception:  # noqa: BLE001 - it raises six classes for "I do not know"
-            return None
-        finally:
-            if proxy is not None:
-                os.environ["USE_LITELLM_PROXY"] = proxy
+    try:
+        name = litellm.get_llm_provider(model=model)[1]
+    except Exception:  # noqa: BLE001 - it raises six classes for "I do not know"
+        return None
     return by_name(name) if name else None
 
 
@@ -172,14 +188,11 @@ def know_model(litellm: Any, provider: Provider, model: str) -> None:
         "output_cost_per_token": 0.0,
         "supports_function_calling": True,
     }
-    if name not in litellm.model_cost:
-        _registered.update((name, f"ollama/{model}"))
-    litellm.register_model(
-        {
-            name: {"litellm_provider": provider.litellm, **facts},
-            f"ollama/{model}": {"litellm_provider": "ollama", **facts},
-        }
-    )
+    # Not by litellm.register_model, which looks the model up first: at localhost.
+    for row in (provider.litellm, "ollama"):
+        if f"{row}/{model}" not in litellm.model_cost:
+            _registered.add(f"{row}/{model}")
+            litellm.model_cost[f"{row}/{model}"] = {"litellm_provider": row, **facts}
     _known.add(name)
 
 
@@ -198,6 +211,11 @@ def cost(
     info = model_info(litellm, provider, model)
     if info is None or info.get("input_cost_per_token") is None:
         return None
+    prices = _flat_prices(litellm, provider, model)
+    if prices is not None:
+        fresh = usage.input - usage.cached - usage.cache_written
+        counts = (fresh, usage.cached, usage.cache_written, usage.output)
+        return sum(count * price for count, price in zip(counts, prices, strict=True))
     try:
         for_input, for_output = litellm.cost_per_token(
             model=model,
@@ -211,3 +229,28 @@ def cost(
         _log.debug("no price for %s/%s", provider.name, model, exc_info=True)
         return None
     return float(for_input + for_output)
+
+
+@lru_cache(maxsize=512)
+def _flat_prices(
+    litellm: Any, provider: Provider, model: str
+) -> tuple[float, float, float, float] | None:
+    """Return the USD for a token read, read from a cache, written to it, and answered.
+
+    None where the price depends on more than that, such as on the length: LiteLLM's own
+    calculation, which takes 65 µs, knows those rules.
+    """
+    info = model_info(litellm, provider, model) or {}
+    read, said = info.get("input_cost_per_token"), info.get("output_cost_per_token")
+    thought = info.get("output_cost_per_reasoning_token", said)
+    tiers = any("_above_" in name and "_above_1hr" not in name for name in info)
+    if read is None or said is None or thought != said or tiers:
+        return None
+    cached = info.get("cache_read_input_token_cost")
+    written = info.get("cache_creation_input_token_cost")
+    return (
+        float(read),
+        float(read if cached is None else cached),
+        float(read if written is None else written),
+        float(said),
+    )

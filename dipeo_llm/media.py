@@ -298,7 +298,7 @@ class _Loader:
     ) -> None:
         self._provider = provider
         self._settings = settings
-        self._allow_private = bool(getattr(settings, "allow_private_urls", False))
+        self._allow_private = settings.allow_private_urls
         self._base = base
         self._allow_outside = allow_outside
         self._turn = asyncio.Semaphore(_AT_ONCE)

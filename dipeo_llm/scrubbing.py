@@ -106,7 +106,7 @@ _PATTERNS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A secret in a text, without its value."""
+    """A secret in a text, without its value; where it is counts in bytes of UTF-8."""
 
     what: str
     start: int
@@ -156,6 +156,7 @@ class Secrets:
 
     def find(self, text: str) -> list[Finding]:
         """List the secrets in a text, in order."""
+        text = text.encode(errors="surrogatepass").decode("latin-1")
         found = list(self._found(text))
         if self._encoded is not None:
             found += [
@@ -187,7 +188,7 @@ class Secrets:
             The body, and the cuts moved along; one that was inside of a secret now
             follows it.
         """
-        text = body.decode("latin-1")  # one character for each byte
+        text = body.decode("latin-1")
         out: list[str] = []
         moved = list(cuts)
         done = shift = 0
@@ -267,7 +268,8 @@ def _moved(cut: int, new: int, start: int, end: int, shift: int) -> int:
 
 def _any_of(forms: Iterable[str]) -> re.Pattern[str]:
     longest_first = sorted(set(forms), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)))
+    pattern = "|".join(map(re.escape, longest_first))
+    return re.compile(pattern.encode().decode("latin-1"))  # one character for each byte
 
 
 def _written(value: str) -> set[str]:

@@ -423,5 +423,5 @@ def _missing(expected: Mapping[str, Any], data: Mapping[str, Any]) -> list[Diffe
 
 
 def _brief(value: Any) -> str:
-    text = repr(value)
+    text = "..." if value is ... else repr(value)
     return text if len(text) <= 60 else text[:59] + "…"

@@ -150,15 +150,7 @@ def _anthropic(
 
     config = _config(litellm, provider, model)
     optional.pop("json_mode", None)
-    headers = config.validate_environment(
-        headers={},
-        model=model,
-        messages=messages,
-        optional_params={**optional, "is_vertex_request": False},
-        litellm_params={},
-        api_key=PLACEHOLDER,
-        api_base=provider.base_url,
-    )
+    headers = _anthropic_headers(config, provider, model, messages, optional)
     body = config.transform_request(
         model=model,
         messages=messages,
@@ -173,6 +165,36 @@ def _anthropic(
     if stream:
         body["stream"] = True
     return Outgoing("/v1/messages", {**_JSON, **headers}, body)
+
+
+def _anthropic_headers(
+    config: Any,
+    provider: Provider,
+    model: str,
+    messages: list[dict[str, Any]],
+    optional: dict[str, Any],
+) -> dict[str, str]:
+    """Ask LiteLLM for the headers; they are the same for all that is plain text."""
+    plain = set(optional) <= _PLAIN | {"stop_sequences"} and all(
+        isinstance(m["content"], str) and len(m) == 2 for m in messages
+    )
+    if plain and model in _plain_headers:
+        return dict(_plain_headers[model])
+    headers: dict[str, str] = config.validate_environment(
+        headers={},
+        model=model,
+        messages=messages,
+        optional_params={**optional, "is_vertex_request": False},
+        litellm_params={},
+        api_key=PLACEHOLDER,
+        api_base=provider.base_url,
+    )
+    if plain:
+        _plain_headers[model] = dict(headers)
+    return headers
+
+
+_plain_headers: dict[str, dict[str, str]] = {}
 
 
 def _google(

@@ -83,6 +83,7 @@ _CACHED = (
 _REASONING = (
     "completion_tokens_details.reasoning_tokens",
     "output_tokens_details.reasoning_tokens",
+    "output_tokens_details.thinking_tokens",
     "thoughtsTokenCount",
     "reasoning",
 )

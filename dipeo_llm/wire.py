@@ -72,18 +72,18 @@ class Exchange:
     """What one attempt did on the wire, whatever LiteLLM makes of it."""
 
     requests: int = 0
-    request_body: bytes = b""
+    request_body: bytes = field(default=b"", repr=False)
     status: int | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
-    body: bytearray = field(default_factory=bytearray)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    body: bytearray = field(default_factory=bytearray, repr=False)
     """What was read, unless `on_piece` took it."""
     error: Exception | None = None
     """What failed below HTTP, or was refused at the fence."""
-    extra_body: Mapping[str, Any] = field(default_factory=dict)
+    extra_body: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Merged into the body of the request just before it is sent."""
     on_piece: Callable[[bytes], None] | None = None
     """Takes the pieces of a 200 in place of `body`."""
-    response: Any = None
+    response: Any = field(default=None, repr=False)
     """The open answer, to be closed by whoever leaves it early."""
 
 
@@ -110,6 +110,10 @@ class Client:
         self.endpoint = endpoint
         self._settings = settings
         self._origin = _origin(endpoint.base_url) if endpoint.base_url else None
+        # Found once: the look-up walks the whole environment, at 40 µs a time.
+        self._proxy = (
+            proxy_for(endpoint.base_url, settings) if endpoint.base_url else None
+        )
         self.session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
                 limit=settings.max_connections,
@@ -184,7 +188,9 @@ class Client:
                 headers=self._headers(headers, body_is_json=body is not None),
                 data=body,
                 allow_redirects=False,
-                proxy=proxy_for(url, self._settings),
+                proxy=self._proxy
+                if self._origin is not None
+                else proxy_for(url, self._settings),
                 timeout=aiohttp.ClientTimeout(
                     total=None,
                     sock_connect=self._settings.connect_timeout,
@@ -192,9 +198,10 @@ class Client:
                 ),
             )
         except Exception as exc:
+            error = self._closed_under(exc)
             if exchange is not None:
-                exchange.error = exc
-            raise
+                exchange.error = error
+            raise error from exc
         if exchange is not None:
             exchange.status = response.status
             exchange.headers = response.headers
@@ -244,8 +251,9 @@ class Client:
                 yield piece
             whole = True
         except Exception as exc:
-            exchange.error = exchange.error or exc
-            raise
+            error = self._closed_under(exc)
+            exchange.error = exchange.error or error
+            raise error from exc
         finally:
             if whole:
                 response.release()
@@ -255,6 +263,14 @@ class Client:
     async def aclose(self) -> None:
         """Close the session and every connection; calls in flight fail."""
         await self.session.close()
+
+    def _closed_under(self, exc: Exception) -> Exception:
+        """Say what really happened if the failure is our own `aclose`."""
+        if not self.session.closed:
+            return exc
+        return ServiceUnavailableError(
+            "the service was closed while the call was under way", retryable=False
+        )
 
     def _check(self, url: str, exchange: Exchange | None) -> None:
         if self._origin is not None and _origin(url) != self._origin:

@@ -8,7 +8,6 @@ import re
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any, Self
@@ -41,11 +40,8 @@ WAV = b"RIFF\x24\x00\x00\x00WAVEfmt "
 MP3 = b"ID3\x04\x00\x00\x00\x00\x00\x00"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Private(Settings):
-    """Settings under which URLs may lead to this machine."""
-
-    allow_private_urls: bool = True
+PRIVATE = Settings(allow_private_urls=True)
+"""Under these URLs may lead to this machine."""
 
 
 def data_url(media_type: str, data: bytes) -> str:
@@ -196,7 +192,9 @@ async def test_bytes_of_a_url_reach_the_provider(
         [{"role": "user", "content": ["What is this?", image(url)]}],
         by_name(provider),
         base_dir=None,
-        settings=Private(extra_headers={"x-secret": "s3cret"}),
+        settings=Settings(
+            allow_private_urls=True, extra_headers={"x-secret": "s3cret"}
+        ),
     )
 
     await adapter.complete(ChatRequest(messages=messages))
@@ -237,7 +235,7 @@ async def test_openai_gets_the_bytes_of_a_pdf(server: ProviderServer) -> None:
     """OpenAI's chat endpoint takes no PDF by URL, so it gets the bytes and a name."""
     part = file(file_data=f"{server.origin}/file.pdf")
 
-    got = await prepared(part, settings=Private())
+    got = await prepared(part, settings=PRIVATE)
 
     url = data_url("application/pdf", PDF)
     assert got == file(filename="file.pdf", file_data=url)
@@ -250,7 +248,7 @@ async def test_other_providers_get_a_data_url(
     """A provider that nothing is known of gets the bytes in OpenAI's form."""
     part = image(f"{server.origin}/image.png")
 
-    got = await prepared(part, provider, settings=Private())
+    got = await prepared(part, provider, settings=PRIVATE)
 
     assert got == image(data_url("image/png", PNG))
 
@@ -354,7 +352,7 @@ async def test_same_url_is_fetched_once(server: ProviderServer) -> None:
     message = {"role": "user", "content": (part, part)}
 
     got = await media.prepare(
-        [message, message], by_name("ollama"), base_dir=None, settings=Private()
+        [message, message], by_name("ollama"), base_dir=None, settings=PRIVATE
     )
 
     assert [m["content"] for m in got] == [[image(PNG_URL)] * 2] * 2
@@ -901,7 +899,7 @@ async def test_answer_that_is_not_the_picture(page: bytes, reason: str) -> None:
     """What comes in place of a picture is an error with the host and the reason."""
     async with Site({"/a.png?s3cret": page, "/again?s3cret": page}) as site:
         part = image(f"{site.origin}/a.png?s3cret")
-        message = await refused(part, "anthropic", settings=Private())
+        message = await refused(part, "anthropic", settings=PRIVATE)
 
     assert message.startswith("message 0, part 0: the URL at 127.0.0.1 cannot be used")
     assert reason in message
@@ -911,7 +909,7 @@ async def test_answer_that_is_not_the_picture(page: bytes, reason: str) -> None:
 async def test_binary_file_is_refused_by_its_type(server: ProviderServer) -> None:
     """A URL that is no picture, PDF or sound is refused before it is read."""
     message = await refused(
-        file(file_data=f"{server.origin}/huge.bin"), settings=Private()
+        file(file_data=f"{server.origin}/huge.bin"), settings=PRIVATE
     )
 
     assert "it answered application/octet-stream" in message
@@ -925,7 +923,7 @@ async def test_endless_body(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async with Site({"/a.png": head + chunk * 64}) as site:
         part = image(f"{site.origin}/a.png")
-        message = await refused(part, "anthropic", settings=Private())
+        message = await refused(part, "anthropic", settings=PRIVATE)
 
     assert "it is larger than 100000 bytes" in message
 
@@ -940,11 +938,21 @@ async def test_redirects_are_followed(status: int) -> None:
     }
     async with Site(pages) as site:
         site.pages["/3?x=1"] = redirect(f"{site.origin}/4", status)
-        got = await prepared(image(f"{site.origin}/1"), "ollama", settings=Private())
+        got = await prepared(image(f"{site.origin}/1"), "ollama", settings=PRIVATE)
 
     assert got == image(PNG_URL)
     assert [head.split()[1] for head in site.asked] == ["/1", "/2", "/3?x=1", "/4"]
     assert "cookie" not in "".join(site.asked).lower()
+
+
+async def test_one_redirect_too_many() -> None:
+    """A picture behind more redirects than are allowed is not fetched."""
+    pages: dict[str, Page] = {f"/{n}": redirect(f"/{n + 1}") for n in range(1, 5)}
+
+    async with Site({**pages, "/5": answer()}) as site:
+        message = await refused(image(f"{site.origin}/1"), "ollama", settings=PRIVATE)
+
+    assert "there are more than 3 redirects" in message
 
 
 @pytest.mark.parametrize(
@@ -954,7 +962,7 @@ async def test_sound_by_url(name: str, kind: str) -> None:
     """A sound may be given by URL, in an audio part as in a file part."""
     data = {"wav": WAV, "mp3": MP3}[name]
     async with Site({"/bell": answer(data, kind)}) as site:
-        settings = Private()
+        settings = PRIVATE
         got = await prepared(sound(f"{site.origin}/bell"), "google", settings=settings)
         same = await prepared(
             file(file_data=f"{site.origin}/bell"), "google", settings=settings
@@ -967,7 +975,7 @@ async def test_type_is_told_by_the_bytes() -> None:
     """A picture that is labelled as another kind of picture goes out as what it is."""
     async with Site({"/a.png": answer(JPEG, "image/png; charset=binary")}) as site:
         part = image(f"{site.origin}/a.png")
-        got = await prepared(part, "anthropic", settings=Private())
+        got = await prepared(part, "anthropic", settings=PRIVATE)
 
     assert got == image(data_url("image/jpeg", JPEG))
 
@@ -981,7 +989,7 @@ async def test_password_files_are_not_read(
     monkeypatch.setenv("NETRC", str(netrc))
 
     async with Site({"/a.png": answer()}) as site:
-        await prepared(image(f"{site.origin}/a.png"), "google", settings=Private())
+        await prepared(image(f"{site.origin}/a.png"), "google", settings=PRIVATE)
 
     assert "authorization" not in site.asked[0].lower()
 
@@ -1001,7 +1009,7 @@ async def test_slow_site_does_not_hold_up_the_loop() -> None:
 
     async with Site({"/a.png": when_ticked}) as site:
         part = image(f"{site.origin}/a.png")
-        fetching = asyncio.create_task(prepared(part, "google", settings=Private()))
+        fetching = asyncio.create_task(prepared(part, "google", settings=PRIVATE))
         await tick()
         got = await asyncio.wait_for(fetching, 20)
 
@@ -1012,7 +1020,7 @@ async def test_cancelling_closes_the_connection() -> None:
     """A cancelled call leaves no connection behind."""
     async with Site({"/a.png": None}) as site:
         part = image(f"{site.origin}/a.png")
-        fetching = asyncio.create_task(prepared(part, "google", settings=Private()))
+        fetching = asyncio.create_task(prepared(part, "google", settings=PRIVATE))
         await asyncio.wait_for(site.arrived.wait(), 20)
         fetching.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -1030,7 +1038,7 @@ async def test_first_failure_ends_the_others() -> None:
                     [{"role": "user", "content": content}],
                     by_name("google"),
                     base_dir=None,
-                    settings=Private(),
+                    settings=PRIVATE,
                 ),
                 20,
             )
@@ -1043,7 +1051,7 @@ async def test_silent_site(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async with Site({"/a.png": None}) as site:
         part = image(f"{site.origin}/a.png")
-        message = await refused(part, "google", settings=Private())
+        message = await refused(part, "google", settings=PRIVATE)
 
     assert "it was not read within 0.2 s" in message
 
@@ -1146,7 +1154,9 @@ async def test_proxy_is_used() -> None:
     url = "http://pictures.example/a.png"
 
     async with Site({url: answer()}) as proxy:
-        settings = Private(proxy=f"http://me:pass@127.0.0.1:{proxy.port}")
+        settings = Settings(
+            allow_private_urls=True, proxy=f"http://me:pass@127.0.0.1:{proxy.port}"
+        )
         got = await prepared(image(url), "google", settings=settings)
 
     assert got == image(PNG_URL)

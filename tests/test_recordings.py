@@ -7,32 +7,36 @@ is written down here and shares no code with the package.
 
 import json
 import random
+import re
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from dipeo_llm import (
     APIKeyError,
     ChatResult,
+    ContextWindowError,
     InvalidRequestError,
     LLMInfraService,
+    LLMServiceError,
     ModelNotFoundError,
-    QuotaExceededError,
     RateLimitError,
     ServiceUnavailableError,
     Settings,
     StaticAPIKeys,
+    StreamInterruptedError,
     WebSearchResult,
 )
-from dipeo_llm.domain import StreamChunk
+from dipeo_llm.domain import OPTIONS, StreamChunk
 from tests.provider_server import ProviderServer, Raw
 
 FOLDER = Path(__file__).resolve().parents[2] / "shared" / "recordings"
-ENGINES = ("direct", "litellm")
+Engine = Literal["direct", "litellm"]
+ENGINES: tuple[Engine, ...] = ("direct", "litellm")
 
 pytestmark = pytest.mark.skipif(
     not FOLDER.is_dir(), reason="the recordings are not beside this copy of the project"
@@ -88,9 +92,7 @@ class Recording:
     def reply(self) -> Raw:
         """What the loopback server sends: a stream is cut at random places."""
         body = self.bytes
-        headers = {
-            k: v for k, v in self.response["headers"].items() if v.isprintable()
-        }
+        headers = {k: v for k, v in self.response["headers"].items() if v.isprintable()}
         if not (self.streamed and self.ok):
             return Raw(self.response["status"], headers, body)
         headers["content-type"] = (
@@ -130,7 +132,7 @@ BROKEN = {
 }
 
 
-def pick(*, streamed: bool, ok: bool = True) -> Any:
+def pick(*, streamed: bool, ok: bool = True) -> pytest.MarkDecorator:
     """Parametrize a test with the recordings of one kind."""
     names = [n for n, r in RECORDINGS.items() if (r.streamed, r.ok) == (streamed, ok)]
     return pytest.mark.parametrize("name", [n for n in names if n not in BROKEN])
@@ -179,7 +181,9 @@ class Said:
 def read(recording: Recording) -> Said:
     """Read a recorded 200."""
     text = recording.bytes.decode()
-    events = list(_events(text, recording)) if recording.streamed else [json.loads(text)]
+    events = (
+        list(_events(text, recording)) if recording.streamed else [json.loads(text)]
+    )
     said = _READ[recording.format](events)
     said.urls = list(dict.fromkeys(said.urls))
     if said.calls and said.finish == "stop":
@@ -234,7 +238,9 @@ def _openai(events: list[Any]) -> Said:
                 continue
             said.finish = choice.get("finish_reason") or said.finish
             refusal += message.get("refusal") or ""
-            thought += message.get("reasoning_content") or message.get("reasoning") or ""
+            thought += (
+                message.get("reasoning_content") or message.get("reasoning") or ""
+            )
             for at, call in enumerate(message.get("tool_calls") or ()):
                 kept = calls.setdefault(call.get("index", at), [None, "", ""])
                 kept[0] = call.get("id") or kept[0]
@@ -305,7 +311,10 @@ def _anthropic(events: list[Any]) -> Said:
             kind, delta = event["delta"]["type"], event["delta"]
             block = blocks[event["index"]]
             if kind == "citations_delta":
-                block["citations"] = [*(block.get("citations") or ()), delta["citation"]]
+                block["citations"] = [
+                    *(block.get("citations") or ()),
+                    delta["citation"],
+                ]
                 continue
             name = {"input_json_delta": "json"}.get(kind, kind.removesuffix("_delta"))
             piece = delta["partial_json"] if name == "json" else delta[name]
@@ -347,6 +356,7 @@ def _anthropic(events: list[Any]) -> Said:
 def _google(events: list[Any]) -> Said:
     said = Said()
     thought = ""
+    usage: dict[str, Any] = {}
     for event in events:
         said.model = event["modelVersion"]
         candidate = event["candidates"][0]
@@ -411,8 +421,7 @@ def asking(recording: Recording) -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     for tool in body.get("tools") or ():
         for one in tool.get("functionDeclarations") or [tool.get("function", tool)]:
-            schema = one.get("parameters") or one.get("input_schema")
-            if schema is not None and "name" in one:
+            if schema := one.get("parameters") or one.get("input_schema"):
                 found.append(_function(one["name"], one.get("description", ""), schema))
     if recording.format == "responses":
         found.append({"type": "web_search"})
@@ -530,3 +539,355 @@ def joined(chunks: list[StreamChunk]) -> list[tuple[str | None, str, Any]]:
             kept[1] += delta.name or ""
             kept[2] += delta.arguments
     return [(i, name, _arguments(text)) for i, name, text in calls.values()]
+
+
+async def test_a_stream_that_was_recorded_without_its_end(
+    server: ProviderServer, services: dict[str, LLMInfraService]
+) -> None:
+    """A recorded stream that has no finish reason is broken, not a short answer."""
+    for name in BROKEN:
+        recording = RECORDINGS[name]
+        for service in services.values():
+            server.reply(recording.reply())
+            async with service.stream(
+                HELLO, recording.model, recording.provider, **asking(recording)
+            ) as stream:
+                with pytest.raises(StreamInterruptedError, match="end mark"):
+                    await stream.result()
+
+
+# What a status means, and the recordings whose words mean something else.
+_ERRORS: dict[int, type[Exception]] = {
+    400: InvalidRequestError,
+    401: APIKeyError,
+    404: ModelNotFoundError,
+    429: RateLimitError,
+    500: ServiceUnavailableError,
+    503: ServiceUnavailableError,
+    529: ServiceUnavailableError,
+}
+_OTHER_ERRORS: dict[str, type[Exception]] = {
+    "anthropic/err400-claude-haiku-4-5-f19c": ContextWindowError,
+    "gemini/err400-gemini-3.5-flash-1c6b": APIKeyError,
+    "gemini/err400-stream-gemini-2.5-flash-63af": APIKeyError,
+    "ollama/err400-openai-compat-gpt-oss-0a44": ContextWindowError,
+    "openai_responses/err400-gpt-5-938c": ContextWindowError,
+    "openai_responses/err400-this-model-doe-088e": ModelNotFoundError,
+}
+_RETRY_AFTER = {
+    "anthropic/err429-ratelimit-transcribed": 16.0,
+    "gemini/err429-gemini-2.5-flash-ab91": 48.0,
+}
+
+
+@each_engine
+@pytest.mark.parametrize("streamed", [False, True], ids=["complete", "stream"])
+@pytest.mark.parametrize("name", [n for n, r in RECORDINGS.items() if not r.ok])
+async def test_a_recorded_error(
+    name: str,
+    streamed: bool,
+    engine: str,
+    server: ProviderServer,
+    services: dict[str, LLMInfraService],
+) -> None:
+    """A recorded refusal is the error that its status and words stand for."""
+    recording = RECORDINGS[name]
+    server.reply(recording.reply())
+    asked = (HELLO, recording.model, recording.provider)
+
+    if streamed:
+        call = services[engine].stream(*asked, **asking(recording)).__aenter__
+    else:
+        call = partial(services[engine].complete, *asked, **asking(recording))
+
+    with pytest.raises((APIKeyError, LLMServiceError)) as caught:
+        await call()
+
+    error = caught.value
+    status = recording.response["status"]
+    headers = recording.response["headers"]
+    body = recording.response["body"]
+    said = re.search(r'"request_id": ?"(\w+)"', body)
+    assert type(error) is _OTHER_ERRORS.get(name, _ERRORS[status])
+    assert error.status_code == status
+    assert error.service == recording.provider
+    assert error.model == recording.model
+    assert error.retry_after == _RETRY_AFTER.get(name)
+    assert error.request_id == (
+        headers.get("x-request-id")
+        or headers.get("request-id")
+        or (said and said.group(1))
+    )
+    assert error.retryable is (status == 429 or status >= 500)
+    assert error.attempts == 1
+    assert len(server.requests) == 1
+    assert _words(body)[:40] in " ".join(str(error).split())
+
+
+def _words(body: str) -> str:
+    """Find what a provider says about an error, as one line without the key in it."""
+    try:
+        error = json.loads(body)["error"]
+    except ValueError:
+        return body
+    said = error if isinstance(error, str) else error["message"]
+    return " ".join(said.split()).partition("API key provided:")[0]
+
+
+COUNTS = {
+    f"{path.parent.name}/{path.stem}": json.loads(path.read_text())
+    for path in sorted(FOLDER.glob("*/count-tokens*.json"))
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+async def test_a_recorded_count(
+    name: str,
+    services: dict[str, LLMInfraService],
+    server: ProviderServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tokens that the provider counted are its number, and say so."""
+    provider = name.partition("/")[0].replace("gemini", "google")
+    counted = json.loads(COUNTS[name]["response"]["body"])
+    model = COUNTS[name]["model"]
+    monkeypatch.setattr(server, "_lookup", lambda asked: counted)
+
+    got = await services["direct"].count_tokens(HELLO, model, provider)
+
+    number = counted.get("input_tokens") or counted["totalTokens"]
+    assert (got.tokens, got.source) == (number, "provider")
+
+
+# What a recorded client says in other words than we do: the system prompt's role, and a
+# wish that every stream of ours has.
+_OTHERWISE = {"stream", "stream_options"}
+
+
+@each_engine
+@pytest.mark.parametrize(
+    "name", [n for n, r in RECORDINGS.items() if n.startswith("openai/") and r.ok]
+)
+async def test_a_recorded_request(
+    name: str,
+    engine: str,
+    server: ProviderServer,
+    services: dict[str, LLMInfraService],
+) -> None:
+    """A request that a recorded client made is the same request when we make it."""
+    recording = RECORDINGS[name]
+    wanted = {k: v for k, v in recording.request["body"].items() if k not in _OTHERWISE}
+    options = {k: wanted[k] for k in OPTIONS & set(wanted)}
+    more = {k: wanted[k] for k in set(wanted) - OPTIONS - {"model", "messages"}}
+
+    await services[engine].complete(
+        wanted["messages"],
+        recording.model,
+        "openai",
+        service="openai",
+        extra_body=more,
+        **options,
+    )
+
+    sent = server.requests[-1].json
+    for message in wanted["messages"]:
+        message["role"] = message["role"].replace("system", "developer")
+    assert {k: v for k, v in sent.items() if k not in _OTHERWISE} == wanted
+
+
+# --- Loops: what goes back with a tool's result --------------------------------------
+
+# In a neutral form: who, what, and what of it matters. Left out, as providers neither
+# want nor miss them: `caller`, `is_error: false` and `cache_control` (Anthropic), item
+# ids and states (Responses), ids that a client made up for Google's calls, the wrapper
+# that each client puts around a result for Google, `index` and empty contents
+# (OpenAI's format). A content that is one text part is its text. For Ollama the recorded
+# client had moved what stands before `</think>` into `thinking`; we send what came.
+Turn = tuple[str, str, Any]
+
+
+def _texts(role: str, content: Any) -> Iterator[Turn]:
+    parts = [{"text": content}] if isinstance(content, str) else content or ()
+    yield from ((role, "text", part["text"]) for part in parts if part.get("text"))
+
+
+def _chat_turns(body: Mapping[str, Any]) -> Iterator[Turn]:
+    for message in body["messages"]:
+        role = message["role"].replace("developer", "system")
+        if role == "tool":
+            yield role, "result", (message.get("tool_call_id"), message["content"])
+            continue
+        yield from _texts(role, message.get("content"))
+        for call in message.get("tool_calls") or ():
+            given = call["function"]["arguments"]
+            given = json.loads(given) if isinstance(given, str) else given
+            yield role, "call", (call.get("id"), call["function"]["name"], given)
+
+
+def _ollama_turns(body: Mapping[str, Any]) -> Iterator[Turn]:
+    for message in body["messages"]:
+        role = message["role"]
+        if role == "tool":
+            yield role, "result", (message["tool_name"], message["content"])
+            continue
+        said = message.get("thinking", "") + message["content"]
+        yield role, "text", said.replace("</think>", "").strip()
+        for call in message.get("tool_calls") or ():
+            function = call["function"]
+            yield role, "call", (function["name"], function["arguments"])
+
+
+def _responses_turns(body: Mapping[str, Any]) -> Iterator[Turn]:
+    for item in body["input"]:
+        if item.get("type") == "function_call":
+            given = json.loads(item["arguments"])
+            yield "assistant", "call", (item["call_id"], item["name"], given)
+        elif item.get("type") == "function_call_output":
+            yield "tool", "result", (item["call_id"], _unwrapped(item["output"]))
+        else:
+            yield from _texts(item["role"], item["content"])
+
+
+def _anthropic_turns(body: Mapping[str, Any]) -> Iterator[Turn]:
+    for message in body["messages"]:
+        content = message["content"]
+        for block in [] if isinstance(content, str) else content:
+            match block["type"]:
+                case "thinking":
+                    kept = (block["thinking"], block["signature"])
+                    yield message["role"], "thinking", kept
+                case "tool_use":
+                    call = (block["id"], block["name"], block["input"])
+                    yield message["role"], "call", call
+                case "tool_result":
+                    (said,) = _texts("tool", block["content"])
+                    yield "tool", "result", (block["tool_use_id"], said[2])
+                case "text":
+                    yield message["role"], "text", block["text"]
+        if isinstance(content, str):
+            yield message["role"], "text", content
+
+
+def _google_turns(body: Mapping[str, Any]) -> Iterator[Turn]:
+    for content in body["contents"]:
+        for raw in content["parts"]:
+            part = {_camel(name): value for name, value in raw.items()}
+            if call := part.get("functionCall"):
+                signature = part.get("thoughtSignature")
+                yield "assistant", "call", (call["name"], call["args"], signature)
+            elif answer := part.get("functionResponse"):
+                yield "tool", "result", (answer["name"], _unwrapped(answer["response"]))
+            elif data := part.get("inlineData"):
+                yield content["role"], "data", {_camel(k): v for k, v in data.items()}
+            else:
+                yield content["role"], "text", part["text"]
+
+
+def _camel(name: str) -> str:
+    head, *rest = name.split("_")
+    return head + "".join(word.title() for word in rest)
+
+
+def _unwrapped(response: Any) -> Any:
+    """Find the text of a result, whatever a client wraps it in."""
+    while isinstance(response, dict | list):
+        response = list(response.values() if isinstance(response, dict) else response)[
+            -1
+        ]
+    return response
+
+
+_TURNS = {
+    "openai": _chat_turns,
+    "ollama": _ollama_turns,
+    "responses": _responses_turns,
+    "anthropic": _anthropic_turns,
+    "google": _google_turns,
+}
+
+
+def conversation(recording: Recording) -> list[dict[str, Any]]:
+    """Write a recorded request's messages in OpenAI's shape, as a caller has them."""
+    body = recording.request["body"]
+    if recording.format == "google":
+        system = body.get("systemInstruction", {}).get("parts", ())
+        messages = [{"role": "system", "content": part["text"]} for part in system]
+        for content in body["contents"]:
+            parts = [_part(part) for part in content["parts"]]
+            messages.append({"role": "user", "content": parts})
+        return messages
+    if recording.format == "responses":
+        return [
+            {"role": item["role"], "content": _plain(item["content"])}
+            for item in body["input"]
+        ]
+    return [dict(message) for message in body["messages"]]
+
+
+def _plain(content: Any) -> Any:
+    return content if isinstance(content, str) else "".join(p["text"] for p in content)
+
+
+def _part(part: Mapping[str, Any]) -> dict[str, Any]:
+    if "text" in part:
+        return {"type": "text", "text": part["text"]}
+    data = part["inlineData"]
+    url = f"data:{data['mimeType']};base64,{data['data']}"
+    return {"type": "file", "file": {"file_data": url}}
+
+
+LOOPS = [
+    (first, second)
+    for first in RECORDINGS
+    if "-step1-" in first
+    for second in RECORDINGS
+    if second.startswith(first.partition("-step1-")[0] + "-step2-")
+]
+
+
+@each_engine
+@pytest.mark.parametrize(("first", "second"), LOOPS)
+async def test_a_recorded_loop(
+    first: str,
+    second: str,
+    engine: str,
+    server: ProviderServer,
+    services: dict[str, LLMInfraService],
+) -> None:
+    """A tool's result goes back with all that the recorded client sent back."""
+    one, two = RECORDINGS[first], RECORDINGS[second]
+    service = services[engine]
+    server.reply(one.reply(), two.reply())
+    messages = conversation(one)
+    wanted = list(_TURNS[two.format](two.request["body"]))
+    outputs = [what[-1] for _, kind, what in wanted if kind == "result"]
+
+    result = await ask(service, one, messages)
+    messages += result.to_messages()
+    # One recorded client answered two calls with one message; each call gets it here.
+    outputs += outputs[-1:] * (len(result.tool_calls) - len(outputs))
+    messages += [
+        call.to_message(output)
+        for call, output in zip(result.tool_calls, outputs, strict=True)
+    ]
+    last = await ask(service, two, messages)
+
+    sent = list(_TURNS[two.format](server.requests[-1].json))
+    answered = sum(role == "tool" for role, _, _ in wanted)
+    wanted += [
+        ("tool", "result", (call.id, outputs[-1]))
+        for call in result.tool_calls[answered:]
+    ]
+    assert sent == wanted
+    check(last, read(two), two)
+
+
+async def ask(
+    service: LLMInfraService, recording: Recording, messages: list[dict[str, Any]]
+) -> ChatResult:
+    """Ask as the recording's client did, for a whole answer or a stream."""
+    asked = (messages, recording.model, recording.provider)
+    if not recording.streamed:
+        return await service.complete(*asked, **asking(recording))
+    async with service.stream(*asked, **asking(recording)) as stream:
+        return await stream.result()

@@ -1,0 +1,490 @@
+"""What opens, what is shared and what is left, over a service's life, on real sockets."""
+
+import asyncio
+import contextlib
+import gc
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from dipeo_llm.errors import ServiceUnavailableError, StreamInterruptedError
+from dipeo_llm.keys import StaticAPIKeys
+from dipeo_llm.service import LLMInfraService
+from dipeo_llm.settings import Engine, Settings
+from tests.conftest import PROVIDERS
+from tests.provider_server import Answer, ProviderServer, error
+
+HELLO = [{"role": "user", "content": "Hello"}]
+MODELS = {
+    "openai": "gpt-4.1-nano",
+    "anthropic": "claude-sonnet-4-5",
+    "google": "gemini-2.5-flash",
+    "ollama": "llama3.2",
+}
+ENGINES = [engine for engine in get_args(Engine) if engine != "auto"]
+
+
+async def until(true: Callable[[], Any]) -> None:
+    """Wait until something holds that another task or thread brings about."""
+    async with asyncio.timeout(30):
+        while not true():  # noqa: ASYNC110 - a server's counter tells nobody
+            await asyncio.sleep(0.005)
+
+
+def call(
+    service: LLMInfraService, text: str = "Hello", provider: str = "openai"
+) -> asyncio.Task[Any]:
+    """Begin a call."""
+    messages = [{"role": "user", "content": text}]
+    return asyncio.create_task(service.complete(messages, MODELS[provider], provider))
+
+
+class RotatingKeys:
+    """Gives out the key that is the right one now."""
+
+    def __init__(self, base_url: str) -> None:
+        self.key = "sk-old"
+        self._base_url = base_url
+
+    def get_api_key(self, api_key_id: str) -> Mapping[str, Any]:
+        """Return the record of a key."""
+        return {"key": self.key, "service": "openai", "base_url": self._base_url}
+
+
+# --- one client --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+async def test_a_thousand_first_calls_share_one_client(
+    server: ProviderServer, keys: StaticAPIKeys, engine: Engine
+) -> None:
+    """However many calls come at once, there is one client with its few connections."""
+    settings = Settings(max_connections=20, engine=engine)
+    calls = 1_000 if engine == "direct" else 200
+    async with LLMInfraService(keys, settings=settings) as service:
+        results = await asyncio.gather(*(call(service) for _ in range(calls)))
+
+        assert len(service._pool) == 1
+    assert [result.text for result in results] == ["Hello from the loopback."] * calls
+    assert len(server.requests) == calls
+    assert server.connections <= 20
+    assert server.max_in_flight <= 20
+
+
+async def test_calls_one_after_another_share_a_connection(
+    service: LLMInfraService, server: ProviderServer
+) -> None:
+    """A connection is kept for the next call."""
+    for _ in range(5):
+        await call(service)
+
+    assert server.connections == 1
+
+
+async def test_a_first_call_may_be_cancelled_at_any_moment(
+    server: ProviderServer, keys: StaticAPIKeys
+) -> None:
+    """Cancelling the call that opens the client leaves those beside it whole."""
+    for turns in range(25):
+        async with LLMInfraService(keys, settings=Settings()) as service:
+            leader, *followers = [call(service) for _ in range(3)]
+            for _ in range(turns):
+                await asyncio.sleep(0)
+
+            leader.cancel()
+            results = await asyncio.gather(*followers)
+
+            assert [r.text for r in results] == ["Hello from the loopback."] * 2
+            assert len(service._pool) == 1
+            with contextlib.suppress(asyncio.CancelledError):
+                await leader
+    await until(lambda: server.open_connections == 0)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_cancelled_call_closes_its_connection_and_no_other(
+    server: ProviderServer, keys: StaticAPIKeys, engine: Engine, stream: bool
+) -> None:
+    """The provider sees at once that nobody listens; the client serves on."""
+    server.default = Answer(delay=60)
+    server.reply(Answer(text="still here", delay=1))
+
+    async def read() -> None:
+        async with service.stream(HELLO, MODELS["openai"], "openai") as chunks:
+            async for _ in chunks:
+                pass
+
+    async with LLMInfraService(keys, settings=Settings(engine=engine)) as service:
+        other = call(service)
+        await until(lambda: server.in_flight == 1)
+        task = asyncio.create_task(read()) if stream else call(service)
+        await until(lambda: server.in_flight == 2)
+
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+        await until(lambda: server.open_connections == 1)
+        assert (await other).text == "still here"
+        server.default = Answer(text="next")
+        assert (await call(service)).text == "next"
+        assert server.connections == 2
+        assert len(service._pool) == 1
+
+
+async def test_a_rotated_key_is_used_from_the_next_call_on(
+    server: ProviderServer,
+) -> None:
+    """A call that runs keeps its key and its client; the next call has the new key."""
+    keys = RotatingKeys(server.base_url("openai"))
+    server.reply(Answer(text="old key", delay=1), Answer(text="new key"))
+    async with LLMInfraService(keys, settings=Settings()) as service:
+        running = call(service)
+        await until(lambda: server.in_flight == 1)
+        keys.key = "sk-new"
+
+        texts = [(await call(service)).text, (await running).text]
+
+    assert texts == ["new key", "old key"]
+    first, second = server.requests
+    assert first.headers["authorization"] == "Bearer sk-old"
+    assert second.headers["authorization"] == "Bearer sk-new"
+    assert first.connection != second.connection
+
+
+async def test_a_client_that_expires_under_a_call_closes_after_it(
+    server: ProviderServer, keys: StaticAPIKeys
+) -> None:
+    """The call ends well, the next has a client of its own, and both close by themselves."""
+    server.reply(Answer(text="slow", delay=1), Answer(text="quick"))
+    service = LLMInfraService(keys, settings=Settings(client_ttl=0.1))
+    await service.initialize()
+    slow = call(service)
+    await until(lambda: server.in_flight == 1)
+    await asyncio.sleep(0.2)
+
+    quick = await call(service)
+
+    assert [quick.text, (await slow).text] == ["quick", "slow"]
+    assert [asked.connection for asked in server.requests] == [1, 2]
+    await until(lambda: server.open_connections == 0)
+    assert len(service._pool) == 0
+    await service.aclose()
+
+
+async def test_idle_clients_beyond_the_limit_close(
+    server: ProviderServer, keys: StaticAPIKeys
+) -> None:
+    """With room for two clients, the provider that was not asked for longest goes."""
+    async with LLMInfraService(keys, settings=Settings(max_clients=2)) as service:
+        for provider in ("openai", "anthropic", "google"):
+            await call(service, provider=provider)
+
+        await until(lambda: server.open_connections == 2)
+        await call(service, provider="anthropic")
+
+    assert [asked.connection for asked in server.requests] == [1, 2, 3, 2]
+
+
+# --- closing -----------------------------------------------------------------------
+
+
+async def test_calls_that_end_within_the_grace_are_answered(
+    server: ProviderServer, keys: StaticAPIKeys
+) -> None:
+    """`aclose` waits for calls in flight, and refuses new ones at once."""
+    server.default = Answer(delay=0.5)
+    service = LLMInfraService(keys, settings=Settings(close_grace=30))
+    running = [call(service, provider=provider) for provider in PROVIDERS]
+    await until(lambda: server.in_flight == 4)
+
+    closing = asyncio.create_task(service.aclose())
+    await asyncio.sleep(0)
+    with pytest.raises(RuntimeError, match="closed"):
+        await service.complete(HELLO, MODELS["openai"], "openai")
+    results = await asyncio.gather(*running)
+    await closing
+
+    assert [r.text for r in results] == ["Hello from the loopback."] * 4
+    assert len(server.requests) == 4
+    await until(lambda: server.open_connections == 0)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("retries", [0, 3])
+@pytest.mark.parametrize("provider", PROVIDERS)
+async def test_calls_past_the_grace_end_with_an_error_that_says_why(
+    server: ProviderServer,
+    keys: StaticAPIKeys,
+    engine: Engine,
+    retries: int,
+    provider: str,
+) -> None:
+    """They neither hang nor blame the provider, and are not tried again."""
+    server.default = Answer(delay=60)
+    settings = Settings(
+        close_grace=0.05, max_retries=retries, retry_wait=0.01, engine=engine
+    )
+    service = LLMInfraService(keys, settings=settings)
+    running = call(service, provider=provider)
+    await until(lambda: server.in_flight == 1)
+
+    await service.aclose()
+    with pytest.raises(ServiceUnavailableError, match="closed") as caught:
+        await asyncio.wait_for(running, 30)
+
+    assert not caught.value.retryable
+    assert caught.value.attempts == 1
+    assert caught.value.service == provider
+    assert caught.value.model == MODELS[provider]
+    assert len(server.requests) == 1
+    await until(lambda: server.open_connections == 0)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+async def test_a_stream_past_the_grace_is_interrupted(
+    server: ProviderServer, keys: StaticAPIKeys, engine: Engine
+) -> None:
+    """A stream that the service closes under its reader keeps what had come."""
+    server.default = Answer(text="one two three", stall_after=1)
+    settings = Settings(close_grace=0.05, engine=engine)
+    service = LLMInfraService(keys, settings=settings)
+
+    async with service.stream(HELLO, MODELS["openai"], "openai") as chunks:
+        await anext(chunks)
+        await service.aclose()
+        with pytest.raises(StreamInterruptedError, match="closed") as caught:
+            await chunks.result()
+
+    assert "one two three".startswith(caught.value.partial_text)
+    assert caught.value.partial_text
+    await until(lambda: server.open_connections == 0)
+
+
+@pytest.mark.parametrize("reopened", [False, True])
+async def test_a_call_that_waits_to_try_again_does_not_reopen_a_closed_service(
+    server: ProviderServer, keys: StaticAPIKeys, reopened: bool
+) -> None:
+    """What slept through `aclose` ends, without a request and without a connection."""
+    server.default = error("openai", 503, "overloaded")
+    settings = Settings(retry_wait=0.5, retry_wait_max=0.5, max_retries=3)
+    service = LLMInfraService(keys, settings=settings)
+    running = call(service)
+    await until(lambda: server.requests and not server.in_flight)
+
+    await service.aclose()
+    if reopened:
+        await service.initialize()
+    with pytest.raises(ServiceUnavailableError, match="closed"):
+        await running
+
+    assert len(server.requests) == 1
+    await until(lambda: server.open_connections == 0)
+    await service.aclose()
+
+
+async def test_a_service_opens_and_closes_again_and_again(
+    server: ProviderServer, keys: StaticAPIKeys
+) -> None:
+    """Each life has its own connection; `initialize` and `aclose` may come twice."""
+    service = LLMInfraService(keys, settings=Settings())
+    for life in range(1, 4):
+        await service.initialize()
+        await service.initialize()
+        assert (await call(service)).text
+        assert server.connections == life
+        await asyncio.gather(service.aclose(), service.aclose())
+        await service.aclose()
+
+        with pytest.raises(RuntimeError, match="initialize"):
+            await service.complete(HELLO, MODELS["openai"], "openai")
+        with pytest.raises(RuntimeError, match="initialize"):
+            await service.get_available_models("openai")
+        await until(lambda: server.open_connections == 0)
+
+    async with service:
+        assert (await call(service)).text
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+async def test_after_aclose_nothing_of_ours_is_left(
+    keys: StaticAPIKeys, server: ProviderServer, engine: Engine
+) -> None:
+    """No connection, task, timer or thread outlives `aclose`.
+
+    Two things are LiteLLM's own, one a process and one a loop: the thread and the task
+    of its logging, which start with its first `acompletion`.
+    """
+    loop = asyncio.get_running_loop()
+    service = LLMInfraService(keys, settings=Settings(engine=engine))
+    for provider in PROVIDERS:
+        await call(service, provider=provider)
+        async with service.stream(HELLO, MODELS[provider], provider) as chunks:
+            await chunks.result()
+        await service.get_available_models(provider)
+
+    await service.aclose()
+    await until(lambda: server.open_connections == 0)
+    await asyncio.sleep(0.05)
+
+    coroutines = {
+        task.get_coro().__qualname__
+        for task in asyncio.all_tasks() - {asyncio.current_task()}
+    }
+    left = {"LoggingWorker._worker_loop"} if engine == "litellm" else set()
+    assert coroutines <= left
+    assert [t for t in vars(loop)["_scheduled"] if not t.cancelled()] == []
+    threads = {thread.name.rsplit("_", 1)[0] for thread in threading.enumerate()}
+    assert threads - {"MainThread", "execnet-io"} <= {"asyncio", "litellm-logging"}
+
+
+async def test_a_closed_service_can_be_collected(
+    server: ProviderServer, keys: StaticAPIKeys
+) -> None:
+    """Nothing holds a service that was used, closed and dropped."""
+    service = LLMInfraService(keys, settings=Settings())
+    await call(service)
+    await service.aclose()
+    dropped = weakref.ref(service)
+    del service
+    await asyncio.sleep(0.05)
+    gc.collect()
+
+    assert dropped() is None
+
+
+# --- threads, loops and the end of the process -------------------------------------
+
+
+async def test_two_threads_share_a_service_but_no_connection(
+    server: ProviderServer, keys: StaticAPIKeys
+) -> None:
+    """Two loops at once use one service; each closes its own client at its end."""
+    server.default = Answer(delay=0.02)
+    service = LLMInfraService(keys, settings=Settings(max_connections=5))
+    start = threading.Barrier(2)
+
+    async def calls(text: str) -> list[str]:
+        start.wait()
+        results = await asyncio.gather(*(call(service, text) for _ in range(50)))
+        return [result.text for result in results]
+
+    def in_a_thread(text: str) -> list[str]:
+        return asyncio.run(calls(text))
+
+    texts = await asyncio.gather(
+        asyncio.to_thread(in_a_thread, "one"), asyncio.to_thread(in_a_thread, "two")
+    )
+
+    assert texts == [["Hello from the loopback."] * 50] * 2
+    used = {"one": set[int](), "two": set[int]()}
+    for asked in server.requests:
+        used[asked.json["messages"][0]["content"]].add(asked.connection)
+    assert used["one"].isdisjoint(used["two"])
+    assert max(len(connections) for connections in used.values()) <= 5
+    await until(lambda: server.open_connections == 0)
+    await service.aclose()
+
+
+@pytest.mark.parametrize(("grace", "answered"), [(30.0, True), (0.05, False)])
+async def test_aclose_in_one_thread_reaches_the_calls_of_another(
+    server: ProviderServer, keys: StaticAPIKeys, grace: float, answered: bool
+) -> None:
+    """Calls of another thread have the same grace, and the same end."""
+    server.default = Answer(delay=0.5 if answered else 60)
+    service = LLMInfraService(keys, settings=Settings(close_grace=grace))
+
+    async def one_call() -> str:
+        try:
+            return str((await call(service)).text)
+        except ServiceUnavailableError as exc:
+            return str(exc)
+
+    elsewhere = asyncio.create_task(asyncio.to_thread(asyncio.run, one_call()))
+    await until(lambda: server.in_flight == 1)
+
+    await service.aclose()
+    text = await asyncio.wait_for(elsewhere, 30)
+
+    assert ("Hello" if answered else "closed") in text
+    await until(lambda: server.open_connections == 0)
+
+
+PROGRAM = """
+import asyncio, sys
+from dipeo_llm import LLMInfraService, Settings, StaticAPIKeys
+
+url, engine, ends = sys.argv[1:]
+keys = StaticAPIKeys({"k": {"key": "sk-x", "service": "openai", "base_url": url}})
+service = LLMInfraService(keys, settings=Settings(engine=engine))
+hello = [{"role": "user", "content": "Hello"}]
+
+async def main():
+    asyncio.get_running_loop().slow_callback_duration = 60
+    if ends == "aclose":
+        await service.initialize()
+    answer = await service.complete(hello, "gpt-4.1-nano", "k")
+    assert answer.text == "Hello from the loopback.", answer
+    if ends == "aclose":
+        await service.aclose()
+    if ends == "in the middle":
+        # A call and a stream that nobody waits for, and that nobody closes.
+        call = asyncio.create_task(service.complete(hello, "gpt-4.1-nano", "k"))
+        stream = service.stream(hello, "gpt-4.1-nano", "k")
+        await stream.__aenter__()
+        await anext(stream)
+    if ends == "by an error":
+        raise KeyError("the program's own")
+
+for _ in range(2):
+    try:
+        asyncio.run(main())
+    except KeyError:
+        assert ends == "by an error"
+"""
+
+
+@pytest.mark.parametrize(
+    ("engine", "ends"),
+    [
+        ("direct", "aclose"),
+        ("direct", "without aclose"),
+        ("direct", "by an error"),
+        ("direct", "in the middle"),
+        ("litellm", "aclose"),
+        ("litellm", "without aclose"),
+        ("litellm", "in the middle"),
+    ],
+)
+async def test_a_program_ends_in_silence(
+    server: ProviderServer, engine: str, ends: str
+) -> None:
+    """Two `asyncio.run` in a row, then the interpreter's end: no warning, no error.
+
+    Python's development mode reports whatever was left open, and every warning is an
+    error.
+    """
+    if ends == "in the middle":
+        server.default = Answer(chunk_delay=0.2)
+    options = ["-X", "dev", "-X", "tracemalloc=5", "-W", "error"]
+    process = await asyncio.create_subprocess_exec(
+        *[sys.executable, *options, "-c", PROGRAM],
+        *[server.base_url("openai"), engine, ends],
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "PYTHONASYNCIODEBUG": "1"},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+
+    said, complained = await asyncio.wait_for(process.communicate(), 120)
+
+    assert (said.decode(), complained.decode()) == ("", "")
+    assert process.returncode == 0
+    await until(lambda: server.open_connections == 0)

@@ -1,0 +1,222 @@
+"""Keys and what else must not be kept, found wherever they stand."""
+
+import base64
+import json
+import re
+from urllib.parse import quote
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dipeo_llm.scrubbing import (
+    PLACEHOLDER,
+    Secrets,
+    is_secret_header,
+    told_over_events,
+)
+
+KEY = 'my"own/key+of=this\\run'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sk-proj-abcdefghijklmnop1234",
+        "sk-ant-api03-abcdefghijklmnop-1234_AA",
+        "AIzaSyA1234567890abcdefghijklmnopqrstuv",
+        "gsk_abcdefghij0123456789",
+        "AKIAIOSFODNN7EXAMPLE",
+        "ghp_abcdefghijklmnopqrstuvwxyz0123456789",
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.abcdefghijkl",
+        "Bearer abcdefghij0123456789",
+        "bearer  abc.def-123456",
+        "org-abcdefghij0123456789",
+        "req_011CabcdefghijKLM123",
+        '"api_key": "whatever it is"',
+        r'{"arguments": "{\"api_key\": \"nested\"}"}',
+        '"Authorization":"Basic dXNlcjpwYXNz"',
+        '"request_id":"anything"',
+        "https://host/path?key=abc&alt=sse",
+        "https://host/path?alt=sse&X-Amz-Signature=abc",
+        "https://user:password@host/path",
+        "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----",
+    ],
+)
+def test_what_looks_like_a_secret_is_taken_out(text: str) -> None:
+    """No list of keys is needed for what everybody can see to be one."""
+    secrets = Secrets()
+
+    clean = secrets.scrub(f"before {text} after")
+
+    assert secrets.find(f"before {text} after")
+    assert PLACEHOLDER in clean
+    assert secrets.find(clean) == []
+    assert clean.startswith("before ")
+    assert clean.endswith(" after")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "task-management-with-a-long-name",
+        "a basic understanding of bearer certificates",
+        "the user-authentication and org-structure pages",
+        '{"authorization": {"type": "string"}, "api_key": 7}',
+        "https://host/path?alt=sse&keyword=abc",
+        "https://host:8080/a@b",
+        "call_abcdefghij0123456789 chatcmpl-abcdefghij0123456789",
+        "sk-short",
+        f'"api_key": "{PLACEHOLDER}"',
+    ],
+)
+def test_what_only_sounds_like_a_secret_stays(text: str) -> None:
+    """A prompt is not spoilt by a word."""
+    assert Secrets().find(text) == []
+    assert Secrets().scrub(text) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        KEY,
+        f"it is {KEY}!",
+        json.dumps({"content": f"the key is {KEY}"}),
+        json.dumps({"arguments": json.dumps({"k": KEY})}),
+        f"https://host/{quote(KEY, safe='')}/x",
+    ],
+)
+def test_a_known_key_is_taken_out_wherever_it_stands(text: str) -> None:
+    """In text, in JSON, in JSON inside of JSON and in a URL."""
+    secrets = Secrets([KEY])
+
+    clean = secrets.scrub(text)
+
+    assert PLACEHOLDER in clean
+    assert secrets.find(clean) == []
+    assert "own/key" not in clean
+    assert "own%2Fkey" not in clean
+
+
+@pytest.mark.parametrize("before", ["", "u:", "user:"])
+def test_a_known_key_in_base64_is_found_and_left(before: str) -> None:
+    """It cannot be taken out without breaking what it is part of: so it is reported."""
+    secrets = Secrets([KEY])
+    text = base64.b64encode(f"{before}{KEY}:after".encode()).decode()
+
+    found = [finding.what for finding in secrets.find(text)]
+
+    assert found == ["a key of this run, in Base64"]
+    assert secrets.scrub(text) == text
+
+
+@pytest.mark.parametrize("value", ["", "short", " sk-1 ", PLACEHOLDER])
+def test_what_is_too_short_for_a_key_is_not_searched_for(value: str) -> None:
+    """A local server's key "x" does not take every x out of a text."""
+    secrets = Secrets([value])
+
+    assert len(secrets) == 0
+    assert secrets.scrub(f"a text with {value} in it") == f"a text with {value} in it"
+
+
+def test_keys_are_learned_from_headers_and_environment() -> None:
+    """The value counts without its scheme; what is no key is no secret."""
+    secrets = Secrets()
+    secrets.learn_from_headers(
+        {
+            "Authorization": "Bearer value-one",
+            "X-Api-Key": "value-two",
+            "x-goog-api-key": "value-three",
+            "Cookie": "value-four",
+            "accept": "application/json",
+        }
+    )
+    secrets.learn_from_environment(
+        {"GROQ_API_KEY": "value-five", "HOME": "/home/somebody"}
+    )
+
+    text = "value-one value-two value-three value-four value-five"
+    kept = "application/json /home/somebody Bearer"
+    assert secrets.scrub(f"{text} {kept}") == f"{' '.join([PLACEHOLDER] * 5)} {kept}"
+
+
+@pytest.mark.parametrize(
+    ("name", "secret"),
+    [
+        ("Authorization", True),
+        ("x-api-key", True),
+        ("X-Goog-Api-Key", True),
+        ("api-key", True),
+        ("Set-Cookie", True),
+        ("OpenAI-Organization", True),
+        ("anthropic-organization-id", True),
+        ("X-Request-ID", True),
+        ("cf-ray", True),
+        ("content-type", False),
+        ("x-ratelimit-remaining-tokens", False),
+        ("retry-after", False),
+    ],
+)
+def test_headers_that_tell_on_somebody_are_known(name: str, secret: bool) -> None:
+    """Keys, cookies, organisations and request ids, by any provider's name for them."""
+    assert is_secret_header(name) is secret
+
+
+def test_overlapping_secrets_become_one() -> None:
+    """A key in a field that is secret by itself leaves one placeholder."""
+    secrets = Secrets(["abcdefghij", "my-sk-abcdefgh"])
+
+    clean = secrets.scrub(
+        '{"api_key": "x-abcdefghij-y", "a": "my-sk-abcdefghijklmnop9"}'
+    )
+
+    assert clean == f'{{"api_key": "{PLACEHOLDER}", "a": "{PLACEHOLDER}"}}'
+
+
+def test_the_text_of_other_languages_is_not_touched() -> None:
+    """A key between characters of several bytes takes none of them with it."""
+    secrets = Secrets(["clé-sécrète"])
+
+    clean = secrets.scrub("é sk-abcdefghijklmnop1234é 日本 clé-sécrète 日本")
+
+    assert clean == f"é {PLACEHOLDER}é 日本 {PLACEHOLDER} 日本"
+
+
+@given(
+    parts=st.lists(st.sampled_from(["aé", "-", KEY, "日 ", "x" * 9]), max_size=8),
+    cuts=st.lists(st.integers(0, 200), max_size=6),
+)
+def test_pieces_stay_pieces_of_the_clean_body(
+    parts: list[str], cuts: list[int]
+) -> None:
+    """However a body was cut, the pieces join to it, and the text outside stays."""
+    body = "".join(parts).encode()
+    ends = sorted(min(cut, len(body)) for cut in cuts)
+
+    clean, moved = Secrets([KEY]).scrub_pieces(body, ends)
+
+    assert clean.decode() == "".join(parts).replace(KEY, PLACEHOLDER)
+    assert list(moved) == sorted(moved)
+    assert all(0 <= cut <= len(clean) for cut in moved)
+    inside = {
+        at
+        for key in re.finditer(re.escape(KEY.encode()), body)
+        for at in range(key.start() + 1, key.end())
+    }
+    for cut, new in zip(ends, moved, strict=True):
+        if cut not in inside:
+            assert clean[:new] == Secrets([KEY]).scrub_pieces(body[:cut], ())[0]
+
+
+def test_what_a_stream_tells_bit_by_bit_is_joined() -> None:
+    """A key that a model repeats in pieces can be found."""
+    events = [
+        {"choices": [{"delta": {"content": piece}}], "id": "x"}
+        for piece in ("my ", "sk-abcd", "efghijkl", "mnop1234")
+    ]
+    sse = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+    lines = "".join(f"{json.dumps(event)}\n" for event in events)
+
+    for body in (f"{sse}data: [DONE]\n\n", lines):
+        assert "my sk-abcdefghijklmnop1234" in told_over_events(body)
+        assert Secrets().find(body) == []
