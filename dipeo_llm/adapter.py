@@ -366,17 +366,19 @@ class LiteLLMAdapter(BaseLLMAdapter):
         whole one, so its own chunks tell less than the bytes.
         """
         arguments = self._arguments(call, client)
+        exchange = call.exchange
         chunks: list[StreamChunk] = []
         if call.format is not None:
-            call.exchange.on_piece = lambda piece: chunks.extend(reader.feed(piece))
+            exchange.on_piece = lambda piece: chunks.extend(reader.feed(piece))
         response: Any = None
+        failed: Exception | None = None
         try:
             response = await self._seen(
-                call.exchange, lambda: call.litellm.acompletion(**arguments)
+                exchange, lambda: call.litellm.acompletion(**arguments)
             )
             items = aiter(response)
             while True:
-                item = await self._seen(call.exchange, lambda: anext(items, None))
+                item = await self._seen(exchange, lambda: anext(items, None))
                 if item is None:
                     break
                 self._check_seen(call)
@@ -386,22 +388,27 @@ class LiteLLMAdapter(BaseLLMAdapter):
                     yield chunks.pop(0)
             if call.format is None:
                 reader.take_end()
-            elif call.exchange.response is not None and not reader.ended:
+            elif not (reader.ended or exchange.whole or exchange.response.closed):
                 # It stops at the finish reason, with the end mark still to come.
-                async for piece in call.exchange.response.content.iter_any():
+                async for piece in exchange.response.content.iter_any():
                     chunks += reader.feed(piece)
-        except Exception as exc:  # noqa: BLE001 - mapped
-            if reader.error is None and not reader.ended:
-                raise self._failure(call, exc) from self._cause(call, exc)
-            # The bytes are whole; LiteLLM stumbled over something behind them.
+                exchange.whole = True
+        except Exception as exc:  # noqa: BLE001 - judged below, by what the wire saw
+            failed = exc
         finally:
             # LiteLLM does not close an Anthropic stream that is left early.
-            if call.exchange.response is not None:
-                call.exchange.response.close()
+            if exchange.response is not None:
+                exchange.response.close()
             if response is not None:
                 await response.aclose()
-        if not reader.ended:
-            chunks += reader.close()
+        if exchange.status == 200 and exchange.whole and exchange.error is None:
+            # The bytes are all there: whatever LiteLLM made of them, they tell.
+            try:
+                chunks += reader.close()
+            except MalformedStreamError as exc:
+                raise self._failure(call, exc) from None
+        elif failed is not None:
+            raise self._failure(call, failed) from self._cause(call, failed)
         for chunk in chunks:
             yield chunk
 

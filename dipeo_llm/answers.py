@@ -845,11 +845,13 @@ class OllamaStream(StreamReader):
         self._text: list[str] = []
         self._thinking: list[str] = []
         self._calls: list[_JSON] = []
+        self._spoke = False
 
     def _event(self, event: _JSON, chunks: list[StreamChunk]) -> None:
         self._last = event
         self._first_created = self._first_created or event.get("created_at")
         message = event.get("message") or {}
+        self._spoke = self._spoke or "message" in event
         if piece := message.get("thinking"):
             self._thinking.append(piece)
             chunks.append(StreamChunk(reasoning=piece))
@@ -872,7 +874,7 @@ class OllamaStream(StreamReader):
 
     @property
     def ended(self) -> bool:
-        return self._last.get("done") is True
+        return self._spoke and self._last.get("done") is True
 
     def body(self) -> _JSON:
         message: _JSON = {"role": "assistant", "content": "".join(self._text)}

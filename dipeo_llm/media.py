@@ -326,7 +326,7 @@ class _Loader:
         if source[:5].lower() == "data:":
             return await _off_loop(len(source), _checked_data_url, source)
         if item.kind == "image" and self._provider.name in _FETCH_THEMSELVES:
-            check_url(source, allow_private=self._allow_private)
+            _checked_url(source, allow_private=self._allow_private)
             return "image/*", source
         data, media_type = await _fetched(
             source, item.kind, self._settings, allow_private=self._allow_private
@@ -603,7 +603,7 @@ _NAME = re.compile(r"(?:[a-z0-9_-]+\.)+[a-z][a-z0-9-]*")
 _LOCAL = (".localhost", ".local", ".internal", ".home.arpa")
 
 
-def check_url(url: str, *, allow_private: bool = False) -> "URL":
+def _checked_url(url: str, *, allow_private: bool = False) -> "URL":
     """Return a URL that may be fetched, as far as its text can tell.
 
     Args:
@@ -660,7 +660,7 @@ async def _fetched(
     """
     import aiohttp
 
-    target = check_url(url, allow_private=allow_private)
+    target = _checked_url(url, allow_private=allow_private)
     host = target.raw_host or ""
     resolver = _resolver(allow_private=allow_private)
     tls = await tls_context(
@@ -728,7 +728,7 @@ def _next_hop(
 
     try:
         location = response.url.join(URL(response.headers.get("location", "")))
-        return check_url(str(location), allow_private=allow_private)
+        return _checked_url(str(location), allow_private=allow_private)
     except ValueError:
         raise _url_refused(host, "it redirects to what is not a URL") from None
     except _RefusedError as why:

@@ -4,7 +4,6 @@ Loaded in every pytest run of an environment that has this package, so it import
 and nothing else; the rest comes with the fixtures.
 """
 
-import hashlib
 import os
 import re
 from collections.abc import Generator, Iterator
@@ -151,6 +150,8 @@ def _file_name(test: str) -> str:
     name = re.sub(r"[^\w.-]+", "-", plain, flags=re.ASCII).strip("-")[:100]
     if name == plain:
         return name
+    import hashlib
+
     return f"{name}-{hashlib.sha256(test.encode()).hexdigest()[:8]}"
 
 

@@ -83,6 +83,8 @@ class Exchange:
     """Merged into the body of the request just before it is sent."""
     on_piece: Callable[[bytes], None] | None = None
     """Takes the pieces of a 200 in place of `body`."""
+    whole: bool = False
+    """Whether the answer was read to its end."""
     response: Any = field(default=None, repr=False)
     """The open answer, to be closed by whoever leaves it early."""
 
@@ -249,7 +251,7 @@ class Client:
                 if note is not None:
                     note(piece)
                 yield piece
-            whole = True
+            whole = exchange.whole = True
         except Exception as exc:
             error = self._closed_under(exc)
             exchange.error = exchange.error or error

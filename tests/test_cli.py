@@ -630,6 +630,20 @@ async def test_ctrl_c_closes_the_connection_and_says_nothing(
     await until(lambda: server.open_connections == 0)
 
 
+async def test_ctrl_c_while_the_prompt_is_typed_says_nothing(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who thinks better of a question before it is asked gets a prompt back."""
+
+    class Interrupted(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Interrupted()))
+
+    assert await run("chat", "llama3.2", "-") == (130, "", "")
+
+
 # --- the terminal and the pipe ------------------------------------------------------
 
 

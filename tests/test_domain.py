@@ -523,7 +523,10 @@ def test_the_old_formatting_still_works_and_says_what_replaces_it() -> None:
     with pytest.warns(DeprecationWarning, match="complete_with_person") as caught:
         messages = ada._prepare_messages_for_llm(system_prompt="Be brief.")
 
+    with pytest.warns(DeprecationWarning):
+        without_prompt = ada._prepare_messages_for_llm()
     assert caught[0].filename == __file__
+    assert without_prompt == messages[1:]
     assert messages == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hello?"},

@@ -253,7 +253,7 @@ async def test_a_stream_past_the_grace_is_interrupted(
     server: ProviderServer, keys: StaticAPIKeys, engine: Engine
 ) -> None:
     """A stream that the service closes under its reader keeps what had come."""
-    server.default = Answer(text="one two three", stall_after=1)
+    server.default = Answer(text="one two three", stall_after=3)
     settings = Settings(close_grace=0.05, engine=engine)
     service = LLMInfraService(keys, settings=settings)
 

@@ -5,10 +5,11 @@ random places, and what a caller gets is compared with a reading of the same byt
 is written down here and shares no code with the package.
 """
 
+import contextlib
 import json
 import random
 import re
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from dipeo_llm import (
     Settings,
     StaticAPIKeys,
     StreamInterruptedError,
-    WebSearchResult,
+    StructuredOutputError,
 )
 from dipeo_llm.domain import OPTIONS, StreamChunk
 from tests.provider_server import ProviderServer, Raw
@@ -144,7 +145,7 @@ each_engine = pytest.mark.parametrize("engine", ENGINES)
 @pytest.fixture
 async def services(
     server: ProviderServer, keys: StaticAPIKeys
-) -> AsyncIterator[dict[str, LLMInfraService]]:
+) -> AsyncIterator[dict[Engine, LLMInfraService]]:
     """Open one service for each engine; neither tries anything twice."""
     made = {
         engine: LLMInfraService(
@@ -420,9 +421,11 @@ def asking(recording: Recording) -> dict[str, Any]:
     body = recording.request["body"]
     found: list[dict[str, Any]] = []
     for tool in body.get("tools") or ():
-        for one in tool.get("functionDeclarations") or [tool.get("function", tool)]:
-            if schema := one.get("parameters") or one.get("input_schema"):
-                found.append(_function(one["name"], one.get("description", ""), schema))
+        found += [
+            _function(one["name"], one.get("description", ""), schema)
+            for one in tool.get("functionDeclarations") or [tool.get("function", tool)]
+            if (schema := one.get("parameters") or one.get("input_schema"))
+        ]
     if recording.format == "responses":
         found.append({"type": "web_search"})
     return {"service": recording.provider, "tools": found}
@@ -453,7 +456,6 @@ def check(result: ChatResult, said: Said, recording: Recording) -> None:
             for output in result.tool_outputs or ()
             if isinstance(output.result, list)
             for page in output.result
-            if isinstance(page, WebSearchResult)
         ],
         "refused": bool(result.refusal),
         "service": result.service,
@@ -482,9 +484,9 @@ def check(result: ChatResult, said: Said, recording: Recording) -> None:
 @pick(streamed=False)
 async def test_a_recorded_answer(
     name: str,
-    engine: str,
+    engine: Engine,
     server: ProviderServer,
-    services: dict[str, LLMInfraService],
+    services: dict[Engine, LLMInfraService],
 ) -> None:
     """A whole answer means what its bytes say, whichever engine reads it."""
     recording = RECORDINGS[name]
@@ -505,9 +507,9 @@ async def test_a_recorded_answer(
 @pick(streamed=True)
 async def test_a_recorded_stream(
     name: str,
-    engine: str,
+    engine: Engine,
     server: ProviderServer,
-    services: dict[str, LLMInfraService],
+    services: dict[Engine, LLMInfraService],
 ) -> None:
     """A stream's chunks and its result mean what its bytes say."""
     recording = RECORDINGS[name]
@@ -542,7 +544,7 @@ def joined(chunks: list[StreamChunk]) -> list[tuple[str | None, str, Any]]:
 
 
 async def test_a_stream_that_was_recorded_without_its_end(
-    server: ProviderServer, services: dict[str, LLMInfraService]
+    server: ProviderServer, services: dict[Engine, LLMInfraService]
 ) -> None:
     """A recorded stream that has no finish reason is broken, not a short answer."""
     for name in BROKEN:
@@ -586,19 +588,19 @@ _RETRY_AFTER = {
 async def test_a_recorded_error(
     name: str,
     streamed: bool,
-    engine: str,
+    engine: Engine,
     server: ProviderServer,
-    services: dict[str, LLMInfraService],
+    services: dict[Engine, LLMInfraService],
 ) -> None:
     """A recorded refusal is the error that its status and words stand for."""
     recording = RECORDINGS[name]
     server.reply(recording.reply())
     asked = (HELLO, recording.model, recording.provider)
 
+    service, options = services[engine], asking(recording)
+    call: Callable[[], Awaitable[Any]] = partial(service.complete, *asked, **options)
     if streamed:
-        call = services[engine].stream(*asked, **asking(recording)).__aenter__
-    else:
-        call = partial(services[engine].complete, *asked, **asking(recording))
+        call = service.stream(*asked, **options).__aenter__
 
     with pytest.raises((APIKeyError, LLMServiceError)) as caught:
         await call()
@@ -643,7 +645,7 @@ COUNTS = {
 @pytest.mark.parametrize("name", COUNTS)
 async def test_a_recorded_count(
     name: str,
-    services: dict[str, LLMInfraService],
+    services: dict[Engine, LLMInfraService],
     server: ProviderServer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -659,9 +661,17 @@ async def test_a_recorded_count(
     assert (got.tokens, got.source) == (number, "provider")
 
 
-# What a recorded client says in other words than we do: the system prompt's role, and a
-# wish that every stream of ours has.
+# What a recorded client says in other words than we do: whether it wants a stream, and,
+# put right in `_same`, the system prompt's role, a content that is not there, and the
+# `name` of a tool's result, which OpenAI does not want.
 _OTHERWISE = {"stream", "stream_options"}
+
+
+def _same(message: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {k: v for k, v in message.items() if v is not None}
+    if kept["role"] == "tool":
+        kept.pop("name", None)
+    return kept | {"role": kept["role"].replace("system", "developer")}
 
 
 @each_engine
@@ -670,9 +680,9 @@ _OTHERWISE = {"stream", "stream_options"}
 )
 async def test_a_recorded_request(
     name: str,
-    engine: str,
+    engine: Engine,
     server: ProviderServer,
-    services: dict[str, LLMInfraService],
+    services: dict[Engine, LLMInfraService],
 ) -> None:
     """A request that a recorded client made is the same request when we make it."""
     recording = RECORDINGS[name]
@@ -680,19 +690,16 @@ async def test_a_recorded_request(
     options = {k: wanted[k] for k in OPTIONS & set(wanted)}
     more = {k: wanted[k] for k in set(wanted) - OPTIONS - {"model", "messages"}}
 
-    await services[engine].complete(
-        wanted["messages"],
-        recording.model,
-        "openai",
-        service="openai",
-        extra_body=more,
-        **options,
-    )
+    # The loopback's answer has no form that was asked for.
+    with contextlib.suppress(StructuredOutputError):
+        await services[engine].complete(
+            wanted["messages"], recording.model, "openai", extra_body=more, **options
+        )
 
-    sent = server.requests[-1].json
-    for message in wanted["messages"]:
-        message["role"] = message["role"].replace("system", "developer")
-    assert {k: v for k, v in sent.items() if k not in _OTHERWISE} == wanted
+    sent = {k: v for k, v in server.requests[-1].json.items() if k not in _OTHERWISE}
+    for body in (sent, wanted):
+        body["messages"] = [_same(message) for message in body["messages"]]
+    assert sent == wanted
 
 
 # --- Loops: what goes back with a tool's result --------------------------------------
@@ -850,9 +857,9 @@ LOOPS = [
 async def test_a_recorded_loop(
     first: str,
     second: str,
-    engine: str,
+    engine: Engine,
     server: ProviderServer,
-    services: dict[str, LLMInfraService],
+    services: dict[Engine, LLMInfraService],
 ) -> None:
     """A tool's result goes back with all that the recorded client sent back."""
     one, two = RECORDINGS[first], RECORDINGS[second]

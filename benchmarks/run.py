@@ -1,0 +1,375 @@
+"""Measure a call of this package beside its peers, in one interleaved run.
+
+`python -m benchmarks.run` takes under ten minutes, `--quick` under 90 seconds; both
+write docs/performance.md and its picture, unless `--no-write`. The figures are ratios
+inside one run: CPU time of the client's process, the median over rounds in which every
+client has its turn, so that a machine that is busy or warm is so for all of them.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from benchmarks import server
+from benchmarks.peers import PEERS, Peer, python_of, version_of
+
+ROOT = Path(__file__).parent.parent
+_CPUS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+_SERVER_CORE = _CPUS[0] if len(_CPUS) > 1 else None
+_CLIENT_CORE = _CPUS[-1] if len(_CPUS) > 1 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How long each part may take (s), and how often it is done at most."""
+
+    starts: int
+    turn: float
+    """CPU seconds of one client's turn in a round, about."""
+    rounds: int
+    rounds_until: float
+    loads: int
+    loads_until: float
+    paced: int
+
+
+FULL = Effort(3, 0.12, 15, 270, 5, 460, 5)
+QUICK = Effort(1, 0.04, 5, 45, 1, 75, 1)
+
+
+@dataclass(slots=True)
+class Figures:
+    """What was measured: for each name, one value a round."""
+
+    values: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    pooled: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    """Latencies of single calls, of all rounds."""
+    versions: dict[str, str] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    load: float = 0.0
+    quick: bool = False
+
+
+def _environment() -> dict[str, str]:
+    """Return ours without what changes a library: keys, proxies, tracing, bytecode."""
+    kept = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "SYSTEMROOT", "SSL_CERT_FILE")
+    made = {name: os.environ[name] for name in kept if name in os.environ}
+    return made | {
+        "PYTHONPATH": str(ROOT),
+        "PYTHONWARNINGS": "ignore",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    }
+
+
+class Process:
+    """A child that speaks JSON, an object a line."""
+
+    def __init__(self, arguments: list[str], core: int | None = None) -> None:
+        began = time.perf_counter()
+        self._child = subprocess.Popen(
+            arguments,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=ROOT,
+            env=_environment(),
+        )
+        self.first = self._read()
+        self.first_wall = time.perf_counter() - began
+        if core is not None and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(self._child.pid, {core})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._child.stdin is not None
+        self._child.stdin.close()
+        try:
+            self._child.wait(10)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+
+    def ask(self, **order: Any) -> dict[str, Any]:
+        """Give an order and return what came of it."""
+        assert self._child.stdin is not None
+        self._child.stdin.write(json.dumps(order) + "\n")
+        self._child.stdin.flush()
+        answer = self._read()
+        if "error" in answer:
+            raise RuntimeError(f"{order}: {answer['error']}")
+        return answer
+
+    def _read(self) -> dict[str, Any]:
+        assert self._child.stdout is not None
+        line = self._child.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self._child.args!r} ended")
+        return dict(json.loads(line))
+
+
+class Run:
+    """One run, from the first process to the last figure."""
+
+    def __init__(self, effort: Effort, only: list[str]) -> None:
+        self._effort = effort
+        self._peers = [peer for peer in PEERS if not only or peer.name in only]
+        self._began = time.monotonic()
+        self._workers: dict[str, Process] = {}
+        self._count: dict[str, int] = {}
+        self._stack = contextlib.ExitStack()
+        self.figures = Figures(quick=effort is QUICK)
+
+    def measure(self) -> Figures:
+        """Do it all."""
+        pythons = self._environments()
+        self._began = time.monotonic()
+        with self._stack:
+            serving = Process([sys.executable, "-m", "benchmarks.server"], _SERVER_CORE)
+            self._stack.enter_context(serving)
+            self._imports()
+            self._start(pythons, serving.first)
+            self._calibrate()
+            self._rounds()
+            self._pool()
+            self._loads()
+            self._paced()
+            for peer in self._present():
+                memory = self._workers[peer.name].ask(do="memory")["rss"]
+                self.figures.values[f"{peer.name} rss-end"].append(memory)
+        self.figures.seconds = self._elapsed()
+        if hasattr(os, "getloadavg"):
+            self.figures.load = os.getloadavg()[1]
+        return self.figures
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._began
+
+    def _present(self) -> list[Peer]:
+        return [peer for peer in self._peers if peer.name in self._workers]
+
+    def _environments(self) -> dict[str, str]:
+        pythons = {}
+        for peer in self._peers:
+            try:
+                pythons[peer.name] = python_of(peer)
+                version = version_of(peer, pythons[peer.name])
+            except (subprocess.CalledProcessError, OSError) as exc:
+                self._leave_out(peer, f"it could not be installed ({exc})")
+                pythons.pop(peer.name, None)
+            else:
+                self.figures.versions[peer.name] = version
+        return pythons
+
+    def _leave_out(self, peer: Peer, why: str) -> None:
+        _say(f"{peer.name} is left out: {why}")
+        self.figures.absent[peer.name] = why
+
+    def _imports(self) -> None:
+        for _ in range(max(self._effort.starts, 2) + 1):
+            for name, code in _IMPORTS.items():
+                self.figures.values[f"{name} import"].append(_cpu_of(code))
+        for name in _IMPORTS:  # the first may have had to compile
+            del self.figures.values[f"{name} import"][0]
+
+    def _start(self, pythons: dict[str, str], origins: dict[str, Any]) -> None:
+        worker = str(Path(__file__).parent / "worker.py")
+        for turn in range(self._effort.starts):
+            for peer in self._peers:
+                if peer.name not in pythons:
+                    continue
+                start = {
+                    "name": peer.name,
+                    "format": peer.formats[0],
+                    "origins": origins,
+                    "core": _CLIENT_CORE,
+                }
+                try:
+                    process = Process(
+                        [pythons[peer.name], worker, json.dumps(start)]
+                    )
+                except RuntimeError as exc:
+                    self._leave_out(peer, f"its first call failed ({exc})")
+                    del pythons[peer.name]
+                    continue
+                self._keep(f"{peer.name} cold-cpu", process.first["cpu"])
+                self._keep(f"{peer.name} cold-wall", process.first_wall)
+                self._keep(f"{peer.name} rss", process.first["rss"])
+                if turn == self._effort.starts - 1:
+                    self._workers[peer.name] = self._stack.enter_context(process)
+                else:
+                    process.__exit__(None, None, None)
+        _say(f"{len(self._workers)} processes are warm")
+
+    def _keep(self, name: str, value: float) -> None:
+        self.figures.values[name].append(value)
+
+    def _calibrate(self) -> None:
+        """Find how many calls and streams fill a turn."""
+        for peer in self._present():
+            worker = self._workers[peer.name]
+            for wire_format in peer.formats:
+                order = {"format": wire_format, "n": 3}
+                call = worker.ask(do="calls", **order)["cpu"] / 3
+                for kind, chunks in _STREAMS.items():
+                    order |= {"server": kind, "chunks": chunks}
+                    cpu = worker.ask(do="streams", **order)["cpu"] / 3
+                    self._count[f"{peer.name} {wire_format} {kind}"] = self._fit(cpu)
+                self._count[f"{peer.name} {wire_format} calls"] = self._fit(call)
+
+    def _fit(self, cpu: float) -> int:
+        return int(min(max(self._effort.turn / max(cpu, 1e-5), 3), 400))
+
+    def _rounds(self) -> None:
+        """CPU a call and a chunk, one at a time, every client in every round."""
+        for turn in range(self._effort.rounds):
+            if turn and self._elapsed() > self._effort.rounds_until:
+                break
+            present = self._present()
+            for peer in present[turn % len(present) :] + present[: turn % len(present)]:
+                for wire_format in peer.formats:
+                    self._turn(peer, wire_format)
+            _say(f"round {turn + 1} of {self._effort.rounds}, {self._elapsed():.0f} s")
+
+    def _turn(self, peer: Peer, wire_format: str) -> None:
+        worker, name = self._workers[peer.name], f"{peer.name} {wire_format}"
+        n = self._count[f"{name} calls"]
+        got = worker.ask(do="calls", format=wire_format, n=n)
+        call = got["cpu"] / n
+        self._keep(f"{name} call", call)
+        self.figures.pooled[f"{name} at 1"] += got["latencies"]
+        if wire_format == "openai":
+            self._keep(f"{name} rate at 1", n / got["wall"])
+        cost = {}
+        for kind, chunks in _STREAMS.items():
+            n = self._count[f"{name} {kind}"]
+            got = worker.ask(
+                do="streams", format=wire_format, server=kind, chunks=chunks, n=n
+            )
+            cost[kind] = got["cpu"] / n
+            if kind == "short":
+                self.figures.pooled[f"{name} first"] += got["first"]
+        more = _STREAMS["long"] - _STREAMS["short"]
+        self._keep(f"{name} chunk", (cost["long"] - cost["short"]) / more)
+        self._keep(f"{name} opening", cost["short"])
+
+    def _loads(self) -> None:
+        """Calls and streams a second on one core, with many in flight."""
+        for turn in range(self._effort.loads):
+            if turn and self._elapsed() > self._effort.loads_until:
+                break
+            for peer in self._present():
+                if "openai" in peer.formats:
+                    self._load(peer)
+            _say(f"load {turn + 1} of {self._effort.loads}, {self._elapsed():.0f} s")
+
+    def _load(self, peer: Peer) -> None:
+        worker, name = self._workers[peer.name], f"{peer.name} openai"
+        for in_flight in (64, 512):
+            n = 512 if not self.figures.quick else max(in_flight, 128)
+            got = worker.ask(do="calls", format="openai", n=n, in_flight=in_flight)
+            self._keep(f"{name} rate at {in_flight}", n / got["wall"])
+            self._keep(f"{name} call at {in_flight}", got["cpu"] / n)
+            self.figures.pooled[f"{name} at {in_flight}"] += got["latencies"]
+        got = worker.ask(
+            do="streams",
+            format="openai",
+            server="short",
+            chunks=_STREAMS["short"],
+            n=128,
+            in_flight=64,
+        )
+        self._keep(f"{name} streams at 64", 128 / got["wall"])
+
+    def _paced(self) -> None:
+        """CPU a chunk where each event comes in a packet of its own."""
+        for _ in range(self._effort.paced):
+            for peer in self._present():
+                if "openai" not in peer.formats:
+                    continue
+                got = self._workers[peer.name].ask(
+                    do="streams",
+                    format="openai",
+                    server="paced",
+                    chunks=server.PACED,
+                    n=16,
+                    in_flight=16,
+                )
+                self._keep(f"{peer.name} openai paced", got["cpu"] / 16 / server.PACED)
+
+    def _pool(self) -> None:
+        if "direct" not in self._workers:
+            return
+        for _ in range(5):
+            got = self._workers["direct"].ask(do="pool", format="openai", n=2000)
+            self._keep("direct pool", got["cpu"] / 2000)
+
+
+_STREAMS = {"short": server.SHORT, "long": server.LONG}
+_IMPORTS = {
+    "direct": "from dipeo_llm import LLMInfraService",
+    "litellm": "import litellm",
+    "nothing": "pass",
+}
+
+
+def _cpu_of(code: str) -> float:
+    """Return the CPU seconds of an interpreter that runs one line."""
+    script = f"{code}\nimport time; print(time.process_time())"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=_environment(),
+    )
+    return float(done.stdout.splitlines()[-1])
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
+def main() -> None:
+    """Measure, print, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, under 90 s")
+    parser.add_argument("--no-write", action="store_true", help="leave docs/ as it is")
+    parser.add_argument("--only", nargs="*", default=[], help="names of clients")
+    parser.add_argument("--save", type=Path, help="write all figures to a JSON file")
+    options = parser.parse_args()
+    # Importing LiteLLM without bytecode compiles 2,600 modules each time.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    figures = Run(QUICK if options.quick else FULL, options.only).measure()
+    if options.save:
+        options.save.write_text(
+            json.dumps({"values": figures.values, "pooled": figures.pooled})
+        )
+    from benchmarks import report
+
+    text = report.tables(figures)
+    sys.stdout.write(text)
+    if not options.no_write:
+        report.write(text, figures, ROOT / "docs")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,353 @@
+"""Both engines send the same request and give the same result, for every provider."""
+
+import base64
+import copy
+import json
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pytest
+from pydantic import BaseModel
+
+from dipeo_llm import ChatResult, LLMInfraService, Settings, StaticAPIKeys, ToolConfig
+from tests.conftest import PROVIDERS
+from tests.provider_server import Answer, ProviderServer, Received
+
+Engine = Literal["direct", "litellm"]
+ENGINES: tuple[Engine, ...] = ("direct", "litellm")
+
+MODELS = {
+    "openai": "gpt-4.1-nano",
+    "anthropic": "claude-sonnet-4-5",
+    "google": "gemini-2.5-flash",
+    "ollama": "qwen3:4b",
+}
+REASONING_MODELS = MODELS | {"openai": "gpt-5-mini"}
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+class Person(BaseModel):
+    """Who."""
+
+    name: str
+    age: int | None = None
+
+
+class Team(BaseModel):
+    """Whose."""
+
+    title: str
+    people: list[Person]
+
+
+def weather(city: str, days: int = 1) -> str:
+    """Tell the weather of a city."""
+    return f"{city} {days}"
+
+
+CLOCK: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "clock",
+        "description": "Tell the time.",
+        "parameters": {
+            "type": "object",
+            "properties": {"zone": {"type": "string", "enum": ["UTC", "CET"]}},
+            "required": ["zone"],
+        },
+    },
+}
+CALLS: list[tuple[str, Any]] = [
+    ("weather", {"city": "Bonn", "days": 2}),
+    ("clock", {"zone": "UTC"}),
+]
+PNG = (
+    "data:image/png;base64,"
+    + base64.b64encode(
+        bytes.fromhex(
+            "89504e470d0a1a0a0000000d4948445200000001000000010806000000"
+            "1f15c4890000000d49444154789c6360606060000000050001a5f64540"
+            "0000000049454e44ae426082"
+        )
+    ).decode()
+)
+SEEN = [
+    {
+        "role": "user",
+        "content": [
+            {"type": "text", "text": "What is this?"},
+            {"type": "image_url", "image_url": {"url": PNG}},
+        ],
+    }
+]
+TOOL_TURN = [
+    {"role": "system", "content": "Use the tools."},
+    {"role": "user", "content": "How is Bonn, and when?"},
+    {
+        "role": "assistant",
+        "content": "Let me see.",
+        "tool_calls": [
+            {
+                "id": f"call_{i}",
+                "type": "function",
+                "function": {"name": name, "arguments": json.dumps(given)},
+            }
+            for i, (name, given) in enumerate(CALLS)
+        ],
+    },
+    {"role": "tool", "tool_call_id": "call_0", "name": "weather", "content": "fair"},
+    {
+        "role": "tool",
+        "tool_call_id": "call_1",
+        "name": "clock",
+        "content": '{"hour": 12}',
+    },
+    {"role": "user", "content": "And in a word?"},
+]
+CACHED = [
+    {
+        "role": "system",
+        "content": [
+            {
+                "type": "text",
+                "text": "A long prompt.",
+                "cache_control": {"type": "ephemeral"},
+            }
+        ],
+    },
+    {
+        "role": "user",
+        "content": [
+            {"type": "text", "text": "Hi.", "cache_control": {"type": "ephemeral"}}
+        ],
+    },
+]
+MANY = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "One."},
+    {"role": "assistant", "content": "Two."},
+    {"role": "user", "content": "Three."},
+    {"role": "user", "content": "Four."},
+    {"role": "assistant", "content": ""},
+    {"role": "developer", "content": "Be kind."},
+    {"role": "user", "content": "Five."},
+]
+
+
+@dataclass
+class Scenario:
+    """What is asked, and what the model says to it."""
+
+    messages: list[dict[str, Any]] = field(default_factory=lambda: HELLO)
+    options: dict[str, Any] = field(default_factory=dict)
+    answer: Answer = field(default_factory=Answer)
+    models: dict[str, str] = field(default_factory=lambda: MODELS)
+    only: tuple[str, ...] = PROVIDERS
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "plain": Scenario(),
+    "a system prompt": Scenario(
+        [{"role": "system", "content": "Be brief."}, *HELLO]
+    ),
+    "many turns": Scenario(MANY),
+    "the assistant first": Scenario([{"role": "assistant", "content": "Yes?"}, *HELLO]),
+    "parts": Scenario(
+        [{"role": "user", "content": [{"type": "text", "text": t} for t in "ab"]}]
+    ),
+    "unicode": Scenario(
+        [{"role": "user", "content": "Grüße 😀 ‮\u2028\x00 «ß» \u0000"}],
+        answer=Answer("Schöne Grüße 😀\n\t«ß» \u2028"),
+    ),
+    "long": Scenario(
+        [{"role": "user", "content": "word " * 40_000}],
+        answer=Answer("word " * 2_000, pieces=500),
+    ),
+    "sampling": Scenario(
+        options={"temperature": 0.3, "max_tokens": 50, "stop": ["END"], "seed": 7}
+    ),
+    "top_p": Scenario(options={"top_p": 0.9, "stop": "END"}),
+    "two choices": Scenario(
+        options={"n": 2}, answer=Answer("one", n_texts=["two"])
+    ),
+    "cut": Scenario(
+        options={"max_tokens": 3}, answer=Answer("cut sho", finish="length")
+    ),
+    "tools": Scenario(
+        options={"tools": [weather, CLOCK]}, answer=Answer(tool_calls=CALLS[:1])
+    ),
+    "parallel tools": Scenario(
+        options={"tools": [weather, CLOCK], "tool_choice": "auto"},
+        answer=Answer("Both.", tool_calls=CALLS),
+    ),
+    "a tool that must": Scenario(
+        options={
+            "tools": [weather, CLOCK],
+            "tool_choice": {"type": "function", "function": {"name": "clock"}},
+        },
+        answer=Answer(tool_calls=CALLS[1:]),
+    ),
+    "some tool": Scenario(
+        options={"tools": [CLOCK], "tool_choice": "required"},
+        answer=Answer(tool_calls=CALLS[1:]),
+    ),
+    "no tool": Scenario(options={"tools": [CLOCK], "tool_choice": "none"}),
+    "a tool's turn": Scenario(TOOL_TURN, {"tools": [weather, CLOCK]}),
+    "a class": Scenario(
+        options={"response_format": Team},
+        answer=Answer('{"title": "A", "people": [{"name": "B", "age": null}]}'),
+    ),
+    "a schema": Scenario(
+        options={"response_format": Person.model_json_schema()},
+        answer=Answer('{"name": "B"}'),
+    ),
+    "some JSON": Scenario(
+        options={"response_format": {"type": "json_object"}},
+        answer=Answer('{"name": "B"}'),
+    ),
+    "a class beside tools": Scenario(
+        options={"response_format": Person, "tools": [CLOCK]},
+        answer=Answer('{"name": "B", "age": 3}'),
+    ),
+    "a class for an older Claude": Scenario(
+        options={"response_format": Person},
+        answer=Answer('{"name": "B", "age": 3}'),
+        models={"anthropic": "claude-3-haiku-20240307"},
+        only=("anthropic",),
+    ),
+    "effort": Scenario(
+        options={"reasoning_effort": "low", "max_tokens": 4000},
+        answer=Answer("Four.", reasoning="Two and two.", reasoning_tokens=3),
+        models=REASONING_MODELS,
+    ),
+    "effort and tools": Scenario(
+        options={"reasoning_effort": "medium", "tools": [CLOCK]},
+        answer=Answer("Now.", reasoning="Which zone?", tool_calls=CALLS[1:]),
+        models=REASONING_MODELS,
+    ),
+    "a picture": Scenario(SEEN),
+    "caching": Scenario(
+        CACHED, answer=Answer(cached_tokens=4, cache_write_tokens=2)
+    ),
+    "more in the body": Scenario(
+        options={"extra_body": {"model": "other-model"}, "max_tokens": 5}
+    ),
+    "a web search": Scenario(
+        options={"tools": [ToolConfig(type="web_search")]},
+        answer=Answer("Rain.", citations=[("https://a.example/", "A")]),
+        only=("openai", "anthropic", "google"),
+    ),
+}
+CASES = [(name, p) for name, s in SCENARIOS.items() for p in s.only]
+
+
+@dataclass
+class Outcome:
+    """What one engine did."""
+
+    request: Received
+    result: ChatResult
+    chunks: list[Any]
+
+
+@pytest.fixture
+async def services(
+    server: ProviderServer, keys: StaticAPIKeys
+) -> AsyncIterator[dict[Engine, LLMInfraService]]:
+    """Open one service for each engine; neither tries anything twice."""
+    made = {
+        engine: LLMInfraService(
+            keys, settings=Settings(engine=engine, max_retries=0, timeout=20)
+        )
+        for engine in ENGINES
+    }
+    yield made
+    for service in made.values():
+        await service.aclose()
+
+
+async def run(
+    service: LLMInfraService,
+    server: ProviderServer,
+    name: str,
+    provider: str,
+    *,
+    stream: bool,
+) -> Outcome:
+    """Play a scenario through one engine."""
+    scenario = SCENARIOS[name]
+    asked = (copy.deepcopy(scenario.messages), scenario.models[provider], provider)
+    server.reply(scenario.answer)
+    chunks: list[Any] = []
+    if stream:
+        async with service.stream(*asked, **scenario.options) as opened:
+            chunks = [chunk async for chunk in opened]
+            result = await opened.result()
+    else:
+        result = await service.complete(*asked, **scenario.options)
+    return Outcome(server.requests[-1], result, chunks)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["complete", "stream"])
+@pytest.mark.parametrize(("name", "provider"), CASES)
+async def test_same_request(
+    name: str,
+    provider: str,
+    stream: bool,
+    server: ProviderServer,
+    services: dict[Engine, LLMInfraService],
+) -> None:
+    """The two engines put the same request on the wire."""
+    direct, litellm = [
+        await run(services[engine], server, name, provider, stream=stream)
+        for engine in ENGINES
+    ]
+
+    assert direct.request.json == litellm.request.json
+    assert direct.request.path == litellm.request.path
+    assert direct.request.query == litellm.request.query
+    assert direct.request.headers == litellm.request.headers
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["complete", "stream"])
+@pytest.mark.parametrize(("name", "provider"), CASES)
+async def test_same_result(
+    name: str,
+    provider: str,
+    stream: bool,
+    server: ProviderServer,
+    services: dict[Engine, LLMInfraService],
+) -> None:
+    """The two engines give the same result, chunk by chunk and field by field."""
+    direct, litellm = [
+        await run(services[engine], server, name, provider, stream=stream)
+        for engine in ENGINES
+    ]
+
+    assert facts(direct.result) == facts(litellm.result)
+    assert direct.result.parsed == litellm.result.parsed
+    assert [without_ids(c) for c in direct.chunks] == [
+        without_ids(c) for c in litellm.chunks
+    ]
+
+
+def facts(result: ChatResult) -> dict[str, Any]:
+    """Everything that a result says but the provider's ids and its raw answer."""
+    told = result.model_dump(exclude={"raw_response", "request_id", "parsed"})
+    for call in told["tool_calls"]:
+        del call["id"]
+        call["thought_signature"] = bool(call["thought_signature"])
+    for block in told["thinking_blocks"]:
+        block["signature"] = bool(block["signature"])
+    return told
+
+
+def without_ids(chunk: Any) -> Any:
+    """A chunk with no id that the server made up."""
+    told = copy.copy(chunk)
+    if told.tool_call is not None:
+        told.tool_call = copy.copy(told.tool_call)
+        told.tool_call.id = bool(told.tool_call.id)
+    return told
