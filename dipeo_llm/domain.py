@@ -257,13 +257,15 @@ class ChatResult(BaseModel):
     def to_messages(self) -> list[dict[str, Any]]:
         """Return what to append to a conversation so that it can go on from here.
 
-        One assistant message in OpenAI's shape, with what Anthropic and Google want
-        back: blocks of thought and thought signatures. Answer each of `tool_calls`
+        One assistant message in OpenAI's shape, with what Anthropic, Google and Ollama
+        want back: blocks of thought, thought signatures, thoughts. Answer each of `tool_calls`
         after it with `ToolCall.to_message`.
         """
         message: dict[str, Any] = {"role": "assistant", "content": self.text or None}
         if self.thinking_blocks:
             message["thinking_blocks"] = self.thinking_blocks
+        elif self.reasoning:
+            message["reasoning_content"] = self.reasoning
         if self.tool_calls:
             message["tool_calls"] = [
                 {

@@ -203,7 +203,9 @@ def _headed_messages(
                 else content
             )
         else:
-            spoken.append(dict(message))
+            made = dict(message)
+            made.pop("reasoning_content", None)
+            spoken.append(made)
     if spoken and spoken[0]["role"] == "assistant":
         spoken.insert(0, {"role": "user", "content": "."})
     if not system:

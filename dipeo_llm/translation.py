@@ -239,6 +239,15 @@ def _ollama(
         litellm_params={},
         headers={},
     )
+    for made, given in zip(body["messages"], messages, strict=True):
+        # Ollama pairs a result with its call by name, or by id in newer versions
+        # (https://github.com/ollama/ollama/blob/main/docs/api.md, 2026-11-23).
+        if given["role"] == "tool" and given.get("name"):
+            made["tool_name"] = given["name"]
+        for call, its in zip(
+            made.get("tool_calls") or (), given.get("tool_calls") or (), strict=False
+        ):
+            call["id"] = its.get("id")
     return Outgoing("/api/chat", _JSON, {**body, "stream": stream})
 
 

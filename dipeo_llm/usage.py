@@ -121,13 +121,15 @@ def rate_limits(headers: Mapping[str, str]) -> RateLimits | None:
     `anthropic-ratelimit-*` with resets as times
     (https://docs.anthropic.com/en/api/rate-limits), both read 2026-11-23.
     """
-    limits = RateLimits(
-        requests_left=_whole(headers, "requests-remaining", "remaining-requests"),
-        requests_reset=_reset(headers, "requests-reset", "reset-requests"),
-        tokens_left=_whole(headers, "tokens-remaining", "remaining-tokens"),
-        tokens_reset=_reset(headers, "tokens-reset", "reset-tokens"),
-    )
-    return limits if limits.model_fields_set and limits != RateLimits() else None
+    told = {
+        "requests_left": _whole(headers, "requests-remaining", "remaining-requests"),
+        "requests_reset": _reset(headers, "requests-reset", "reset-requests"),
+        "tokens_left": _whole(headers, "tokens-remaining", "remaining-tokens"),
+        "tokens_reset": _reset(headers, "tokens-reset", "reset-tokens"),
+    }
+    if all(value is None for value in told.values()):
+        return None
+    return RateLimits.model_validate(told)
 
 
 def _limit_header(

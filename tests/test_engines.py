@@ -148,9 +148,7 @@ class Scenario:
 
 SCENARIOS: dict[str, Scenario] = {
     "plain": Scenario(),
-    "a system prompt": Scenario(
-        [{"role": "system", "content": "Be brief."}, *HELLO]
-    ),
+    "a system prompt": Scenario([{"role": "system", "content": "Be brief."}, *HELLO]),
     "many turns": Scenario(MANY),
     "the assistant first": Scenario([{"role": "assistant", "content": "Yes?"}, *HELLO]),
     "parts": Scenario(
@@ -168,9 +166,7 @@ SCENARIOS: dict[str, Scenario] = {
         options={"temperature": 0.3, "max_tokens": 50, "stop": ["END"], "seed": 7}
     ),
     "top_p": Scenario(options={"top_p": 0.9, "stop": "END"}),
-    "two choices": Scenario(
-        options={"n": 2}, answer=Answer("one", n_texts=["two"])
-    ),
+    "two choices": Scenario(options={"n": 2}, answer=Answer("one", n_texts=["two"])),
     "cut": Scenario(
         options={"max_tokens": 3}, answer=Answer("cut sho", finish="length")
     ),
@@ -227,9 +223,7 @@ SCENARIOS: dict[str, Scenario] = {
         models=REASONING_MODELS,
     ),
     "a picture": Scenario(SEEN),
-    "caching": Scenario(
-        CACHED, answer=Answer(cached_tokens=4, cache_write_tokens=2)
-    ),
+    "caching": Scenario(CACHED, answer=Answer(cached_tokens=4, cache_write_tokens=2)),
     "more in the body": Scenario(
         options={"extra_body": {"model": "other-model"}, "max_tokens": 5}
     ),

@@ -207,11 +207,11 @@ def test_a_recording_holds_no_key(recorded: Project) -> None:
 
 
 def test_a_recording_replays_in_another_process(recorded: Project) -> None:
-    """What a continuous integration does: another process, CI set, in parallel."""
+    """What a continuous integration does: another process, with CI set."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CI", "true")
         result = recorded.pytester.runpytest_subprocess(
-            "-n", "2", "--llm-record=all", timeout=120
+            "-p", "no:xdist", "--llm-record=all", timeout=120
         )
 
     result.assert_outcomes(passed=3)
@@ -491,7 +491,7 @@ def test_an_old_cassette_is_warned_of(recorded: Project) -> None:
     text = re.sub(r"at: '\d{4}", "at: '2020", path.read_text("utf-8"))
     path.write_text(text, encoding="utf-8")
 
-    plain, asked = recorded.run(), recorded.run("--llm-max-age=30")
+    plain, asked = recorded.run(), recorded.run("--llm-max-age=30", "-W", "default")
 
     plain.assert_outcomes(passed=3)
     asked.assert_outcomes(passed=3, warnings=1)
@@ -532,7 +532,7 @@ def test_the_network_can_be_closed_by_a_fixture(project: Project) -> None:
 
         @pytest.mark.usefixtures("llm_no_network")
         def test_closed():
-            socket.create_connection(("192.0.2.1", 443))
+            socket.socket().connect(("192.0.2.1", 443))
         """
     )
 

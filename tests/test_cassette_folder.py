@@ -1,0 +1,196 @@
+"""Looking after cassettes: what is in a folder, how old it is, and what must not be."""
+
+import argparse
+import asyncio
+import re
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dipeo_llm import cassette_cli
+from dipeo_llm.cassette_folder import check, entries, list_table
+
+OURS = Path(__file__).parent.parent / "cassettes"
+HEAD = """\
+# Recorded from: llama.cpp b1
+# on 2020-01-02 by dipeo_llm 0.0.1 on litellm 1.100.0
+# again with: something
+"""
+
+
+def write(
+    path: Path,
+    *,
+    uri: str = "https://api.openai.com/v1/chat/completions",
+    sent: str = '{"model": "gpt-4.1-nano"}',
+    came: str | bytes = "{}",
+    headers: dict[str, list[str]] | None = None,
+    sent_headers: dict[str, list[str]] | None = None,
+    recorded: dict[str, str] | None = None,
+    head: str = "",
+) -> None:
+    """Write a cassette as vcrpy would, without anybody's scrubbing."""
+    response = {
+        "status": {"code": 200, "message": "OK"},
+        "headers": headers or {},
+        "body": {"string": came},
+        **({"recorded": recorded} if recorded else {}),
+    }
+    request = {
+        "method": "POST",
+        "uri": uri,
+        "body": sent,
+        "headers": sent_headers or {},
+    }
+    data = {"interactions": [{"request": request, "response": response}], "version": 1}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(head + yaml.safe_dump(data), encoding="utf-8")
+
+
+def run(*arguments: str) -> int:
+    """Run `dipeo-llm cassettes …`, the part that is this module's."""
+    parser = argparse.ArgumentParser(prog="dipeo-llm")
+    cassette_cli.add_parser(parser.add_subparsers(required=True))
+    options = parser.parse_args(["cassettes", *arguments])
+    return int(asyncio.run(options.command(options)))
+
+
+KEY = "sk-abcdefghijklmnop1234"
+PLANTS = {
+    "URL: an API key": {"uri": f"https://host/{KEY}"},
+    "URL: a credential in a URL": {"uri": "https://host/?key=short"},
+    "request: an API key": {"sent": f'{{"content": "{KEY}"}}'},
+    "answer: an API key": {"came": f'{{"content": "{KEY}"}}'},
+    "answer: a key of this run": {"came": "it is a-key-of-the-environment"},
+    "answer: the id of an organisation": {"came": "org-abcdefghij0123456789"},
+    "answer, over several events: an API key": {
+        "came": f'data: {{"c": "{KEY[:9]}"}}\n\ndata: {{"c": "{KEY[9:]}"}}\n\n'
+    },
+    "request header Authorization: a header": {
+        "sent_headers": {"Authorization": ["anything"]}
+    },
+    "header Set-Cookie: a header that is not to be kept": {
+        "headers": {"Set-Cookie": ["a=b"]}
+    },
+    "header x-request-id: a header": {"headers": {"x-request-id": ["abc"]}},
+    "head: an API key": {"head": f"# made with {KEY}\n"},
+}
+
+
+@pytest.mark.parametrize("problem", PLANTS)
+def test_what_must_not_be_kept_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str
+) -> None:
+    """Wherever it is, the place is told, and the value is not."""
+    monkeypatch.setenv("GROQ_API_KEY", "a-key-of-the-environment")
+    write(tmp_path / "deep" / "down.yaml", **PLANTS[problem])  # type: ignore[arg-type]
+
+    found = [str(each) for each in check(tmp_path)]
+
+    assert len(found) == 1
+    assert problem in found[0]
+    assert "down.yaml" in found[0]
+    assert KEY not in found[0]
+    assert "a-key-of-the-environment" not in found[0]
+
+
+def test_a_secret_in_binary_is_found(tmp_path: Path) -> None:
+    """YAML writes what is no text as Base64, which nobody can read."""
+    write(tmp_path / "a.yaml", came=b"\xff\xfe " + KEY.encode())
+    assert KEY not in (tmp_path / "a.yaml").read_text("utf-8")
+
+    assert len(check(tmp_path)) == 1
+
+
+def test_a_clean_folder_has_no_problem(tmp_path: Path) -> None:
+    """Files without secrets, and files that are not cassettes by their name, pass."""
+    write(tmp_path / "a.yaml", headers={"content-type": ["application/json"]})
+    (tmp_path / "notes.txt").write_text(KEY, encoding="utf-8")
+
+    assert check(tmp_path) == []
+
+
+def test_a_file_that_is_no_cassette_is_a_problem(tmp_path: Path) -> None:
+    """What cannot be read cannot be vouched for."""
+    (tmp_path / "a.yml").write_text("- just\n- a list\n", encoding="utf-8")
+
+    (problem,) = check(tmp_path)
+
+    assert "a.yml is no cassette" in str(problem)
+
+
+def test_the_command_tells_a_script_by_its_exit_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """0 for a clean folder, 1 for one with a secret, one line for each."""
+    write(tmp_path / "a.yaml")
+    clean = run("check", str(tmp_path))
+    write(tmp_path / "b.yaml", sent=KEY, came=KEY)
+    dirty = run("check", str(tmp_path))
+
+    out, err = capsys.readouterr()
+    assert (clean, dirty) == (0, 1)
+    assert len(out.splitlines()) == 2
+    assert err.splitlines() == [
+        "dipeo-llm: 1 cassette, no secret found",
+        "dipeo-llm: 2 cassettes, 2 problems",
+    ]
+
+
+def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    """A misspelt path does not pass as a clean folder."""
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        run("check", str(tmp_path / "nothing"))
+
+
+def test_the_table_shows_what_is_oldest_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each line has the model, the host, the age and the versions."""
+    day = datetime.now(UTC) - timedelta(days=3)
+    recorded = {"at": f"{day:%Y-%m-%dT%H:%M:%SZ}", "by": "dipeo_llm 0.1.0 on litellm 1"}
+    write(tmp_path / "new.yaml", recorded=recorded)
+    write(tmp_path / "sub" / "old.yaml", head=HEAD)
+    gemini = "https://generativelanguage.googleapis.com/v1beta/models/gemini-x:generate"
+    write(tmp_path / "unknown.yaml", uri=gemini, sent="{}")
+
+    code = run("list", str(tmp_path))
+
+    head, *rows = [
+        re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()
+    ]
+    assert code == 0
+    assert head == ["cassette", "calls", "model", "from", "recorded", "days", "by"]
+    assert [row[0] for row in rows] == ["unknown", "sub/old", "new"]
+    assert rows[0][1:] == ["1", "gemini-x", gemini.split("/")[2], "?", "?", "?"]
+    assert rows[1][2:5] == ["gpt-4.1-nano", "llama.cpp b1", "2020-01-02"]
+    assert rows[1][6] == "dipeo_llm 0.0.1 on litellm 1.100.0"
+    assert rows[2][3:] == [
+        "api.openai.com",
+        f"{day:%Y-%m-%d}",
+        "3",
+        "dipeo_llm 0.1.0 on litellm 1",
+    ]
+
+
+def test_a_file_that_cannot_be_listed_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One broken file does not come as a traceback."""
+    (tmp_path / "a.yaml").write_text("{", encoding="utf-8")
+
+    code = run("list", str(tmp_path))
+
+    assert code == 1
+    assert "a.yaml is no cassette" in capsys.readouterr().err
+
+
+def test_the_projects_own_cassettes_can_be_listed() -> None:
+    """Each says where it is from and when; the table does not break on any."""
+    listed = entries(OURS)
+
+    assert len(listed) == len(list(OURS.glob("*.yaml")))
+    assert all(entry.origin and entry.recorded_at and entry.by for entry in listed)
+    assert len(list_table(OURS).splitlines()) == len(listed) + 1
