@@ -130,6 +130,13 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def bench(session: nox.Session) -> None:
+    """Measure a call beside its peers and write docs/performance.md. Or: -- --quick."""
+    install(session, "bench")
+    session.run("python", "-m", "benchmarks.run", *session.posargs)
+
+
+@nox.session
 def lock(session: nox.Session) -> None:
     """Write requirements.lock anew from what the registry has now."""
     session.install("uv")

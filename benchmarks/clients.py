@@ -369,9 +369,7 @@ class Ollama(Client):
         return str(response.message.content)
 
     async def stream(self) -> AsyncIterator[str]:
-        async for chunk in await self._client.chat(
-            self.model, messages(), stream=True
-        ):
+        async for chunk in await self._client.chat(self.model, messages(), stream=True):
             if chunk.message.content:
                 yield chunk.message.content
 

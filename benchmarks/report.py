@@ -1,14 +1,14 @@
 """Turns figures into the tables and the picture of docs/performance.md."""
 
-import datetime
+import datetime as dt
 import os
 import platform
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.figures import Figures
 from benchmarks.peers import FORMATS, PEERS, Peer
-from benchmarks.run import Figures
 
 BEGIN = "<!-- benchmarks: begin -->"
 END = "<!-- benchmarks: end -->"
@@ -97,10 +97,10 @@ class View:
         versions = ", ".join(
             f"{_PEERS[name].shows} {version}"
             for name, version in figures.versions.items()
-            if name != "engine-litellm" and name != "litellm-router"
+            if name not in {"engine-litellm", "litellm-router"}
         )
         rounds = len(self._values.get("direct openai call", []))
-        today = datetime.datetime.now(datetime.UTC).date()
+        today = dt.datetime.now(dt.UTC).date()
         text = (
             f"{'A quick run' if figures.quick else 'Measured'} on {today}:"
             f" {rounds} interleaved rounds in {figures.seconds:.0f} s, Python"
@@ -115,11 +115,12 @@ class View:
         """Show each number to reach, and what was measured."""
         rows = []
         for what, measured, most, unit in self._targets():
+            limit = f"{most:.3g}{unit}"
             if measured is None:
-                rows.append([what, f"{most:g}{unit}", "not measured", ""])
+                rows.append([what, limit, "not measured", ""])
             else:
-                mark = "yes" if measured <= most else "**no**"
-                rows.append([what, f"{most:g}{unit}", f"{measured:.3g}{unit}", mark])
+                got = f"{measured:.3g}{unit}"
+                rows.append([what, limit, got, _mark(ok=measured <= most)])
         rate = self.ratio("direct openai rate at 64", "litellm openai rate at 64")
         rates = {
             peer.name: self.median(f"{peer.name} openai rate at 64") or 0.0
@@ -127,16 +128,12 @@ class View:
             if peer.name != "raw"
         }
         if rate is not None:
-            rows.append(
-                ["calls/s at 64 in flight, of LiteLLM's", "at least 4 ×", f"{rate:.1f} ×"]
-                + ["yes" if rate >= 4 else "**no**"]
-            )
+            what = "calls/s at 64 in flight, of LiteLLM's"
+            rows.append([what, "at least 4", f"{rate:.1f}", _mark(ok=rate >= 4)])
         if rates:
             place = sorted(rates, key=rates.__getitem__, reverse=True).index("direct")
-            rows.append(
-                ["calls/s at 64 in flight, place among the peers", "1", f"{place + 1}"]
-                + ["yes" if place == 0 else "**no**"]
-            )
+            what = "calls/s at 64 in flight, place among the peers"
+            rows.append([what, "1", f"{place + 1}", _mark(ok=place == 0)])
         return _table(["", "at most", "measured", "reached"], rows, "lrrl")
 
     def _targets(self) -> list[tuple[str, float | None, float, str]]:
@@ -253,11 +250,17 @@ class View:
             key=lambda p: -(self.median(f"{p.name} openai rate at 64") or 0.0),
         ):
             name = f"{peer.name} openai"
-            at_1, at_512 = self.median(f"{name} call"), self.median(f"{name} call at 512")
+            at_1, at_512 = (
+                self.median(f"{name} call"),
+                self.median(f"{name} call at 512"),
+            )
             rows.append(
                 [
                     peer.label,
-                    *(_number(self.median(f"{name} rate at {n}")) for n in (1, 64, 512)),
+                    *(
+                        _number(self.median(f"{name} rate at {n}"))
+                        for n in (1, 64, 512)
+                    ),
                     _number(self.median(f"{name} streams at 64")),
                     *(self._latency(f"{name} at {n}") for n in (1, 64, 512)),
                     _number(at_512 / at_1 if at_1 and at_512 else None, 2),
@@ -315,6 +318,10 @@ class View:
         if half is None or most is None:
             return ""
         return f"{_digits(half * 1e3)} / {_digits(most * 1e3)}"
+
+
+def _mark(*, ok: bool) -> str:
+    return "yes" if ok else "**no**"
 
 
 def _digits(value: float) -> str:

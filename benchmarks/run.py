@@ -13,13 +13,12 @@ import os
 import subprocess
 import sys
 import time
-from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from benchmarks import server
+from benchmarks import report, server
+from benchmarks.figures import Figures
 from benchmarks.peers import PEERS, Peer, python_of, version_of
 
 ROOT = Path(__file__).parent.parent
@@ -33,31 +32,42 @@ class Effort:
     """How long each part may take (s), and how often it is done at most."""
 
     starts: int
+    together: int
+    """Processes that start at the same time; more than one blurs the time of a start."""
     turn: float
     """CPU seconds of one client's turn in a round, about."""
     rounds: int
     rounds_until: float
     loads: int
     loads_until: float
+    crowded: tuple[str, ...]
+    """Who is asked with 512 in flight."""
     paced: int
 
 
-FULL = Effort(3, 0.12, 15, 270, 5, 460, 5)
-QUICK = Effort(1, 0.04, 5, 45, 1, 75, 1)
-
-
-@dataclass(slots=True)
-class Figures:
-    """What was measured: for each name, one value a round."""
-
-    values: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    pooled: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """Latencies of single calls, of all rounds."""
-    versions: dict[str, str] = field(default_factory=dict)
-    absent: dict[str, str] = field(default_factory=dict)
-    seconds: float = 0.0
-    load: float = 0.0
-    quick: bool = False
+_ALL = tuple(peer.name for peer in PEERS)
+FULL = Effort(
+    starts=3,
+    together=1,
+    turn=0.12,
+    rounds=15,
+    rounds_until=330.0,
+    loads=5,
+    loads_until=460.0,
+    crowded=_ALL,
+    paced=5,
+)
+QUICK = Effort(
+    starts=1,
+    together=2,
+    turn=0.04,
+    rounds=5,
+    rounds_until=50.0,
+    loads=1,
+    loads_until=70.0,
+    crowded=("raw", "direct", "litellm", "openai"),
+    paced=1,
+)
 
 
 def _environment() -> dict[str, str]:
@@ -85,20 +95,19 @@ class Process:
             cwd=ROOT,
             env=_environment(),
         )
-        self.first = self._read()
-        self.first_wall = time.perf_counter() - began
-        if core is not None and hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(self._child.pid, {core})
+        self._began = began
+        self._core = core
 
-    def __enter__(self) -> Self:
-        return self
+    def begin(self) -> tuple[dict[str, Any], float]:
+        """Wait for its first line; return that, and the seconds it took to come."""
+        first = self._read()
+        seconds = time.perf_counter() - self._began
+        if self._core is not None and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(self._child.pid, {self._core})
+        return first, seconds
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End it, by closing its stdin."""
         assert self._child.stdin is not None
         self._child.stdin.close()
         try:
@@ -143,9 +152,10 @@ class Run:
         self._began = time.monotonic()
         with self._stack:
             serving = Process([sys.executable, "-m", "benchmarks.server"], _SERVER_CORE)
-            self._stack.enter_context(serving)
+            self._stack.callback(serving.close)
+            origins, _ = serving.begin()
             self._imports()
-            self._start(pythons, serving.first)
+            self._start(pythons, origins)
             self._calibrate()
             self._rounds()
             self._pool()
@@ -183,40 +193,52 @@ class Run:
         self.figures.absent[peer.name] = why
 
     def _imports(self) -> None:
-        for _ in range(max(self._effort.starts, 2) + 1):
+        for turn in range(self._effort.starts + 1):
             for name, code in _IMPORTS.items():
-                self.figures.values[f"{name} import"].append(_cpu_of(code))
-        for name in _IMPORTS:  # the first may have had to compile
-            del self.figures.values[f"{name} import"][0]
+                seconds = _cpu_of(code)
+                if turn:  # the first may have had to compile
+                    self._keep(f"{name} import", seconds)
 
     def _start(self, pythons: dict[str, str], origins: dict[str, Any]) -> None:
-        worker = str(Path(__file__).parent / "worker.py")
+        """Start every client, the last time for good."""
         for turn in range(self._effort.starts):
-            for peer in self._peers:
-                if peer.name not in pythons:
-                    continue
-                start = {
-                    "name": peer.name,
-                    "format": peer.formats[0],
-                    "origins": origins,
-                    "core": _CLIENT_CORE,
-                }
-                try:
-                    process = Process(
-                        [pythons[peer.name], worker, json.dumps(start)]
-                    )
-                except RuntimeError as exc:
-                    self._leave_out(peer, f"its first call failed ({exc})")
-                    del pythons[peer.name]
-                    continue
-                self._keep(f"{peer.name} cold-cpu", process.first["cpu"])
-                self._keep(f"{peer.name} cold-wall", process.first_wall)
-                self._keep(f"{peer.name} rss", process.first["rss"])
-                if turn == self._effort.starts - 1:
-                    self._workers[peer.name] = self._stack.enter_context(process)
-                else:
-                    process.__exit__(None, None, None)
-        _say(f"{len(self._workers)} processes are warm")
+            waiting = [peer for peer in self._peers if peer.name in pythons]
+            while waiting:
+                some = waiting[: self._effort.together]
+                del waiting[: self._effort.together]
+                started = [(p, self._process(p, pythons, origins)) for p in some]
+                for peer, process in started:
+                    self._begin(peer, process, last=turn == self._effort.starts - 1)
+        _say(f"{len(self._workers)} processes are warm, {self._elapsed():.0f} s")
+
+    def _process(
+        self, peer: Peer, pythons: dict[str, str], origins: dict[str, Any]
+    ) -> Process:
+        worker = str(Path(__file__).parent / "worker.py")
+        start = {
+            "name": peer.name,
+            "format": peer.formats[0],
+            "origins": origins,
+            "core": _CLIENT_CORE,
+        }
+        return Process([pythons[peer.name], worker, json.dumps(start)])
+
+    def _begin(self, peer: Peer, process: Process, *, last: bool) -> None:
+        try:
+            first, seconds = process.begin()
+        except RuntimeError as exc:
+            process.close()
+            self._leave_out(peer, f"its first call failed ({exc})")
+            return
+        self._keep(f"{peer.name} cold-cpu", first["cpu"])
+        self._keep(f"{peer.name} rss", first["rss"])
+        if self._effort.together == 1:
+            self._keep(f"{peer.name} cold-wall", seconds)
+        if last:
+            self._stack.callback(process.close)
+            self._workers[peer.name] = process
+        else:
+            process.close()
 
     def _keep(self, name: str, value: float) -> None:
         self.figures.values[name].append(value)
@@ -226,16 +248,18 @@ class Run:
         for peer in self._present():
             worker = self._workers[peer.name]
             for wire_format in peer.formats:
-                order = {"format": wire_format, "n": 3}
-                call = worker.ask(do="calls", **order)["cpu"] / 3
+                name = f"{peer.name} {wire_format}"
+                order: dict[str, Any] = {"format": wire_format}
+                worker.ask(do="calls", n=3, **order)
+                cpu = worker.ask(do="calls", n=5, **order)["cpu"] / 5
+                self._count[f"{name} calls"] = self._fit(cpu)
                 for kind, chunks in _STREAMS.items():
                     order |= {"server": kind, "chunks": chunks}
-                    cpu = worker.ask(do="streams", **order)["cpu"] / 3
-                    self._count[f"{peer.name} {wire_format} {kind}"] = self._fit(cpu)
-                self._count[f"{peer.name} {wire_format} calls"] = self._fit(call)
+                    cpu = worker.ask(do="streams", n=1, **order)["cpu"]
+                    self._count[f"{name} {kind}"] = self._fit(cpu)
 
     def _fit(self, cpu: float) -> int:
-        return int(min(max(self._effort.turn / max(cpu, 1e-5), 3), 400))
+        return int(min(max(self._effort.turn / max(cpu, 1e-5), 2), 400))
 
     def _rounds(self) -> None:
         """CPU a call and a chunk, one at a time, every client in every round."""
@@ -268,7 +292,6 @@ class Run:
                 self.figures.pooled[f"{name} first"] += got["first"]
         more = _STREAMS["long"] - _STREAMS["short"]
         self._keep(f"{name} chunk", (cost["long"] - cost["short"]) / more)
-        self._keep(f"{name} opening", cost["short"])
 
     def _loads(self) -> None:
         """Calls and streams a second on one core, with many in flight."""
@@ -282,8 +305,9 @@ class Run:
 
     def _load(self, peer: Peer) -> None:
         worker, name = self._workers[peer.name], f"{peer.name} openai"
-        for in_flight in (64, 512):
-            n = 512 if not self.figures.quick else max(in_flight, 128)
+        crowd = (64, 512) if peer.name in self._effort.crowded else (64,)
+        for in_flight in crowd:
+            n = max(in_flight, 128 if self.figures.quick else 512)
             got = worker.ask(do="calls", format="openai", n=n, in_flight=in_flight)
             self._keep(f"{name} rate at {in_flight}", n / got["wall"])
             self._keep(f"{name} call at {in_flight}", got["cpu"] / n)
@@ -293,10 +317,10 @@ class Run:
             format="openai",
             server="short",
             chunks=_STREAMS["short"],
-            n=128,
+            n=64,
             in_flight=64,
         )
-        self._keep(f"{name} streams at 64", 128 / got["wall"])
+        self._keep(f"{name} streams at 64", 64 / got["wall"])
 
     def _paced(self) -> None:
         """CPU a chunk where each event comes in a packet of its own."""
@@ -363,8 +387,6 @@ def main() -> None:
         options.save.write_text(
             json.dumps({"values": figures.values, "pooled": figures.pooled})
         )
-    from benchmarks import report
-
     text = report.tables(figures)
     sys.stdout.write(text)
     if not options.no_write:

@@ -99,7 +99,7 @@ async def _measure(
     """Do one thing so many times, so many at once, after as many to get warm."""
     in_flight = order.get("in_flight", 1)
     # Idle connections close between two orders; opening them is no part of a call.
-    await _repeat(one, max(in_flight, 2), in_flight)
+    await _repeat(one, in_flight, in_flight)
     for values in lists.values():
         values.clear()
     cpu, wall = time.process_time(), time.perf_counter()

@@ -17,7 +17,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from dipeo_llm import providers
+from dipeo_llm import cassette_cli, providers
 from dipeo_llm.errors import (
     APIKeyError,
     APIKeyNotFoundError,
@@ -74,13 +74,17 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         options = build_parser().parse_args(argv)
     except SystemExit as exc:  # after --help, --version or a wrong argument
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        _flush()
         return int(exc.code or 0)
     options.is_process = argv is None
-    command: Callable[[argparse.Namespace], int] = options.command
+    command: Callable[[argparse.Namespace], int | Coroutine[Any, Any, int]]
+    command = options.command
     with _logging_to_stderr():
-        return command(options)
+        code = command(options)
+        if not isinstance(code, int):
+            code = _await(options, code)
+    _flush()
+    return code
 
 
 def _await(options: argparse.Namespace, work: Coroutine[Any, Any, _T]) -> _T:
@@ -320,6 +324,12 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
+def _flush() -> None:
+    """Learn now, and not when Python ends, that nobody reads any more."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
 def _write_json(value: Any) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
     _write(text.translate(_JSON) + "\n")
@@ -388,6 +398,7 @@ examples:
   dipeo-llm chat my-model "Hi" --service openai --base-url http://127.0.0.1:8000/v1
   dipeo-llm models anthropic
   dipeo-llm provider gemini-2.5-flash
+  dipeo-llm cassettes check tests/cassettes
 
 environment:
   OPENAI_API_KEY, ANTHROPIC_API_KEY, GEMINI_API_KEY or GOOGLE_API_KEY
@@ -463,7 +474,7 @@ class _Version(argparse.Action):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Make the parser; the function of a command is in `options.command`."""
+    """Make the parser; what runs a command is in `options.command`: plain, or async."""
     parser = _Parser(
         prog="dipeo-llm",
         description="Talk to OpenAI, Anthropic, Google Gemini and Ollama models.",
@@ -476,6 +487,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     _add_models(commands)
     _add_provider(commands)
+    cassette_cli.add_parser(commands)
     return parser
 
 

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,8 +17,8 @@ from pydantic_core import to_json
 if TYPE_CHECKING:
     from dipeo_llm.ports import LLMServicePort
 
-Content = str | list[dict[str, Any]]
-"""Plain text, or OpenAI-style content parts (`text`, `image_url`, `file`, …)."""
+Content = str | list[str | Path | dict[str, Any]]
+"""Plain text, or a list of it, of local files, and of OpenAI's content parts."""
 
 
 class LLMService(StrEnum):
@@ -366,20 +367,25 @@ def request_from_options(
             " What this package does not know travels in extra_body={…}"
         )
     bundle = options.get("options")
-    given = dict(_fields(bundle)) if bundle is not None else {}
-    given.update({k: v for k, v in options.items() if v is not None and k != "options"})
-    response_format = given.get("response_format")
-    if response_format is None:
-        response_format = given.get("text_format")
+    given = _renamed(_fields(bundle)) if bundle is not None else {}
+    given |= _renamed((k, v) for k, v in options.items() if k != "options")
     return ChatRequest(
         messages=messages,
         sampling={name: given[name] for name in SAMPLING if name in given},
         tools=tuple(given.get("tools") or ()),
         tool_choice=given.get("tool_choice"),
-        response_format=response_format,
+        response_format=given.get("response_format"),
         extra_body=given.get("extra_body") or {},
         timeout=float(given.get("timeout") or default_timeout),
     )
+
+
+def _renamed(given: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Keep what is given, the older name of `response_format` under the newer."""
+    kept = {name: value for name, value in given if value is not None}
+    if "text_format" in kept:
+        kept.setdefault("response_format", kept.pop("text_format"))
+    return kept
 
 
 def _fields(bundle: Any) -> Iterable[tuple[str, Any]]:

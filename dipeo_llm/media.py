@@ -11,17 +11,17 @@ import ipaddress
 import os
 import re
 import socket
-import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from pydantic import SecretStr
 
 from dipeo_llm.errors import InvalidRequestError
 from dipeo_llm.failures import clean
+from dipeo_llm.files import open_regular, resolve_inside
 from dipeo_llm.providers import Provider
 from dipeo_llm.settings import Settings
 from dipeo_llm.wire import USER_AGENT, Endpoint, proxy_for, tls_context
@@ -63,6 +63,8 @@ TAKES: Mapping[str, frozenset[str]] = {
         {"image/png", "image/jpeg", "image/webp", "image/heic", "image/heif", _PDF}
     )
     | {f"audio/{name}" for name in ("wav", "mp3", "aiff", "aac", "ogg", "flac")}
+    # its documents page: text is read as plain text
+    | {f"text/{name}" for name in ("plain", "markdown", "html", "xml", "csv")}
     # https://ai.google.dev/gemini-api/docs/video-understanding, as a data: URL
     | {f"video/{name}" for name in ("mp4", "mpeg", "quicktime", "webm", "3gpp")},
     # https://github.com/ollama/ollama/pull/10653 (webp, from 0.7 on) and decodeImageURL
@@ -335,9 +337,8 @@ class _Loader:
 
     def _from_file(self, path: Path) -> tuple[str, str]:
         try:
-            with open_inside(
-                path, self._base, allow_outside=self._allow_outside
-            ) as file:
+            real = resolve_inside(path, self._base, allow_outside=self._allow_outside)
+            with open_regular(real) as file:
                 # One byte more than is allowed tells that there is more.
                 data = file.read(MAX_BYTES + 1)
             if len(data) > MAX_BYTES:
@@ -503,40 +504,6 @@ def _is_base64(text: str, start: int) -> bool:
 
 
 # --- files ---------------------------------------------------------------------------
-
-# Windows has neither flag; there the resolved path alone must do.
-_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
-_NONBLOCK = getattr(os, "O_NONBLOCK", 0)
-
-
-def open_inside(path: Path, base: Path, *, allow_outside: bool) -> BinaryIO:
-    """Open a regular file below a folder for reading. Blocks on the disk.
-
-    Args:
-        path: Relative to the folder, or absolute; `~` is the home directory.
-        base: The folder.
-        allow_outside: Lets the path lead out of the folder.
-
-    Raises:
-        ValueError: The path leads outside, by `..`, by a link or as it stands, or
-            cannot be followed.
-        OSError: It cannot be opened, or is not a regular file.
-    """
-    try:
-        base = base.resolve()
-        path = (base / path.expanduser()).resolve()
-    except RuntimeError as exc:  # a loop of links, a user that does not exist
-        raise ValueError(str(exc)) from None
-    if not allow_outside and not path.is_relative_to(base):
-        raise ValueError("it leads outside the base directory")
-    # The path is fully resolved, so a link at its end was put there since; and a pipe
-    # must not hold the thread until somebody writes into it.
-    fd = os.open(path, os.O_RDONLY | _NOFOLLOW | _NONBLOCK)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise ValueError("it is not a regular file")
-    return os.fdopen(fd, "rb")
-
 
 # --- URLs ----------------------------------------------------------------------------
 

@@ -151,9 +151,13 @@ class LLMInfraService:
         service = _service(service, options)
         request = self._request(messages, options)
         adapter = await self._adapter(model, service, api_key_id)
-        request = await self._with_media(request, adapter)
+        prepared = self._prepared(request, adapter)
+
+        async def attempt() -> ChatResult:
+            return await adapter.complete(await prepared())
+
         result, attempts = await self._retried(
-            adapter, lambda: adapter.complete(request), options.get("deadline")
+            adapter, attempt, options.get("deadline")
         )
         result.attempts = attempts
         return _finished(request, result)
@@ -281,9 +285,12 @@ class LLMInfraService:
         """
         request = self._request(messages, {"tools": list(tools)})
         adapter = await self._adapter(model, service, api_key_id)
-        request = await self._with_media(request, adapter)
-        count = await self._retried(adapter, lambda: counting.count(adapter, request))
-        return count[0]
+        prepared = self._prepared(request, adapter)
+
+        async def attempt() -> TokenCount:
+            return await counting.count(adapter, await prepared())
+
+        return (await self._retried(adapter, attempt))[0]
 
     def capabilities(self, model: str, *, service: Any = None) -> Capabilities:
         """Say what a model takes and costs, by LiteLLM's table.
@@ -416,19 +423,25 @@ class LLMInfraService:
             pool=self._pool,
         )
 
-    async def _with_media(
+    def _prepared(
         self, request: ChatRequest, adapter: BaseLLMAdapter
-    ) -> ChatRequest:
-        if all(isinstance(m.get("content"), str | None) for m in request.messages):
-            return request
-        messages = await media.prepare(
-            request.messages,
-            adapter.provider,
-            base_dir=self._prompts.base_dir,
-            settings=self.settings,
-            allow_outside_base_dir=self._prompts.allow_outside_base_dir,
-        )
-        return replace(request, messages=messages)
+    ) -> Callable[[], Awaitable[ChatRequest]]:
+        """Return what gives the request with its media loaded, once for all attempts."""
+        loaded = [request] if _is_text(request) else []
+
+        async def prepared() -> ChatRequest:
+            if not loaded:
+                messages = await media.prepare(
+                    request.messages,
+                    adapter.provider,
+                    base_dir=self._prompts.base_dir,
+                    settings=self.settings,
+                    allow_outside_base_dir=self._prompts.allow_outside_base_dir,
+                )
+                loaded.append(replace(request, messages=messages))
+            return loaded[0]
+
+        return prepared
 
     def _stream(
         self, start: Start, request: ChatRequest, options: Mapping[str, Any]
@@ -448,10 +461,10 @@ class LLMInfraService:
         options: Mapping[str, Any],
     ) -> tuple[Items, StreamChunk | ChatResult, int]:
         """Open a stream and read its first chunk, trying again if need be."""
-        request = await self._with_media(request, adapter)
+        prepared = self._prepared(request, adapter)
 
         async def attempt() -> tuple[Items, StreamChunk | ChatResult]:
-            items = adapter.stream(request)
+            items = adapter.stream(await prepared())
             try:
                 return items, await anext(items)
             except BaseException:
@@ -535,6 +548,10 @@ class LLMInfraService:
 def local_provider(model: str) -> Provider | None:
     """Return Ollama for a name that only Ollama would have."""
     return providers.by_name("ollama") if providers.looks_local(model) else None
+
+
+def _is_text(request: ChatRequest) -> bool:
+    return all(isinstance(m.get("content"), str | None) for m in request.messages)
 
 
 def _finished(request: ChatRequest, result: ChatResult) -> ChatResult:

@@ -6,11 +6,11 @@ block: the service calls it in a thread.
 
 import logging
 import os
-import stat
 from pathlib import Path
 from typing import Any
 
 from dipeo_llm.domain import LLMService
+from dipeo_llm.files import open_regular, resolve_inside
 from dipeo_llm.providers import by_name
 
 _log = logging.getLogger("dipeo_llm")
@@ -60,8 +60,7 @@ class SystemPromptHandler:
             return inline or None
         try:
             return self._load(prompt_file)
-        except (OSError, ValueError, RuntimeError) as exc:
-            # RuntimeError is pathlib's for a loop of links, and for an unknown ~user.
+        except (OSError, ValueError) as exc:
             reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else exc
             _log.warning(
                 "prompt file %r is not used: %s; %s",
@@ -80,21 +79,13 @@ class SystemPromptHandler:
         return by_name(service or LLMService.OPENAI).system_role
 
     def _load(self, prompt_file: str | os.PathLike[str]) -> str:
-        base = self.base_dir.resolve()
-        path = (base / Path(prompt_file).expanduser()).resolve()
-        if not self.allow_outside_base_dir and not path.is_relative_to(base):
-            raise ValueError(f"it leads outside the base directory {str(base)!r}")
-        # The path is fully resolved, so a link at its end was put there since; and a
-        # pipe must not hold the thread until somebody writes into it.
-        fd = os.open(path, os.O_RDONLY | _NOFOLLOW | _NONBLOCK)
-        about = os.fstat(fd)
-        if not stat.S_ISREG(about.st_mode):
-            os.close(fd)
-            is_folder = stat.S_ISDIR(about.st_mode)
-            raise ValueError(
-                "it is a directory" if is_folder else "it is not a regular file"
-            )
-        with os.fdopen(fd, "rb") as file:
+        path = resolve_inside(
+            Path(prompt_file),
+            self.base_dir,
+            allow_outside=self.allow_outside_base_dir,
+        )
+        with open_regular(path) as file:
+            about = os.fstat(file.fileno())
             version = (
                 about.st_mtime_ns,
                 about.st_size,
@@ -116,8 +107,3 @@ class SystemPromptHandler:
             ) from None
         self._read[path] = (version, text)
         return text
-
-
-# Windows has neither flag; there the resolved path alone must do.
-_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
-_NONBLOCK = getattr(os, "O_NONBLOCK", 0)

@@ -465,6 +465,16 @@ async def test_provider_says_what_to_do_about_an_unknown_name(run: Run) -> None:
     assert got == (1, "", complaint)
 
 
+async def test_cassettes_looks_into_the_recordings_of_the_project(run: Run) -> None:
+    """The command for recordings is part of this one."""
+    folder = str(Path(__file__).parent.parent / "cassettes")
+
+    code, out, said = await run("cassettes", "list", folder)
+
+    assert (code, said) == (0, "")
+    assert "openai" in out
+
+
 # --- exit codes ---------------------------------------------------------------------
 
 

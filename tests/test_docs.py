@@ -169,17 +169,14 @@ def test_the_commands_of_the_readme_and_the_help_are_ones_that_exist() -> None:
     """A command that is copied from the README or the help is understood."""
     parser = cli.build_parser()
     texts = [*TEXTS.values(), parser.format_help(), cli._CHAT_EPILOG]
-    shown = r"^ *(?:[^`|\n]*\| )?dipeo-llm (.+)$"
-    lines = re.findall(shown, "\n".join(texts), re.MULTILINE)
-    commands = [re.sub(r"< \S+", "", line) for line in lines if line[0] != "-"]
+    line = r"^ *(?:[^`|\n]*\| )?dipeo-llm (.+)$"
+    lines = re.findall(line, "\n".join(texts), re.MULTILINE)
+    commands = [re.sub(r"< \S+", "", rest) for rest in lines if rest[0] != "-"]
 
     parsed = [parser.parse_args(shlex.split(command)) for command in commands]
 
-    assert {options.command for options in parsed} == {
-        cli.chat,
-        cli.models,
-        cli.provider,
-    }
+    shown = {options.command for options in parsed}
+    assert shown >= {cli.chat, cli.models, cli.provider}
 
 
 def test_the_readme_and_the_help_tell_every_exit_code() -> None:

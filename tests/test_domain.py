@@ -272,16 +272,16 @@ def test_what_the_provider_wants_back_is_in_the_message() -> None:
 
 def test_an_unknown_option_is_named() -> None:
     """A misspelt keyword is a TypeError that says which one, and where the rest goes."""
-    with pytest.raises(TypeError, match=r"'temprature'.*extra_body"):
-        request_from_options(USER, {"temprature": 1}, default_timeout=5)
+    with pytest.raises(TypeError, match=r"'warmth'.*extra_body"):
+        request_from_options(USER, {"warmth": 1}, default_timeout=5)
 
 
 async def test_an_unknown_option_of_a_call_sends_nothing(
     service: LLMInfraService, server: ProviderServer
 ) -> None:
     """A call with a misspelt keyword fails before anything is sent."""
-    with pytest.raises(TypeError, match="'temprature'"):
-        await service.complete(USER, "gpt-4o", "openai", temprature=1)
+    with pytest.raises(TypeError, match="'warmth'"):
+        await service.complete(USER, "gpt-4o", "openai", warmth=1)
 
     assert server.requests == []
 
@@ -523,7 +523,7 @@ def test_the_old_formatting_still_works_and_says_what_replaces_it() -> None:
     with pytest.warns(DeprecationWarning, match="complete_with_person") as caught:
         messages = ada._prepare_messages_for_llm(system_prompt="Be brief.")
 
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="get_messages"):
         without_prompt = ada._prepare_messages_for_llm()
     assert caught[0].filename == __file__
     assert without_prompt == messages[1:]

@@ -542,7 +542,7 @@ JAIL: list[tuple[str, Callable[[Path], Any], str]] = [
     ("up/secret.png", link_to_folder, "outside the base directory"),
     ("loop.png", link_to_itself, "ymlink"),
     ("no.png", outside, "No such file"),
-    ("folder.png", Path.mkdir, "not a regular file"),
+    ("folder.png", Path.mkdir, "a directory"),
     ("pipe.png", os.mkfifo, "not a regular file"),
     ("nul\0.png", outside, "null"),
     ("~nobody-of-that-name/x.png", outside, "home directory"),

@@ -12,10 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from dipeo_llm.cassette_folder import check
 from dipeo_llm.litellm_gate import import_litellm
+from dipeo_llm.matching import VOLATILE
 from tests.provider_server import Answer, ProviderServer
 
 pytest_plugins = ["pytester"]
+
+GUIDE = Path(__file__).parent.parent / "docs" / "testing.md"
 
 APP = '''\
 """Somebody's program."""
@@ -532,7 +536,8 @@ def test_the_network_can_be_closed_by_a_fixture(project: Project) -> None:
 
         @pytest.mark.usefixtures("llm_no_network")
         def test_closed():
-            socket.socket().connect(("192.0.2.1", 443))
+            with socket.socket() as client:
+                client.connect(("192.0.2.1", 443))
         """
     )
 
@@ -577,6 +582,50 @@ def test_options_and_fixtures_explain_themselves(project: Project) -> None:
     assert "llm_cassette_dir" in texts[0]
     assert "Replay the calls of a test from its cassette" in texts[1]
     assert "@pytest.mark.llm_cassette(name=None" in texts[2]
+
+
+# --- the guide -----------------------------------------------------------------------
+
+
+def test_the_guide_leads_from_nothing_to_green(
+    project: Project, alive: ProviderServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who copies the files of docs/testing.md gets what it says, by its commands."""
+    guide = GUIDE.read_text("utf-8")
+    for file in project.folder.glob("*.*"):
+        file.unlink()
+    files = re.findall(
+        r"^```(?:py|ini)\n# (\S+)\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL
+    )
+    for name, text in files:
+        (project.folder / name).write_text(text, encoding="utf-8")
+    assert "pytest --llm-record=once\npytest\n" in guide
+
+    project.run("--llm-record=once").assert_outcomes(passed=7)
+    sent = len(alive.requests)
+    monkeypatch.setenv("CI", "true")
+    monkeypatch.delenv("OPENAI_API_KEY")
+    project.run("-W", "error", "--llm-max-age=90").assert_outcomes(passed=7)
+    project.change("greeter.py", "one sentence", "two sentences")
+    drifted = project.run("-k", "not_empty")
+
+    assert len(alive.requests) == sent == 2
+    assert check(project.folder / "cassettes") == []
+    (shown,) = re.findall(r"^```text\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL)
+    assert shown.replace("api.openai.com", "loopback") in drifted.stdout.str()
+    head = project.cassette("test_greeter/test_a_greeting_is_not_empty").read_text(
+        "utf-8"
+    )
+    again = re.findall(r"^# again with: .*$", guide, re.MULTILINE)
+    assert head.splitlines()[2:3] == again
+
+
+def test_the_guide_tells_every_field_that_makes_no_difference() -> None:
+    """The list in the guide is the list in the code."""
+    guide = GUIDE.read_text("utf-8")
+    (line,) = re.findall(r"^- the top-level fields (.*);$", guide, re.MULTILINE)
+
+    assert set(re.findall(r"`(\w+)`", line)) == VOLATILE
 
 
 # --- what it costs -------------------------------------------------------------------
