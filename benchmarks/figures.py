@@ -11,6 +11,8 @@ class Figures:
     values: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     pooled: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     """Latencies of single calls, of all rounds."""
+    shares: dict[str, dict[str, float]] = field(default_factory=dict)
+    """For each format, the part of a call's CPU that each package takes."""
     versions: dict[str, str] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     """Who could not be measured, and why."""

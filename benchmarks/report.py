@@ -18,6 +18,12 @@ NAMES = {
     "google": "Gemini",
     "ollama": "Ollama",
 }
+_PACKAGES = {
+    "asyncio": "asyncio and the sockets",
+    "aiohttp": "aiohttp",
+    "litellm": "LiteLLM's translation",
+    "dipeo_llm": "dipeo_llm",
+}
 _PEERS = {peer.name: peer for peer in PEERS}
 
 
@@ -36,6 +42,8 @@ def tables(figures: Figures) -> str:
         view.load(),
         "### Before the first answer",
         view.start(),
+        "### Where the CPU of one call goes",
+        view.shares(),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -304,6 +312,30 @@ class View:
         head = ["", "first answer, s of CPU", "s of time", "memory then, MiB"]
         head += ["at the end", "first chunk, ms", "on top of LiteLLM's"]
         return text + _table(head, rows, "lrrrrrr")
+
+    def shares(self) -> str:
+        """Show which package takes how much of a call of the direct engine."""
+        shares = self._figures.shares
+        whole = {f: (self.median(f"direct {f} call") or 0.0) * 1e6 for f in shares}
+        names = sorted(
+            {name for of_format in shares.values() for name in of_format},
+            key=lambda name: -sum(s.get(name, 0.0) for s in shares.values()),
+        )
+        rows = []
+        rest = dict.fromkeys(shares, 0.0)
+        for name in names:
+            taken = {f: shares[f].get(name, 0.0) * whole[f] for f in shares}
+            if max(taken.values()) < 10:
+                rest = {f: rest[f] + taken[f] for f in shares}
+            else:
+                label = _PACKAGES.get(name, name)
+                rows.append([label, *(_number(us) for us in taken.values())])
+        rows += [
+            ["all that takes less than 10", *(_number(us) for us in rest.values())],
+            ["the whole call", *(_number(us) for us in whole.values())],
+        ]
+        head = ["µs", *(NAMES[f] for f in shares)]
+        return _table(head, rows, "l" + "r" * len(shares))
 
     def _micro(self, name: str) -> str:
         value = self.median(name)

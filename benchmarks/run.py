@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks import report, server
 from benchmarks.figures import Figures
-from benchmarks.peers import PEERS, Peer, python_of, version_of
+from benchmarks.peers import FORMATS, PEERS, Peer, python_of, version_of
 
 ROOT = Path(__file__).parent.parent
 _CPUS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -51,9 +51,9 @@ FULL = Effort(
     together=1,
     turn=0.12,
     rounds=15,
-    rounds_until=330.0,
-    loads=5,
-    loads_until=460.0,
+    rounds_until=300.0,
+    loads=3,
+    loads_until=420.0,
     crowded=_ALL,
     paced=5,
 )
@@ -62,10 +62,10 @@ QUICK = Effort(
     together=2,
     turn=0.04,
     rounds=5,
-    rounds_until=50.0,
+    rounds_until=40.0,
     loads=1,
-    loads_until=70.0,
-    crowded=("raw", "direct", "litellm", "openai"),
+    loads_until=60.0,
+    crowded=("raw", "direct", "openai"),
     paced=1,
 )
 
@@ -158,7 +158,7 @@ class Run:
             self._start(pythons, origins)
             self._calibrate()
             self._rounds()
-            self._pool()
+            self._inside()
             self._loads()
             self._paced()
             for peer in self._present():
@@ -307,7 +307,7 @@ class Run:
         worker, name = self._workers[peer.name], f"{peer.name} openai"
         crowd = (64, 512) if peer.name in self._effort.crowded else (64,)
         for in_flight in crowd:
-            n = max(in_flight, 128 if self.figures.quick else 512)
+            n = max(in_flight, 128 if self.figures.quick else 256)
             got = worker.ask(do="calls", format="openai", n=n, in_flight=in_flight)
             self._keep(f"{name} rate at {in_flight}", n / got["wall"])
             self._keep(f"{name} call at {in_flight}", got["cpu"] / n)
@@ -319,6 +319,7 @@ class Run:
             chunks=_STREAMS["short"],
             n=64,
             in_flight=64,
+            warm=8,
         )
         self._keep(f"{name} streams at 64", 64 / got["wall"])
 
@@ -335,15 +336,20 @@ class Run:
                     chunks=server.PACED,
                     n=16,
                     in_flight=16,
+                    warm=2,
                 )
                 self._keep(f"{peer.name} openai paced", got["cpu"] / 16 / server.PACED)
 
-    def _pool(self) -> None:
+    def _inside(self) -> None:
+        """Look into our own process: the pool, and where a call's time goes."""
         if "direct" not in self._workers:
             return
         for _ in range(5):
             got = self._workers["direct"].ask(do="pool", format="openai", n=2000)
             self._keep("direct pool", got["cpu"] / 2000)
+        for wire_format in FORMATS:
+            got = self._workers["direct"].ask(do="profile", format=wire_format, n=300)
+            self.figures.shares[wire_format] = got["shares"]
 
 
 _STREAMS = {"short": server.SHORT, "long": server.LONG}

@@ -6,11 +6,14 @@ package, so that it runs where only the library is installed.
 
 import asyncio
 import contextlib
+import cProfile
 import json
 import os
+import pstats
 import resource
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +85,25 @@ class Worker:
         await client.pool_hit()
         return await _measure(client.pool_hit, order)
 
+    async def profile(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Say what part of a call's CPU each package takes, built-ins by who called."""
+        client = await self.client(order["format"], "short")
+        await _repeat(client.call, 20, 1)
+        profiler = cProfile.Profile(time.process_time)
+        profiler.enable()
+        await _repeat(client.call, order["n"], 1)
+        profiler.disable()
+        shares: dict[str, float] = defaultdict(float)
+        stats: Any = pstats.Stats(profiler)
+        for function, (_, _, own, _, callers) in stats.stats.items():
+            if function[0] != "~":
+                shares[_package(function[0])] += own
+                continue
+            for caller, (_, _, of_caller, _) in callers.items():
+                shares[_package(caller[0])] += of_caller
+        whole = sum(shares.values())
+        return {"shares": {name: own / whole for name, own in shares.items()}}
+
     async def memory(self, order: dict[str, Any]) -> dict[str, Any]:
         """Say how much memory the process holds, in bytes."""
         return {"rss": _rss()}
@@ -99,7 +121,7 @@ async def _measure(
     """Do one thing so many times, so many at once, after as many to get warm."""
     in_flight = order.get("in_flight", 1)
     # Idle connections close between two orders; opening them is no part of a call.
-    await _repeat(one, in_flight, in_flight)
+    await _repeat(one, order.get("warm", in_flight), in_flight)
     for values in lists.values():
         values.clear()
     cpu, wall = time.process_time(), time.perf_counter()
@@ -110,7 +132,7 @@ async def _measure(
 
 
 async def _repeat(
-    one: Callable[[], Awaitable[None]], times: int, in_flight: int
+    one: Callable[[], Awaitable[Any]], times: int, in_flight: int
 ) -> None:
     async def some() -> None:
         nonlocal times
@@ -122,6 +144,16 @@ async def _repeat(
         await some()
     else:
         await asyncio.gather(*(some() for _ in range(in_flight)))
+
+
+def _package(path: str) -> str:
+    parts = Path(path).parts
+    for name in ("dipeo_llm", "asyncio", "benchmarks"):
+        if name in parts:
+            return name
+    if "site-packages" in parts:
+        return parts[parts.index("site-packages") + 1].removesuffix(".py")
+    return "the standard library"
 
 
 def _rss() -> int:

@@ -49,7 +49,7 @@ class Reading:
 
 
 def read(wire_format: str, body: Mapping[str, Any]) -> Reading:
-    """Read a whole answer that `failures.not_an_answer` has nothing against.
+    """Read a whole answer that `failures.answer_in` has nothing against.
 
     Args:
         wire_format: "openai", "responses", "anthropic", "google" or "ollama".

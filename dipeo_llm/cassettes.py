@@ -117,6 +117,7 @@ class Cassette:
         self.is_there = holds_something(self.path)
         self._recorded = read(self.path) if self.is_there and record != "all" else []
         self._new: list[Exchange] = []
+        self._meanings: dict[Exchange, tuple[int, dict[str, Any]]] = {}
 
     def __repr__(self) -> str:
         return f"Cassette({shown(self.path)!r}, {self.mode!r}, {len(self)} exchanges)"
@@ -244,13 +245,20 @@ class Cassette:
         uri = self.secrets.scrub(request.uri)
         return matching.as_data(request.method, uri, body, self._ignore)
 
+    def _meaning_of(self, exchange: Exchange) -> dict[str, Any]:
+        """Return what a recorded request means by the secrets known now."""
+        known = len(self.secrets)
+        if self._meanings.get(exchange, (-1, {}))[0] != known:
+            self._meanings[exchange] = known, self._meaning(exchange.request)
+        return self._meanings[exchange][1]
+
     def _different(
         self, exchange: Exchange, asked: Mapping[str, Any]
     ) -> list[matching.Difference]:
-        return matching.differences(self._meaning(exchange.request), asked)
+        return matching.differences(self._meaning_of(exchange), asked)
 
     def _line(self, exchange: Exchange) -> str:
-        return matching.summary(self._meaning(exchange.request))
+        return matching.summary(self._meaning_of(exchange))
 
     def _explain(self, asked: Mapping[str, Any]) -> str:
         again = self._again.format(mode="new" if self._recorded else "once")
@@ -268,9 +276,7 @@ class Cassette:
             times = "once" if len(same) == 1 else f"{len(same)} times"
             lines += [f"It was recorded {times}, and is made once more now."]
         else:
-            near = left[
-                matching.nearest(asked, [self._meaning(e.request) for e in left])
-            ]
+            near = left[matching.nearest(asked, [self._meaning_of(e) for e in left])]
             number = self._recorded.index(near) + 1
             count = f"{number} of {len(self._recorded)}"
             used = ", which is used already" if near.used else ""

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_json
 
+from dipeo_llm.errors import InvalidRequestError
+
 if TYPE_CHECKING:
     from dipeo_llm.ports import LLMServicePort
 
@@ -169,6 +171,8 @@ class RateLimits(BaseModel):
 class LLMRequestOptions(BaseModel):
     """Options of a call as one object; a keyword of the call itself wins over it."""
 
+    model_config = ConfigDict(extra="forbid")
+
     temperature: float | None = None
     max_tokens: int | None = None
     top_p: float | None = None
@@ -180,6 +184,12 @@ class LLMRequestOptions(BaseModel):
     response_format: Any | None = None
     reasoning_effort: str | None = None
     timeout: float | None = None
+    """Seconds for one attempt."""
+    idle_timeout: float | None = None
+    """Seconds to wait for a stream's next chunk."""
+    deadline: float | None = None
+    """Seconds for the whole call."""
+    extra_body: dict[str, Any] | None = None
 
 
 class TokenCount(BaseModel):
@@ -342,6 +352,10 @@ class ChatRequest:
     """Sent as it is, for what this package does not know."""
     timeout: float = 300.0
     """Seconds for this attempt."""
+    idle_timeout: float | None = None
+    """Seconds to wait for a stream's next chunk; None takes `timeout`."""
+    deadline: float | None = None
+    """Seconds for the whole call, all attempts and waits included."""
 
 
 def request_from_options(
@@ -359,14 +373,17 @@ def request_from_options(
 
     Raises:
         TypeError: A keyword is none of OPTIONS; the message names it.
+        InvalidRequestError: A time is not above 0.
     """
+    bundle = options.get("options")
     unknown = sorted(set(options) - OPTIONS)
+    if isinstance(bundle, Mapping):
+        unknown += sorted(set(bundle) - OPTIONS)
     if unknown:
         raise TypeError(
             f"unexpected keyword {unknown[0]!r}; known are {', '.join(sorted(OPTIONS))}."
             " What this package does not know travels in extra_body={…}"
         )
-    bundle = options.get("options")
     given = _renamed(_fields(bundle)) if bundle is not None else {}
     given |= _renamed((k, v) for k, v in options.items() if k != "options")
     return ChatRequest(
@@ -376,7 +393,9 @@ def request_from_options(
         tool_choice=given.get("tool_choice"),
         response_format=given.get("response_format"),
         extra_body=given.get("extra_body") or {},
-        timeout=float(given.get("timeout") or default_timeout),
+        timeout=_seconds(given, "timeout") or default_timeout,
+        idle_timeout=_seconds(given, "idle_timeout"),
+        deadline=_seconds(given, "deadline"),
     )
 
 
@@ -388,17 +407,20 @@ def _renamed(given: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return kept
 
 
+def _seconds(given: Mapping[str, Any], name: str) -> float | None:
+    value = given.get(name)
+    if value is None:
+        return None
+    if not (isinstance(value, int | float) and value > 0):
+        raise InvalidRequestError(f"{name}={value!r} is no number of seconds above 0")
+    return float(value)
+
+
 def _fields(bundle: Any) -> Iterable[tuple[str, Any]]:
     """Name the options that a bundle sets: ours, the application's own, or a mapping."""
-    if isinstance(bundle, BaseModel):
-        bundle = {name: getattr(bundle, name) for name in type(bundle).model_fields}
-    elif not isinstance(bundle, Mapping):
-        bundle = vars(bundle)
-    return (
-        (name, value)
-        for name, value in bundle.items()
-        if value is not None and name in OPTIONS
-    )
+    if isinstance(bundle, Mapping):
+        return bundle.items()
+    return ((name, getattr(bundle, name, None)) for name in OPTIONS - {"options"})
 
 
 class Person:

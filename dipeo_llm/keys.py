@@ -1,6 +1,6 @@
 """Keys: where they come from, and how they are held so that nothing prints them.
 
-The only module besides `settings` that reads the environment.
+Reads the environment for keys and for nothing else.
 """
 
 import inspect
@@ -14,14 +14,15 @@ from pydantic import SecretStr
 
 from dipeo_llm.errors import APIKeyError, APIKeyNotFoundError
 from dipeo_llm.ports import APIKeyPort
-from dipeo_llm.providers import PROVIDERS, Provider, of_key
+from dipeo_llm.providers import PROVIDERS, Provider, by_name, of_key
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
     """A key as the rest of the package holds it."""
 
-    secret: SecretStr
+    secret: SecretStr | None
+    """None for a record that is none."""
     service: str | None = None
     base_url: str | None = None
 
@@ -58,6 +59,11 @@ async def find_key(
         if not needed and (isinstance(exc, APIKeyError) or _is_key_error(exc)):
             return NO_KEY
         raise
+    if key.secret is None:
+        raise APIKeyError(
+            f"the record of key {api_key_id!r} is no mapping with a text under 'key'",
+            service=service,
+        )
     if needed and not key.secret:
         raise APIKeyNotFoundError(f"key {api_key_id!r} is empty", service=service)
     if not _FIT_FOR_A_HEADER.fullmatch(key.secret.get_secret_value()):
@@ -66,6 +72,14 @@ async def find_key(
             f"key {api_key_id!r} holds a character that no header can carry",
             service=service,
         )
+    if provider and key.service and not key.base_url:
+        owner = by_name(key.service)
+        if owner.name != provider.name:
+            raise APIKeyError(
+                f"key {api_key_id!r} is {owner.name}'s and was not sent to"
+                f" {provider.name}",
+                service=service,
+            )
     return key
 
 
@@ -76,9 +90,12 @@ async def _read(port: APIKeyPort, api_key_id: str) -> Key:
     """Read a record and wrap its key, so that no other frame ever holds it bare."""
     found = port.get_api_key(api_key_id)
     record = await found if inspect.isawaitable(found) else found
-    secret = record.get("key") or ""
+    # A port of the application's may return anything.
+    secret: Any = dict(record).get("key") or "" if hasattr(record, "keys") else None
     if isinstance(secret, SecretStr):
         secret = secret.get_secret_value()
+    if not isinstance(secret, str):
+        return Key(None)
     named = record.get("service")
     return Key(
         SecretStr(secret.strip()),
@@ -110,15 +127,18 @@ class EnvironmentAPIKeys:
         if provider is None:
             known = ", ".join(row.name for row in PROVIDERS if row.key_variables)
             raise APIKeyNotFoundError(
-                f"{api_key_id!r} names no provider; an id begins with one of {known}"
+                f"{_shown(api_key_id)} names no provider; an id begins with one of"
+                f" {known}"
             )
-        for variable in provider.key_variables:
+        named = str(api_key_id).strip().upper()
+        variables = provider.key_variables
+        for variable in (named,) if named in variables else variables:
             if key := os.environ.get(variable):
                 return {"id": api_key_id, "service": provider.name, "key": key}
         if not provider.needs_key:
             return {"id": api_key_id, "service": provider.name, "key": ""}
         raise APIKeyNotFoundError(
-            f"set {' or '.join(provider.key_variables) or 'a key'} for {api_key_id!r}",
+            f"set {' or '.join(variables) or 'a key'} for {api_key_id!r}",
             service=provider.name,
         )
 
@@ -153,5 +173,14 @@ class StaticAPIKeys:
         record = self._records.get(api_key_id)
         if record is None:
             known = ", ".join(sorted(self._records)) or "none"
-            raise APIKeyNotFoundError(f"no key {api_key_id!r}; known are: {known}")
+            raise APIKeyNotFoundError(
+                f"no key {_shown(api_key_id)}; known are: {known}"
+            )
         return {**record, "key": record["key"].get_secret_value()}
+
+
+def _shown(api_key_id: Any) -> str:
+    """Return an id for a message, unless somebody gave the key in place of its id."""
+    text = str(api_key_id)
+    is_key = re.match(r"sk-|AIza|gsk_|xai-|key-", text) or len(text) > 64
+    return "what looks like a key, not the id of one," if is_key else repr(text)

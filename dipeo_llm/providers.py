@@ -1,7 +1,7 @@
 """Which provider a model name belongs to, and what is particular to each provider.
 
 Rows of data. A model name is looked up here first; what no row claims is LiteLLM's to
-infer, which the adapter asks, since LiteLLM must not be named here.
+infer, which `litellm_gate` asks, since LiteLLM must not be named here.
 """
 
 import re
@@ -206,6 +206,6 @@ def unknown_model(model: str) -> InvalidRequestError:
     """Make the error for a name that cannot be placed: it says how to place it."""
     return InvalidRequestError(
         f"no provider is known for model {model!r}: name it with service=… or a prefix,"
-        f" such as service='openai' or 'openai/{model}'",
+        f" such as service='openai' or {f'openai/{model}'!r}",
         model=model,
     )

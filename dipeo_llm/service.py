@@ -68,7 +68,7 @@ class LLMInfraService:
         system_prompt_handler: Finds system prompts; None makes one on the settings'
             base directory.
         adapter_factory: Makes the adapter of a call, such as
-            `dipeo_llm.testing.MockLLMAdapter` in a test; None is `create_adapter`.
+            a `dipeo_llm.testing.MockLLMAdapter()` in a test; None is `create_adapter`.
     """
 
     def __init__(
@@ -156,9 +156,7 @@ class LLMInfraService:
         async def attempt() -> ChatResult:
             return await adapter.complete(await prepared())
 
-        result, attempts = await self._retried(
-            adapter, attempt, options.get("deadline")
-        )
+        result, attempts = await self._retried(adapter, attempt, request.deadline)
         result.attempts = attempts
         return _finished(request, result)
 
@@ -225,9 +223,9 @@ class LLMInfraService:
 
         async def start() -> tuple[Items, StreamChunk | ChatResult, int]:
             adapter = await self._adapter(model, service, api_key_id)
-            return await self._open(adapter, request, options)
+            return await self._open(adapter, request)
 
-        return self._stream(start, request, options)
+        return self._stream(start, request)
 
     def stream_with_person(
         self,
@@ -252,11 +250,9 @@ class LLMInfraService:
             adapter = await self._adapter(
                 llm_config.model, service, llm_config.api_key_id
             )
-            return await self._open(
-                adapter, replace(request, messages=messages), options
-            )
+            return await self._open(adapter, replace(request, messages=messages))
 
-        return self._stream(start, request, options)
+        return self._stream(start, request)
 
     async def count_tokens(
         self,
@@ -380,13 +376,14 @@ class LLMInfraService:
     async def _compose(
         self, person_messages: Sequence[Any], person_id: Any, config: Any, service: Any
     ) -> list[dict[str, Any]]:
-        prompt = config.system_prompt
-        if config.prompt_file:
+        if getattr(config, "prompt_file", None):
             prompt = await asyncio.to_thread(self._prompts.get_system_prompt, config)
+        else:
+            prompt = self._prompts.get_system_prompt(config)
         # The role "system" is every adapter's to translate: only it knows the provider
         # for certain when the model string decides.
         return self._formatter.format_messages_for_llm(
-            person_messages, person_id, prompt, service or "system"
+            person_messages or (), person_id, prompt
         )
 
     def _request(
@@ -395,7 +392,7 @@ class LLMInfraService:
         if self._closed:
             raise RuntimeError("the service is closed; initialize() opens it again")
         request = request_from_options(
-            messages or (), options, default_timeout=self.settings.timeout
+            tuple(messages or ()), options, default_timeout=self.settings.timeout
         )
         check_messages(request.messages)
         return replace(request, response_format=form_of(request.response_format))
@@ -443,22 +440,17 @@ class LLMInfraService:
 
         return prepared
 
-    def _stream(
-        self, start: Start, request: ChatRequest, options: Mapping[str, Any]
-    ) -> ChatStream:
-        idle = options.get("idle_timeout") or self.settings.idle_timeout
+    def _stream(self, start: Start, request: ChatRequest) -> ChatStream:
+        idle = request.idle_timeout or self.settings.idle_timeout
         return ChatStream(
             start,
             lambda result: _finished(request, result),
-            idle_timeout=float(idle or request.timeout),
-            deadline=options.get("deadline"),
+            idle_timeout=idle or request.timeout,
+            deadline=request.deadline,
         )
 
     async def _open(
-        self,
-        adapter: BaseLLMAdapter,
-        request: ChatRequest,
-        options: Mapping[str, Any],
+        self, adapter: BaseLLMAdapter, request: ChatRequest
     ) -> tuple[Items, StreamChunk | ChatResult, int]:
         """Open a stream and read its first chunk, trying again if need be."""
         prepared = self._prepared(request, adapter)
@@ -472,7 +464,7 @@ class LLMInfraService:
                 raise
 
         (items, first), attempts = await self._retried(
-            adapter, attempt, options.get("deadline")
+            adapter, attempt, request.deadline
         )
         return items, first, attempts
 

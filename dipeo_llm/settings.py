@@ -1,7 +1,8 @@
 """What the environment and the application may decide, read once and checked at start.
 
-Nothing else in the environment has a say in where a call or a key goes: no other module
-reads it, apart from `keys` for the keys themselves.
+Nothing else in the environment has a say in where a call or a key goes: besides this
+module, `keys` reads the keys, `system_prompt_handler` DIPEO_BASE_DIR, and `wire` the
+standard proxy and certificate variables.
 """
 
 import math
@@ -26,7 +27,7 @@ class Settings:
     """How calls are made. Times are seconds, sizes bytes."""
 
     base_dir: Path | None = None
-    """Where prompt files are found; None is the working directory."""
+    """Where prompt files are found; None is DIPEO_BASE_DIR, else the working directory."""
     timeout: float = 300.0
     """Seconds for one attempt, from sending to the whole answer."""
     connect_timeout: float = 10.0
@@ -51,7 +52,7 @@ class Settings:
     trust_env_proxy: bool = True
     """Whether HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY are honoured."""
     ca_bundle: Path | None = None
-    """PEM file of trusted authorities; None asks SSL_CERT_FILE, then the system's."""
+    """PEM file of trusted authorities; None asks SSL_CERT_FILE, then certifi's."""
     extra_headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Sent with every request, to every provider."""
     max_connections: int = 100

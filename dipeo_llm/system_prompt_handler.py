@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dipeo_llm.domain import LLMService
 from dipeo_llm.files import open_regular, resolve_inside
 from dipeo_llm.providers import by_name
 
@@ -73,10 +72,13 @@ class SystemPromptHandler:
     def get_system_role(self, service: Any) -> str:
         """Return the role of a system prompt: "developer" for OpenAI, else "system".
 
+        None, for a model whose name decides, is "system": an adapter puts the right
+        one on the wire in any case.
+
         Source: https://platform.openai.com/docs/guides/text#message-roles-and-instruction-following
         (read 2026-11-23).
         """
-        return by_name(service or LLMService.OPENAI).system_role
+        return by_name(service).system_role if service else "system"
 
     def _load(self, prompt_file: str | os.PathLike[str]) -> str:
         path = resolve_inside(

@@ -134,9 +134,9 @@ class MockRequest:
     streamed: bool = False
 
     @property
-    def messages(self) -> Sequence[Mapping[str, Any]]:
+    def messages(self) -> list[Mapping[str, Any]]:
         """The conversation, OpenAI-shaped, oldest first."""
-        return self.request.messages
+        return list(self.request.messages)
 
     def as_data(self) -> dict[str, Any]:
         """Return it as `assert_request` sees it: options beside the other fields."""

@@ -445,7 +445,8 @@ async def test_a_redirect_is_never_followed(
 async def test_cookies_are_not_kept(server: ProviderServer, provider: str) -> None:
     """What one answer sets does not travel with the next request."""
     server.reply(Answer(headers={"set-cookie": "session=1; Path=/"}))
-    adapter = adapter_of(server, provider)
+    url = server.base_url(provider).replace("127.0.0.1", "localhost")
+    adapter = adapter_of(server, provider, url)
 
     await adapter.complete(HELLO)
     await adapter.complete(HELLO)

@@ -791,6 +791,36 @@ async def test_an_output_that_is_closed_is_a_failure_in_one_line(
     assert (code, said) == (1, f"dipeo-llm: {complaint}\n")
 
 
+async def test_only_warnings_of_this_package_are_shown_and_without_a_traceback() -> (
+    None
+):
+    """What LiteLLM logs is not mixed with what the user has to know."""
+    program = """
+import io, logging, sys
+from dipeo_llm.cli import main
+
+class Logging(io.BytesIO):
+    def read(self, size=-1):
+        for name in ("LiteLLM", "dipeo_llm"):
+            try:
+                1 / 0
+            except ZeroDivisionError:
+                logging.getLogger(name).warning("from %s", name, exc_info=True)
+        return super().read(size)
+
+sys.stdin = io.TextIOWrapper(Logging(b"Hi"))
+sys.exit(main(["chat", "", "-"]))
+"""
+    process = await create_subprocess_exec(
+        *(sys.executable, "-c", program), stdout=PIPE, stderr=PIPE
+    )
+
+    code, out, said = await finish(process)
+
+    lines = "dipeo-llm: from dipeo_llm\ndipeo-llm: '' is not the name of a model\n"
+    assert (code, out, said) == (1, "", lines)
+
+
 # --- help ---------------------------------------------------------------------------
 
 

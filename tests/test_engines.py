@@ -5,14 +5,29 @@ import copy
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import pytest
 from pydantic import BaseModel
 
-from dipeo_llm import ChatResult, LLMInfraService, Settings, StaticAPIKeys, ToolConfig
+from dipeo_llm import (
+    ChatResult,
+    DiPeOLLMError,
+    LLMInfraService,
+    Settings,
+    StaticAPIKeys,
+    ToolConfig,
+)
 from tests.conftest import PROVIDERS
-from tests.provider_server import Answer, ProviderServer, Received
+from tests.provider_server import (
+    Answer,
+    Fault,
+    ProviderServer,
+    Raw,
+    Received,
+    error,
+)
 
 Engine = Literal["direct", "litellm"]
 ENGINES: tuple[Engine, ...] = ("direct", "litellm")
@@ -24,7 +39,11 @@ MODELS = {
     "ollama": "qwen3:4b",
 }
 REASONING_MODELS = MODELS | {"openai": "gpt-5-mini"}
-HELLO = [{"role": "user", "content": "Hello"}]
+HELLO: list[dict[str, Any]] = [{"role": "user", "content": "Hello"}]
+
+
+def _error(status: int, provider: str) -> Raw:
+    return error(provider, status, "No.")
 
 
 class Person(BaseModel):
@@ -155,12 +174,12 @@ SCENARIOS: dict[str, Scenario] = {
         [{"role": "user", "content": [{"type": "text", "text": t} for t in "ab"]}]
     ),
     "unicode": Scenario(
-        [{"role": "user", "content": "Grüße 😀 ‮\u2028\x00 «ß» \u0000"}],
+        [{"role": "user", "content": "Grüße 😀 \u202e\u2028\x00 «ß» \u0000"}],
         answer=Answer("Schöne Grüße 😀\n\t«ß» \u2028"),
     ),
     "long": Scenario(
         [{"role": "user", "content": "word " * 40_000}],
-        answer=Answer("word " * 2_000, pieces=500),
+        answer=Answer("".join(f"word{i} " for i in range(2_000)), pieces=500),
     ),
     "sampling": Scenario(
         options={"temperature": 0.3, "max_tokens": 50, "stop": ["END"], "seed": 7}
@@ -225,8 +244,10 @@ SCENARIOS: dict[str, Scenario] = {
     "a picture": Scenario(SEEN),
     "caching": Scenario(CACHED, answer=Answer(cached_tokens=4, cache_write_tokens=2)),
     "more in the body": Scenario(
-        options={"extra_body": {"model": "other-model"}, "max_tokens": 5}
+        options={"extra_body": {"model": "other-model"}, "max_tokens": 5},
+        only=PROVIDERS[:3],
     ),
+    "the same again": Scenario(answer=Answer("--- " * 300, pieces=300)),
     "a web search": Scenario(
         options={"tools": [ToolConfig(type="web_search")]},
         answer=Answer("Rain.", citations=[("https://a.example/", "A")]),
@@ -272,7 +293,8 @@ async def run(
     """Play a scenario through one engine."""
     scenario = SCENARIOS[name]
     asked = (copy.deepcopy(scenario.messages), scenario.models[provider], provider)
-    server.reply(scenario.answer)
+    if server.default == Answer():
+        server.reply(scenario.answer)
     chunks: list[Any] = []
     if stream:
         async with service.stream(*asked, **scenario.options) as opened:
@@ -298,11 +320,41 @@ async def test_same_request(
         for engine in ENGINES
     ]
 
-    assert direct.request.json == litellm.request.json
+    sent = same_words(direct.request, name)
+    assert sent == litellm.request.json
     assert direct.request.path == litellm.request.path
     assert direct.request.query == litellm.request.query
-    assert direct.request.headers == litellm.request.headers
+    assert same_headers(direct.request) == same_headers(litellm.request)
     assert len(server.requests) == 2
+
+
+def same_words(request: Received, name: str) -> Any:
+    """What the direct engine sent, without what only it can say.
+
+    Ollama pairs a tool's result with its call by `tool_name` and the call's `id`.
+    LiteLLM has no place for either, and they are lost on its engine; Ollama then goes by
+    the order of the results.
+    """
+    body = copy.deepcopy(request.json)
+    if request.provider == "ollama" and name == "a tool's turn":
+        for message in body["messages"]:
+            assert ("tool_name" in message) is (message["role"] == "tool")
+            message.pop("tool_name", None)
+            for call in message.get("tool_calls", ()):
+                assert call.pop("id")
+    return body
+
+
+def same_headers(request: Received) -> dict[str, str]:
+    """A request's headers without what LiteLLM says in passing.
+
+    Its JSON has spaces in it, which makes it longer, and where it leaves the headers to
+    its HTTP client, that accepts anything.
+    """
+    left_out = {"content-length"}
+    if request.provider in {"google", "ollama"}:
+        left_out.add("accept")
+    return {k: v for k, v in request.headers.items() if k not in left_out}
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["complete", "stream"])
@@ -320,14 +372,14 @@ async def test_same_result(
         for engine in ENGINES
     ]
 
-    assert facts(direct.result) == facts(litellm.result)
+    assert without_chance(direct.result) == without_chance(litellm.result)
     assert direct.result.parsed == litellm.result.parsed
     assert [without_ids(c) for c in direct.chunks] == [
         without_ids(c) for c in litellm.chunks
     ]
 
 
-def facts(result: ChatResult) -> dict[str, Any]:
+def without_chance(result: ChatResult) -> dict[str, Any]:
     """Everything that a result says but the provider's ids and its raw answer."""
     told = result.model_dump(exclude={"raw_response", "request_id", "parsed"})
     for call in told["tool_calls"]:
@@ -345,3 +397,52 @@ def without_ids(chunk: Any) -> Any:
         told.tool_call = copy.copy(told.tool_call)
         told.tool_call.id = bool(told.tool_call.id)
     return told
+
+
+# What is on the wire in place of an answer.
+FAILURES: dict[str, Callable[[str], Raw | Fault]] = {
+    **{
+        str(status): partial(_error, status)
+        for status in (400, 401, 403, 404, 413, 429, 500, 502, 503, 529)
+    },
+    "slow down": lambda provider: error(provider, 429, retry_delay=90),
+    "a page": lambda provider: Raw(200, {"content-type": "text/html"}, b"<html>Hi"),
+    "nothing": lambda provider: Raw(200, {}, b""),
+    "no answer": lambda provider: Raw(200, {}, b'{"hello": 1}'),
+    "an error with 200": lambda provider: Raw(200, {}, error(provider, 503).body),
+    "a redirect": lambda provider: Raw(302, {"location": "/elsewhere"}, b""),
+    "reset": lambda provider: Fault("reset"),
+    "closed": lambda provider: Fault("close"),
+    "broken": lambda provider: Fault("reset_mid_body"),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["complete", "stream"])
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("provider", PROVIDERS)
+async def test_same_error(
+    provider: str,
+    failure: str,
+    stream: bool,
+    server: ProviderServer,
+    services: dict[Engine, LLMInfraService],
+) -> None:
+    """The two engines raise the same error, with the same facts on it."""
+    raised = []
+    for engine in ENGINES:
+        server.default = FAILURES[failure](provider)
+        with pytest.raises(DiPeOLLMError) as caught:
+            await run(services[engine], server, "plain", provider, stream=stream)
+        raised.append(caught.value)
+
+    direct, litellm = raised
+    assert type(direct) is type(litellm)
+    assert told(direct) == told(litellm)
+    assert len(server.requests) == 2
+
+
+def told(exc: DiPeOLLMError) -> dict[str, Any]:
+    """The facts on an error; the words and the request's id differ from call to call."""
+    left_out = {"message", "request_id"}
+    facts = {k: v for k, v in vars(exc).items() if k not in left_out}
+    return facts | {"named": bool(getattr(exc, "request_id", None))}

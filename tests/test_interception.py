@@ -790,11 +790,9 @@ async def test_planted_keys_are_in_no_file(
         requests = _plant(url)
         server.reply(*echoes, *[Raw(body=b"{}")] * (len(requests) - len(echoes)))
         with use_cassette(path, record="once"):
-            adapter = create_adapter("openai", "gpt-4.1", PLANTED)
             for request in requests:
                 async with request(session) as response:
                     await response.read()
-            await adapter.aclose()
         with use_cassette(path):
             last = b""
             for request in requests:
@@ -819,6 +817,24 @@ async def test_planted_keys_are_in_no_file(
     assert stream["body"]["string"] == "data: before [scrubbed] after\n\n"
     assert [int(p.split("@")[0]) for p in stream["pieces"].split()] == [23, 8]
     assert last == b"{}"
+
+
+async def test_a_key_that_was_resolved_and_not_sent_is_no_less_secret(
+    path: Path,
+) -> None:
+    """What the service got from the application's keys is searched for by its value."""
+    async with (
+        ProviderServer(strict=False) as server,
+        aiohttp.ClientSession() as session,
+    ):
+        url = f"{server.base_url('openai')}/chat/completions"
+        with use_cassette(path, record="once"):
+            adapter = create_adapter("openai", "gpt-4.1", PLANTED)
+            async with session.post(url, json={"content": f"it is {PLANTED}"}):
+                await adapter.aclose()
+
+    assert PLANTED not in text_of(path)
+    assert "it is [scrubbed]" in text_of(path)
 
 
 @pytest.mark.parametrize(

@@ -262,9 +262,38 @@ class _Service(StrEnum):
 )
 async def test_what_a_record_says_is_read(record: Any, expected: Any) -> None:
     """A record's key is trimmed; its service and base URL are taken where given."""
-    key = await find_key(Vault(lambda _: record), "id", OPENAI)
+    provider = by_name(record["service"]) if record.get("service") else OPENAI
 
+    key = await find_key(Vault(lambda _: record), "id", provider)
+
+    assert key.secret is not None
     assert (key.secret.get_secret_value(), key.service, key.base_url) == expected
+
+
+async def test_a_key_goes_to_no_other_provider(server: ProviderServer) -> None:
+    """A key that is known to be another provider's is not sent."""
+    vault = Vault(lambda _: {"key": "sk-1", "service": "anthropic"})
+
+    async with LLMInfraService(vault, settings=Settings()) as service:
+        with pytest.raises(APIKeyError, match="anthropic's and was not sent to openai"):
+            await service.complete(USER, "gpt-4o-mini", "team-a")
+
+
+@pytest.mark.parametrize("record", [None, 5, "sk-1", ["sk-1"], {"key": 5}])
+async def test_a_record_that_is_none_is_refused(record: Any) -> None:
+    """A port that returns something else than a record is named, without the value."""
+    with pytest.raises(APIKeyError, match="no mapping") as caught:
+        await find_key(Vault(lambda _: record), "id", OPENAI)
+
+    assert "sk-1" not in str(caught.value)
+
+
+def test_a_key_in_place_of_its_id_is_not_shown() -> None:
+    """Whoever gives the key itself for its id does not find it in a log."""
+    with pytest.raises(APIKeyNotFoundError) as caught:
+        EnvironmentAPIKeys().get_api_key("sk-proj-1234567890")
+
+    assert "1234567890" not in str(caught.value)
 
 
 @pytest.mark.parametrize("api_key_id", [None, ""])

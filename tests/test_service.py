@@ -24,6 +24,7 @@ from dipeo_llm import (
     StaticAPIKeys,
     TokenUsage,
 )
+from dipeo_llm.settings import Engine
 from tests.conftest import PROVIDERS
 from tests.provider_server import Answer, ProviderServer, Raw, Received
 
@@ -171,14 +172,20 @@ USUAL_HEADERS = {"host", "accept", "accept-encoding", "content-length"}
 
 
 @each_provider
+@pytest.mark.parametrize("engine", ["direct", "litellm"])
 async def test_a_persons_conversation_on_the_wire(
-    server: ProviderServer, keys: StaticAPIKeys, tmp_path: Path, provider: str
+    server: ProviderServer,
+    keys: StaticAPIKeys,
+    tmp_path: Path,
+    provider: str,
+    engine: Engine,
 ) -> None:
     """Prompt file, two persons and "system" make this body, these headers, this URL."""
     (tmp_path / "optimist.md").write_text(PROMPT, encoding="utf-8")
     person = config(provider, prompt_file="optimist.md", system_prompt="not used")
 
-    async with LLMInfraService(keys, settings=Settings(base_dir=tmp_path)) as service:
+    settings = Settings(base_dir=tmp_path, engine=engine)
+    async with LLMInfraService(keys, settings=settings) as service:
         await service.complete_with_person(
             CONVERSATION, "optimist", person, temperature=0.5, max_tokens=100
         )
@@ -444,16 +451,91 @@ async def test_one_option_on_the_wire(
     assert changed == {**plain, **sent}
 
 
-async def test_anthropic_thinks_when_it_is_asked_to(
-    service: LLMInfraService, server: ProviderServer
+@pytest.mark.parametrize(
+    ("model", "given", "sent"),
+    [
+        (
+            "anthropic/claude-sonnet-4-5",
+            {"reasoning_effort": "low", "max_tokens": 2000},
+            {
+                "thinking": {"type": "enabled", "budget_tokens": 1024},
+                "max_tokens": 2000,
+            },
+        ),
+        # The budget must lie below max_tokens.
+        (
+            "anthropic/claude-sonnet-4-5",
+            {"reasoning_effort": "low", "max_tokens": 9},
+            {"max_tokens": 9},
+        ),
+        # Who thinks has no temperature.
+        (
+            "anthropic/claude-sonnet-4-5",
+            {"reasoning_effort": "low", "max_tokens": 2000, "temperature": 0.5},
+            {
+                "thinking": {"type": "enabled", "budget_tokens": 1024},
+                "max_tokens": 2000,
+            },
+        ),
+        (
+            "anthropic/claude-sonnet-4-5",
+            {"temperature": 0.5, "top_p": 0.5, "max_tokens": 9},
+            {"temperature": 0.5, "max_tokens": 9},
+        ),
+        (
+            "openai/o1-mini",
+            {"temperature": 0.5, "top_p": 0.5, "max_tokens": 9},
+            {"max_completion_tokens": 9},
+        ),
+        ("openai/ft:gpt-4o-mini:org::id", {"reasoning_effort": "low"}, {}),
+        ("openai/chatgpt-4o-latest", {"reasoning_effort": "low"}, {}),
+        (
+            "ollama/llama3.2:1b",
+            {"reasoning_effort": "low"},
+            {"options": {}, "stream": False},
+        ),
+        (
+            "ollama/qwen3:4b",
+            {"reasoning_effort": "low"},
+            {"options": {}, "stream": False, "think": True},
+        ),
+    ],
+)
+async def test_options_that_exclude_each_other(
+    service: LLMInfraService,
+    server: ProviderServer,
+    model: str,
+    given: Mapping[str, Any],
+    sent: Mapping[str, Any],
 ) -> None:
-    """`reasoning_effort` becomes Anthropic's budget, below its max_tokens."""
-    body = await send(
-        service, server, "anthropic", reasoning_effort="low", max_tokens=2000
-    )
+    """What a model would refuse beside another option, or at all, is left out."""
+    await service.complete(HELLO, model, model.partition("/")[0], **given)
 
-    assert body["thinking"] == {"type": "enabled", "budget_tokens": 1024}
-    assert body["max_tokens"] == 2000
+    body = dict(server.requests[-1].json)
+    del body["model"], body["messages"]
+    assert body == sent
+
+
+@pytest.mark.parametrize("model", ["gpt-5-pro", "o3-deep-research"])
+@pytest.mark.parametrize("engine", ["direct", "litellm"])
+async def test_models_that_openai_serves_elsewhere(
+    server: ProviderServer, keys: StaticAPIKeys, model: str, engine: Engine
+) -> None:
+    """A model of the Responses endpoint is asked there, by our client, with our key."""
+    messages = [{"role": "system", "content": "Be brief."}, *HELLO]
+
+    settings = Settings(engine=engine, max_retries=0)
+    async with LLMInfraService(keys, settings=settings) as service:
+        result = await service.complete(messages, model, "openai", max_tokens=2000)
+
+    assert result.text == "Hello from the loopback."
+    (request,) = server.requests
+    assert request.path == "/v1/responses"
+    assert request.headers["authorization"] == "Bearer sk-test-openai"
+    assert request.headers["user-agent"] == "dipeo-llm"
+    assert request.json["max_output_tokens"] == 2000
+    assert '"system"' not in request.body.decode()
+    assert "Be brief." in request.body.decode()
 
 
 async def test_an_option_is_reported_left_out_beside_a_tool_that_has_its_name(

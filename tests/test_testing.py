@@ -272,7 +272,7 @@ async def test_a_text_streams_word_by_word() -> None:
 async def test_a_stream_can_break_off() -> None:
     """An error behind pieces is a connection lost in the middle."""
     mock = MockLLMAdapter(
-        Reply(pieces=["Hel", "lo"], error=ServiceUnavailableError("cut"))
+        Reply(pieces=["He", "llo"], error=ServiceUnavailableError("cut"))
     )
     async with (
         on(mock) as service,
@@ -540,6 +540,8 @@ def test_the_network_is_as_before_afterwards() -> None:
         block_and_fail()
 
     assert (dict(vars(socket.socket)), socket.getaddrinfo) == before
+    assert not {"connect", "connect_ex", "sendto"} & set(vars(socket.socket))
+    assert socket.getaddrinfo.__module__ == "socket"
 
 
 async def test_a_blocked_call_of_the_service_tells_why() -> None:
