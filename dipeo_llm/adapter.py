@@ -338,9 +338,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
     async def _through_litellm(self, call: _Call, client: Client) -> dict[str, Any]:
         arguments = self._arguments(call, client)
         try:
-            response = await self._seen(
-                call.exchange, lambda: call.litellm.acompletion(**arguments)
-            )
+            response = await self._begun(call, arguments)
         except Exception as exc:  # noqa: BLE001 - mapped
             raise self._failure(call, exc) from self._cause(call, exc)
         self._check_seen(call)
@@ -373,9 +371,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
         response: Any = None
         failed: Exception | None = None
         try:
-            response = await self._seen(
-                exchange, lambda: call.litellm.acompletion(**arguments)
-            )
+            response = await self._begun(call, arguments)
             items = aiter(response)
             while True:
                 item = await self._seen(exchange, lambda: anext(items, None))
@@ -411,6 +407,28 @@ class LiteLLMAdapter(BaseLLMAdapter):
             raise self._failure(call, failed) from self._cause(call, failed)
         for chunk in chunks:
             yield chunk
+
+    async def _begun(self, call: _Call, arguments: dict[str, Any]) -> Any:
+        """Begin LiteLLM's call in a task of its own.
+
+        LiteLLM makes the coroutine of the call in a thread. Cancelled meanwhile, it
+        would drop it there, never awaited; so it is let out, and stopped at the fence.
+        """
+        exchange = call.exchange
+        task = asyncio.create_task(
+            self._seen(exchange, lambda: call.litellm.acompletion(**arguments))
+        )
+        # Heard here, as a caller who is cancelled twice does not wait for it.
+        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            if exchange.requests:
+                task.cancel()
+            exchange.abandoned = True
+            await asyncio.wait([task])
+            raise
+        return task.result()
 
     @staticmethod
     def _cause(call: _Call, exc: Exception) -> Exception | None:

@@ -787,6 +787,7 @@ class GoogleStream(StreamReader):
         super().__init__()
         self._head: _JSON = {}
         self._candidates: dict[int, _JSON] = {}
+        self._pieces: dict[int, list[str]] = {}
         self._calls = 0
 
     def _event(self, event: _JSON, chunks: list[StreamChunk]) -> None:
@@ -818,7 +819,19 @@ class GoogleStream(StreamReader):
                 if part.get("thought")
                 else StreamChunk(text)
             )
+        self._keep(parts, part)
+
+    def _keep(self, parts: list[_JSON], part: _JSON) -> None:
+        """Add a part; plain text is joined to plain text, or a long answer is costly."""
+        plain = part.keys() <= {"text", "thought"}
+        last = parts[-1] if parts else {}
+        pieces = self._pieces.get(id(last))
+        if plain and pieces is not None and part.get("thought") == last.get("thought"):
+            pieces.append(part.get("text") or "")
+            return
         parts.append(part)
+        if plain:
+            self._pieces[id(part)] = [part.get("text") or ""]
 
     @property
     def ended(self) -> bool:
@@ -830,6 +843,10 @@ class GoogleStream(StreamReader):
 
     def body(self) -> _JSON:
         candidates = [c for _, c in sorted(self._candidates.items())]
+        for candidate in candidates:
+            for part in _parts(candidate):
+                if id(part) in self._pieces:
+                    part["text"] = "".join(self._pieces[id(part)])
         return {**self._head, **({"candidates": candidates} if candidates else {})}
 
 

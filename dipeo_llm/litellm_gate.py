@@ -7,6 +7,7 @@ stdout and no log handler. Knows nothing of requests and answers.
 import asyncio
 import logging
 import os
+import sys
 import threading
 from collections.abc import Mapping
 from functools import lru_cache
@@ -77,11 +78,43 @@ def import_litellm() -> Any:
             _set(before)
         logging.getLogger("httpx").setLevel(httpx_level)
         for name in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy"):
-            logging.getLogger(name).handlers.clear()
+            logger = logging.getLogger(name)
+            logger.handlers.clear()
+            # Else warnings reach stderr by logging's last resort.
+            logger.addHandler(logging.NullHandler())
         # It prints "Give Feedback / Get Help" to stdout on each error otherwise.
         litellm.suppress_debug_info = True
+        # It breaks off a stream that says the same thing a hundred times.
+        litellm.REPEATED_STREAMING_CHUNK_LIMIT = sys.maxsize
+        _keep_off_localhost()
         _litellm = litellm
         return litellm
+
+
+def _keep_off_localhost() -> None:
+    """Stop LiteLLM's look-up of local models, a blocking post to localhost:11434.
+
+    It is made on the event loop for every Ollama model that the table does not hold,
+    the one that an answer names included.
+    """
+    from litellm.llms.ollama import common_utils
+
+    def runtime_info(self: Any, model: str, *args: Any, **more: Any) -> dict[str, Any]:
+        return {
+            "key": model,
+            "litellm_provider": "ollama",
+            "mode": "chat",
+            "input_cost_per_token": 0.0,
+            "output_cost_per_token": 0.0,
+            "max_tokens": None,
+            "max_input_tokens": None,
+            "max_output_tokens": None,
+            "supports_function_calling": True,
+        }
+
+    for name in ("get_runtime_model_info", "get_model_info"):
+        if hasattr(common_utils.OllamaModelInfo, name):
+            setattr(common_utils.OllamaModelInfo, name, runtime_info)
 
 
 async def infer_provider(model: str) -> Provider | None:

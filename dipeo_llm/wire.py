@@ -83,6 +83,8 @@ class Exchange:
     """Merged into the body of the request just before it is sent."""
     on_piece: Callable[[bytes], None] | None = None
     """Takes the pieces of a 200 in place of `body`."""
+    abandoned: bool = False
+    """Whether the attempt was cancelled before it was sent."""
     whole: bool = False
     """Whether the answer was read to its end."""
     response: Any = field(default=None, repr=False)
@@ -176,6 +178,8 @@ class Client:
         from yarl import URL
 
         exchange = exchange or current.get()
+        if exchange is not None and exchange.abandoned:
+            raise asyncio.CancelledError
         try:
             self._check(url, exchange)
             if exchange is not None:
