@@ -23,7 +23,7 @@ from dipeo_llm import (
 )
 from dipeo_llm.providers import PROVIDERS
 from tests.conftest import PROVIDERS as SERVED
-from tests.provider_server import ProviderServer
+from tests.provider_server import Answer, ProviderServer, Received
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -87,7 +87,20 @@ def leading_to_the_server(
         monkeypatch.setenv(name, server.base_url(provider))
     for provider in ("OPENAI", "ANTHROPIC", "GEMINI"):
         monkeypatch.setenv(f"{provider}_API_KEY", f"sk-{provider.lower()}")
+    server.default = as_asked
     return server
+
+
+def as_asked(request: Received) -> Answer:
+    """Answer as a model would: with a tool's call, with JSON, or with a sentence."""
+    asked = str(request.json)
+    if "'name': 'weather'" in asked and '"sky"' not in asked and "'sky'" not in asked:
+        return Answer(tool_calls=[("weather", {"city": "Bonn"})])
+    if "web_search" in asked:
+        return Answer(citations=[("https://example.test/", "The match")])
+    if "Rivers" in asked or "length_km" in asked:
+        return Answer(text='{"rivers": [{"name": "Rhine", "length_km": 1233}]}')
+    return Answer()
 
 
 @pytest.mark.usefixtures("leading_to_the_server")

@@ -8,6 +8,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -249,6 +250,31 @@ async def test_calls_past_the_grace_end_with_an_error_that_says_why(
     assert caught.value.model == MODELS[provider]
     assert len(server.requests) == 1
     await until(lambda: server.open_connections == 0)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("limit", ["max_connections", "max_concurrency"])
+async def test_calls_that_queue_for_a_connection_end_like_the_others(
+    server: ProviderServer, keys: StaticAPIKeys, engine: Engine, limit: str
+) -> None:
+    """What waits its turn when the service closes gets the error, not a cancellation."""
+    server.default = Answer(delay=60)
+    settings = replace(Settings(close_grace=0.05, engine=engine), **{limit: 1})
+    service = LLMInfraService(keys, settings=settings)
+    await service.initialize()
+    running = [call(service) for _ in range(3)]
+    await until(lambda: server.in_flight == 1)
+    await asyncio.sleep(0.05)
+
+    await service.aclose()
+    done, _ = await asyncio.wait(running, timeout=30)
+
+    errors = [
+        asyncio.CancelledError() if task.cancelled() else task.exception()
+        for task in done
+    ]
+    assert [type(exc) for exc in errors] == [ServiceUnavailableError] * 3
+    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize("engine", ENGINES)
