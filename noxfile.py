@@ -31,7 +31,7 @@ NEWEST = "litellm==1.109.1"
 
 
 def group(name: str) -> list[str]:
-    return nox.project.dependency_groups(PYPROJECT, name)
+    return list(nox.project.dependency_groups(PYPROJECT, name))
 
 
 def install(session: nox.Session, *groups: str, lock: bool = True) -> None:

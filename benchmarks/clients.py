@@ -194,11 +194,13 @@ class LiteLLM(Client):
     """Bare `litellm.acompletion`, with the client that this package would give it."""
 
     async def open(self) -> None:
+        import litellm
+
         from dipeo_llm import Settings
         from dipeo_llm.adapter import _sdk_client, create_adapter
-        from dipeo_llm.litellm_gate import know_model, load_litellm
+        from dipeo_llm.litellm_gate import know_model
 
-        self._litellm = await load_litellm()
+        self._litellm: Any = litellm
         self._adapter = create_adapter(
             self.format, self.model, KEY, self.base_url, settings=Settings()
         )
@@ -240,9 +242,8 @@ class LiteLLMRouter(Client):
     """`litellm.Router`, which keeps a client of its own."""
 
     async def open(self) -> None:
-        from dipeo_llm.litellm_gate import load_litellm
+        import litellm
 
-        litellm = await load_litellm()
         self._router = litellm.Router(
             model_list=[
                 {
@@ -477,6 +478,7 @@ CLIENTS: dict[str, type[Client]] = {
     "any-llm": AnyLLM,
 }
 
-# LiteLLM would fetch a price table, LangChain would look for a tracer.
+# LiteLLM would fetch a price table and read a .env file, LangChain look for a tracer.
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+os.environ.setdefault("LITELLM_MODE", "PRODUCTION")
 os.environ.setdefault("LANGSMITH_TRACING", "false")

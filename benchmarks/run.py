@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -38,6 +39,8 @@ class Effort:
     """CPU seconds of one client's turn in a round, about."""
     rounds: int
     rounds_until: float
+    load: float
+    """CPU seconds of one client's calls with many in flight, about."""
     loads: int
     loads_until: float
     crowded: tuple[str, ...]
@@ -51,7 +54,8 @@ FULL = Effort(
     together=1,
     turn=0.12,
     rounds=15,
-    rounds_until=300.0,
+    rounds_until=270.0,
+    load=1.0,
     loads=3,
     loads_until=420.0,
     crowded=_ALL,
@@ -63,6 +67,7 @@ QUICK = Effort(
     turn=0.04,
     rounds=5,
     rounds_until=40.0,
+    load=0.4,
     loads=1,
     loads_until=60.0,
     crowded=("raw", "direct", "openai"),
@@ -240,6 +245,9 @@ class Run:
         else:
             process.close()
 
+    def _median(self, name: str) -> float:
+        return statistics.median(self.figures.values[name])
+
     def _keep(self, name: str, value: float) -> None:
         self.figures.values[name].append(value)
 
@@ -306,8 +314,10 @@ class Run:
     def _load(self, peer: Peer) -> None:
         worker, name = self._workers[peer.name], f"{peer.name} openai"
         crowd = (64, 512) if peer.name in self._effort.crowded else (64,)
+        # So many that a rare pause, such as for garbage, falls on each alike.
+        enough = int(self._effort.load / self._median(f"{name} call"))
         for in_flight in crowd:
-            n = max(in_flight, 128 if self.figures.quick else 256)
+            n = min(max(in_flight, enough), 4000)
             got = worker.ask(do="calls", format="openai", n=n, in_flight=in_flight)
             self._keep(f"{name} rate at {in_flight}", n / got["wall"])
             self._keep(f"{name} call at {in_flight}", got["cpu"] / n)

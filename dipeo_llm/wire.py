@@ -204,11 +204,16 @@ class Client:
                     sock_read=read_timeout,
                 ),
             )
+        except asyncio.CancelledError as exc:
+            # aiohttp cancels what waits for a connection when the session is closed.
+            task = asyncio.current_task()
+            if not self.session.closed or task is None or task.cancelling():
+                raise
+            self._note(RuntimeError("the session is closed"), exchange)
+            raise AssertionError("noting it raises") from exc  # pragma: no cover
         except Exception as exc:
-            error = self._closed_under(exc)
-            if exchange is not None:
-                exchange.error = error
-            raise error from exc
+            self._note(exc, exchange)
+            raise
         if exchange is not None:
             exchange.status = response.status
             exchange.headers = response.headers
@@ -258,9 +263,8 @@ class Client:
                 yield piece
             whole = exchange.whole = True
         except Exception as exc:
-            error = self._closed_under(exc)
-            exchange.error = exchange.error or error
-            raise error from exc
+            self._note(exc, exchange)
+            raise
         finally:
             if whole:
                 response.release()
@@ -271,13 +275,14 @@ class Client:
         """Close the session and every connection; calls in flight fail."""
         await self.session.close()
 
-    def _closed_under(self, exc: Exception) -> Exception:
-        """Say what really happened if the failure is our own `aclose`."""
-        if not self.session.closed:
-            return exc
-        return ServiceUnavailableError(
-            "the service was closed while the call was under way", retryable=False
-        )
+    def _note(self, exc: Exception, exchange: Exchange | None) -> None:
+        """Keep a failure; one of our own `aclose` is raised as what it is."""
+        closed = self.session.closed and not isinstance(exc, LLMServiceError)
+        error = _closed_under() if closed else exc
+        if exchange is not None:
+            exchange.error = exchange.error or error
+        if closed:
+            raise error from exc
 
     def _check(self, url: str, exchange: Exchange | None) -> None:
         # The base URL was checked to hold no user and no odd character, so what begins
@@ -313,6 +318,12 @@ class Client:
                 headers[provider.key_header] = f"Bearer {secret}" if bearer else secret
         headers.update(self._settings.extra_headers)
         return headers
+
+
+def _closed_under() -> ServiceUnavailableError:
+    return ServiceUnavailableError(
+        "the service was closed while the call was under way", retryable=False
+    )
 
 
 _TRANSPORT_HEADERS = frozenset({"host", "content-length", "connection", "user-agent"})

@@ -6,7 +6,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 from pydantic import BaseModel
@@ -19,6 +19,7 @@ from dipeo_llm import (
     StaticAPIKeys,
     ToolConfig,
 )
+from dipeo_llm.settings import Engine
 from tests.conftest import PROVIDERS
 from tests.provider_server import (
     Answer,
@@ -29,7 +30,6 @@ from tests.provider_server import (
     error,
 )
 
-Engine = Literal["direct", "litellm"]
 ENGINES: tuple[Engine, ...] = ("direct", "litellm")
 
 MODELS = {
@@ -100,7 +100,7 @@ SEEN = [
         ],
     }
 ]
-TOOL_TURN = [
+TOOL_TURN: list[dict[str, Any]] = [
     {"role": "system", "content": "Use the tools."},
     {"role": "user", "content": "How is Bonn, and when?"},
     {

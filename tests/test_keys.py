@@ -416,4 +416,5 @@ async def test_no_id_is_no_key_where_none_is_needed() -> None:
 
     key = await find_key(vault, None, OLLAMA)
 
+    assert key.secret is not None
     assert key.secret.get_secret_value() == ""

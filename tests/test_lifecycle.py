@@ -253,13 +253,15 @@ async def test_calls_past_the_grace_end_with_an_error_that_says_why(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("limit", ["max_connections", "max_concurrency"])
+@pytest.mark.parametrize(
+    "settings", [Settings(max_connections=1), Settings(max_concurrency=1)]
+)
 async def test_calls_that_queue_for_a_connection_end_like_the_others(
-    server: ProviderServer, keys: StaticAPIKeys, engine: Engine, limit: str
+    server: ProviderServer, keys: StaticAPIKeys, engine: Engine, settings: Settings
 ) -> None:
     """What waits its turn when the service closes gets the error, not a cancellation."""
     server.default = Answer(delay=60)
-    settings = replace(Settings(close_grace=0.05, engine=engine), **{limit: 1})
+    settings = replace(settings, close_grace=0.05, engine=engine)
     service = LLMInfraService(keys, settings=settings)
     await service.initialize()
     running = [call(service) for _ in range(3)]

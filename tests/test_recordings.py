@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 
@@ -33,10 +33,10 @@ from dipeo_llm import (
     StructuredOutputError,
 )
 from dipeo_llm.domain import OPTIONS, StreamChunk
+from dipeo_llm.settings import Engine
 from tests.provider_server import ProviderServer, Raw
 
 FOLDER = Path(__file__).resolve().parents[2] / "shared" / "recordings"
-Engine = Literal["direct", "litellm"]
 ENGINES: tuple[Engine, ...] = ("direct", "litellm")
 
 pytestmark = pytest.mark.skipif(

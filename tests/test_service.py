@@ -966,6 +966,7 @@ async def test_arguments_that_are_not_an_object(
         ("anthropic", "claude-sonnet-4-5", 1000 * 3e-6 + 500 * 15e-6),
         ("google", "gemini-2.5-flash", 1000 * 0.30e-6 + 500 * 2.50e-6),
         ("ollama", "llama3.2:1b", None),
+        ("ollama", "llama3.1", None),
         ("openai", "a-model-of-next-year", None),
         ("anthropic", "claude-9-of-next-year", None),
         ("google", "gemini-9-of-next-year", None),
