@@ -384,11 +384,13 @@ class LiteLLMAdapter(BaseLLMAdapter):
                     yield chunks.pop(0)
             if call.format is None:
                 reader.take_end()
-            elif not (reader.ended or exchange.whole or exchange.response.closed):
+            elif not (reader.ended or exchange.whole):
                 # It stops at the finish reason, with the end mark still to come.
-                async for piece in exchange.response.content.iter_any():
-                    chunks += reader.feed(piece)
-                exchange.whole = True
+                content = exchange.response.content
+                if content.exception() is None:  # or it has hung up
+                    async for piece in content.iter_any():
+                        chunks += reader.feed(piece)
+                    exchange.whole = True
         except Exception as exc:  # noqa: BLE001 - judged below, by what the wire saw
             failed = exc
         finally:

@@ -245,7 +245,6 @@ SCENARIOS: dict[str, Scenario] = {
     "caching": Scenario(CACHED, answer=Answer(cached_tokens=4, cache_write_tokens=2)),
     "more in the body": Scenario(
         options={"extra_body": {"model": "other-model"}, "max_tokens": 5},
-        only=PROVIDERS[:3],
     ),
     "the same again": Scenario(answer=Answer("--- " * 300, pieces=300)),
     "a web search": Scenario(
