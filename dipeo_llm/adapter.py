@@ -244,9 +244,13 @@ class LiteLLMAdapter(BaseLLMAdapter):
                 raise self._timed_out(call, limit, exc) from exc
             finally:
                 await chunks.aclose()
-        self._check_end(call, reader)
+        try:
+            body = reader.body()
+        except _UNREADABLE as exc:
+            raise self._unreadable(call, exc) from exc
+        self._check_end(call, reader, body)
         self._log_left_out(call)
-        yield self._result(call, reader.body())
+        yield self._result(call, body)
 
     def _timed_out(
         self, call: "_Call", limit: asyncio.Timeout, exc: TimeoutError
@@ -504,7 +508,9 @@ class LiteLLMAdapter(BaseLLMAdapter):
             )
         return data
 
-    def _check_end(self, call: _Call, reader: StreamReader) -> None:
+    def _check_end(
+        self, call: _Call, reader: StreamReader, body: Mapping[str, Any]
+    ) -> None:
         """Raise what kept a stream from its end, if anything did."""
         if reader.error is not None:
             call.exchange.body = bytearray(reader.error)
@@ -520,7 +526,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
                 else "the stream was empty"
             )
             raise ServiceUnavailableError(f"{self.provider.name}: {what}", **fields)
-        if why := failures.blocked(reader.body()):
+        if why := failures.blocked(body):
             raise ContentFilterError(
                 f"{self.provider.name} refused the prompt: {why}", **fields
             )
@@ -601,18 +607,24 @@ class LiteLLMAdapter(BaseLLMAdapter):
                     _log.info("%s/%s takes no %s: it was left out", *model, option)
 
     def _result(self, call: _Call, body: dict[str, Any]) -> ChatResult:
-        headers = call.exchange.headers
         try:
-            reading = answers.read(call.format or "openai", body)
-            usage = token_usage(reading.usage)
-        except (AttributeError, TypeError, KeyError, IndexError, ValueError) as exc:
-            raise ServiceUnavailableError(
-                f"{self.provider.name} answered {call.exchange.status}, but in a form"
-                f" that cannot be read: {failures.clean(repr(exc))}",
-                status_code=call.exchange.status,
-                request_id=failures.request_id(headers),
-                **self._fields(),
-            ) from exc
+            return self._read(call, body)
+        except _UNREADABLE as exc:
+            raise self._unreadable(call, exc) from exc
+
+    def _unreadable(self, call: _Call, exc: Exception) -> ServiceUnavailableError:
+        return ServiceUnavailableError(
+            f"{self.provider.name} answered {call.exchange.status}, but in a form that"
+            f" cannot be read: {failures.clean(repr(exc))}",
+            status_code=call.exchange.status,
+            request_id=failures.request_id(call.exchange.headers),
+            **self._fields(),
+        )
+
+    def _read(self, call: _Call, body: dict[str, Any]) -> ChatResult:
+        headers = call.exchange.headers
+        reading = answers.read(call.format or "openai", body)
+        usage = token_usage(reading.usage)
         return ChatResult(
             text=reading.text,
             texts=reading.texts,
@@ -633,6 +645,17 @@ class LiteLLMAdapter(BaseLLMAdapter):
             refusal=reading.refusal,
             thinking_blocks=reading.thinking_blocks,
         )
+
+
+_UNREADABLE = (
+    AttributeError,
+    TypeError,
+    LookupError,
+    ValueError,
+    ArithmeticError,
+    RecursionError,
+)
+"""What reading JSON of an unknown shape may raise."""
 
 
 def _tool_outputs(reading: Reading) -> list[ToolOutput]:

@@ -272,7 +272,8 @@ def _read_google(body: Mapping[str, Any]) -> Reading:
                 call.get("name"),
                 call.get("args"),
             )
-            made.thought_signature = part.get("thoughtSignature")
+            signature = part.get("thoughtSignature")
+            made.thought_signature = signature if isinstance(signature, str) else None
             reading.tool_calls.append(made)
         elif (data := part.get("inlineData")) and data.get("mimeType", "").startswith(
             "image/"
@@ -479,8 +480,11 @@ class StreamReader(ABC):
             return chunks
         try:
             self._event(event, chunks)
-        except (TypeError, AttributeError, KeyError, IndexError) as exc:
+        except (TypeError, AttributeError, LookupError, RecursionError) as exc:
             raise MalformedStreamError(f"an event of another shape: {exc!r}") from exc
+        for chunk in chunks:
+            if not (isinstance(chunk.text, str) and isinstance(chunk.reasoning, str)):
+                raise MalformedStreamError("an event whose text is no text")
         return chunks
 
     def take_end(self) -> None:

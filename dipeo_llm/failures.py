@@ -249,7 +249,8 @@ def retry_after(headers: Mapping[str, str], body: bytes = b"") -> float | None:
             return None
     if b"RetryInfo" not in body:
         return None
-    for detail in _error_object(body).get("details") or ():
+    details = _error_object(body).get("details")
+    for detail in details if isinstance(details, list) else ():
         delay = detail.get("retryDelay") if isinstance(detail, dict) else None
         if isinstance(delay, str) and delay.endswith("s"):
             return _number(delay[:-1])

@@ -74,6 +74,7 @@ def import_litellm() -> Any:
         _set(_FROM_NOW_ON)
         try:
             import litellm
+            import openai.resources  # noqa: F401 - else the first call does, on the loop
         finally:
             _set(before)
         logging.getLogger("httpx").setLevel(httpx_level)

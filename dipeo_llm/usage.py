@@ -3,7 +3,6 @@
 Pure. Every provider's own words for the same numbers are listed here and nowhere else.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -89,12 +88,16 @@ _REASONING = (
 )
 
 
+_MOST = 2**63
+
+
 def _counts(usage: Any) -> dict[str, int]:
     """Return the numbers of a record, those of its details as "details.number"."""
     counts: dict[str, int] = {}
     for name, value in _items(usage):
         if isinstance(value, int | float):
-            if not isinstance(value, bool) and math.isfinite(value):
+            # False for NaN and infinity too.
+            if not isinstance(value, bool) and abs(value) < _MOST:
                 counts[name] = int(value)
         elif name.endswith("_details") and value is not None:
             counts.update((f"{name}.{k}", v) for k, v in _counts(value).items())

@@ -28,8 +28,7 @@ from typing import Any
 
 from local_model import MODEL, LocalServerError, local_model, ollama_proxy
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from dipeo_llm import (
     APIKeyPort,
@@ -42,6 +41,7 @@ from dipeo_llm import (
 from dipeo_llm.testing import CassetteError, use_cassette
 from tests.cassette_calls import CALLS, NAMES, TOO_LONG
 
+ROOT = Path(__file__).resolve().parent.parent
 CASSETTES = ROOT / "cassettes"
 HOST = "http://127.0.0.1:8080"
 """Stands in a cassette for the free port of the day."""
@@ -80,6 +80,10 @@ def _usage(read: int, written: int) -> dict[str, int]:
 
 FIXTURES: list[dict[str, Any]] = [
     {
+        "match": {"hasToolResult": True},
+        "response": {"content": "Sunny, says the tool.", "usage": _usage(90, 6)},
+    },
+    {
         "match": {"userMessage": "Say hello."},
         "response": {
             "content": "Hello! I am a mock and no model.",
@@ -104,10 +108,6 @@ FIXTURES: list[dict[str, Any]] = [
         },
     },
     {
-        "match": {"userMessage": "What is the weather in Rome?", "hasToolResult": True},
-        "response": {"content": "Sunny, says the tool.", "usage": _usage(90, 6)},
-    },
-    {
         "match": {"userMessage": "What do you think of bakeries?"},
         "response": {"content": '{"mood":"good","sure":true}', "usage": _usage(50, 9)},
     },
@@ -121,6 +121,12 @@ FIXTURES: list[dict[str, Any]] = [
             },
             "status": 404,
         },
+    },
+    # A tool's result again: aimock knows Google's "functionResponse", and not the other
+    # spelling that Google takes, "function_response", which is LiteLLM's.
+    {
+        "match": {},
+        "response": {"content": "Sunny, says the tool.", "usage": _usage(90, 6)},
     },
 ]
 
