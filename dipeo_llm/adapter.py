@@ -13,6 +13,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
 
@@ -493,6 +494,9 @@ class LiteLLMAdapter(BaseLLMAdapter):
         data, reason = failures.answer_in(call.format, content_type, body)
         if data.get("error"):
             raise self._refusal(call)
+        why = failures.blocked(data)
+        if reason is None and not why:
+            return data
         fields = self._fields() | {
             "status_code": exchange.status,
             "request_id": failures.request_id(exchange.headers),
@@ -502,11 +506,9 @@ class LiteLLMAdapter(BaseLLMAdapter):
             raise ServiceUnavailableError(
                 f"{self.provider.name} answered {exchange.status}, but {what}", **fields
             )
-        if why := failures.blocked(data):
-            raise ContentFilterError(
-                f"{self.provider.name} refused the prompt: {why}", **fields
-            )
-        return data
+        raise ContentFilterError(
+            f"{self.provider.name} refused the prompt: {why}", **fields
+        )
 
     def _check_end(
         self, call: _Call, reader: StreamReader, body: Mapping[str, Any]
@@ -685,16 +687,21 @@ def _base_url(provider: Provider, given: str | None, settings: Settings) -> str 
     if url is None:
         return None
     try:
-        url = http_url(url)
+        return _whole_url(url, provider.format, provider.path)
     except ValueError as exc:
         raise InvalidRequestError(
             f"the base URL of {provider.name} cannot be used: {exc}",
             service=provider.name,
         ) from None
-    if provider.format == "anthropic":
+
+
+@lru_cache(maxsize=256)
+def _whole_url(url: str, wire_format: str | None, path: str) -> str:
+    url = http_url(url)
+    if wire_format == "anthropic":
         return url.removesuffix("/v1")
     scheme, _, rest = url.partition("://")
-    return url if "/" in rest else f"{scheme}://{rest}{provider.path}"
+    return url if "/" in rest else f"{scheme}://{rest}{path}"
 
 
 # LiteLLM derives the address from a region or a project.

@@ -5,17 +5,19 @@ to import is imported by the command that needs it, so that `--help` comes at on
 """
 
 import argparse
+import itertools
 import json
 import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TextIO, TypeVar
 
 from dipeo_llm import cassette_cli, providers
 from dipeo_llm.errors import (
@@ -25,11 +27,15 @@ from dipeo_llm.errors import (
     InvalidRequestError,
     SettingsError,
 )
+from dipeo_llm.files import open_regular, resolve_inside
 from dipeo_llm.settings import Settings, http_url
 
 if TYPE_CHECKING:
-    from dipeo_llm.domain import ChatResult
+    import asyncio
+
+    from dipeo_llm.domain import ChatResult, ImageGenerationResult, ToolOutput
     from dipeo_llm.service import LLMInfraService
+    from dipeo_llm.streaming import ChatStream
 
 _T = TypeVar("_T")
 
@@ -87,8 +93,17 @@ def _run(argv: Sequence[str] | None) -> int:
     return code
 
 
-def _await(options: argparse.Namespace, work: Coroutine[Any, Any, _T]) -> _T:
+def _await(
+    options: argparse.Namespace,
+    work: Coroutine[Any, Any, _T],
+    runner: "asyncio.Runner | None" = None,
+) -> _T:
     """Do what needs the event loop. Nothing that blocks may stand in it.
+
+    Args:
+        options: Of the command.
+        work: What to do.
+        runner: Has the loop; None makes one for this work alone.
 
     Raises:
         KeyboardInterrupt: Ctrl-C, after *work* has closed what it opened.
@@ -104,40 +119,221 @@ def _await(options: argparse.Namespace, work: Coroutine[Any, Any, _T]) -> _T:
                 os._exit(Exit.INTERRUPTED)
             raise
 
-    return asyncio.run(interruptible())
+    return (runner.run if runner else asyncio.run)(interruptible())
 
 
 # --- the commands -------------------------------------------------------------------
 
 
 def chat(options: argparse.Namespace) -> int:
-    """Ask one question and print the answer."""
-    result = _await(options, _answer(options, _messages(options)))
+    """Ask one question and print the answer, or hold a conversation."""
+    _check_chat(options)
+    if options.schema is not None:
+        options.schema = _schema(options.schema)
+    options.images = [_image(where) for where in options.images]
+    head, question = _head(options), _question(options)
+    if options.interactive:
+        return _converse(options, head, question)
+    result = _await(options, _answer(options, [*head, _asked(options, question)]))
     if options.json:
         # The providers' own words are large, and their form is not ours to promise.
         raw: Any = {"raw_response": True, "tool_outputs": {"__all__": {"raw_response"}}}
         _write_json(result.model_dump(exclude=raw))
         return Exit.OK
-    _write(_for_terminal(result.text) + "\n")
-    if result.finish_reason not in {"stop", None}:
-        _complain(f"the answer is not whole: it ended with {result.finish_reason!r}")
+    if options.schema is not None:
+        _write_json(result.parsed)
+        return Exit.OK
+    _show_rest(options, result)
     return Exit.OK
+
+
+def _check_chat(options: argparse.Namespace) -> None:
+    """Refuse what is asked for twice in ways that exclude each other."""
+    if options.prompt is None and not options.interactive:
+        raise _UsageError(
+            "the following arguments are required: PROMPT (see dipeo-llm chat --help)"
+        )
+    if options.interactive and options.prompt == "-":
+        raise _UsageError("--interactive reads stdin itself: PROMPT cannot be -")
+    whole = "--json" if options.json else None
+    if options.schema is not None:
+        whole = "--schema"
+    for option in ("interactive", "stream"):
+        if whole and getattr(options, option):
+            raise _UsageError(f"--{option} and {whole} exclude each other")
 
 
 async def _answer(
     options: argparse.Namespace, messages: Sequence[Mapping[str, Any]]
 ) -> "ChatResult":
+    service, key_id = await _opened(options)
+    async with service:
+        return await _call(options, service, key_id, messages)
+
+
+async def _opened(options: argparse.Namespace) -> tuple["LLMInfraService", str]:
+    """Make the service for a chat, and name the key that goes with it."""
     provider = await _provider_of(options.model, options.service)
-    key_id = _key_id(options, provider)
-    async with _open(options, provider) as service:
-        return await service.complete(
-            messages,
-            options.model,
-            key_id,
-            service=options.service,
-            temperature=options.temperature,
-            max_tokens=options.max_tokens,
-        )
+    return _open(options, provider), _key_id(options, provider)
+
+
+async def _call(
+    options: argparse.Namespace,
+    service: "LLMInfraService",
+    key_id: str,
+    messages: Sequence[Mapping[str, Any]],
+) -> "ChatResult":
+    """Ask; a stream's text has been written when this returns."""
+    import asyncio
+
+    from dipeo_llm import ToolConfig, ToolType
+
+    call: dict[str, Any] = {
+        "service": options.service,
+        "temperature": options.temperature,
+        "max_tokens": options.max_tokens,
+        "response_format": options.schema,
+        "tools": [ToolConfig(type=ToolType(name)) for name in options.tools],
+    }
+    if _streams(options):
+        async with service.stream(messages, options.model, key_id, **call) as stream:
+            await _show(options, stream)
+            return await stream.result()
+    result = await service.complete(messages, options.model, key_id, **call)
+    if options.show_reasoning and result.reasoning:
+        await asyncio.to_thread(_write_reasoning, result.reasoning + "\n")
+    return result
+
+
+def _streams(options: argparse.Namespace) -> bool:
+    if options.json or options.schema is not None:
+        return False
+    if options.stream is not None:
+        return bool(options.stream)
+    return options.interactive or (sys.stdout is not None and sys.stdout.isatty())
+
+
+async def _show(options: argparse.Namespace, stream: "ChatStream") -> None:
+    """Write a stream as it comes; a terminal that stands still holds only a thread."""
+    import asyncio
+
+    speaks = thinks = False
+    try:
+        async for chunk in stream:
+            if chunk.reasoning and options.show_reasoning:
+                thinks = True
+                await asyncio.to_thread(_write_reasoning, chunk.reasoning)
+            if chunk.text:
+                if thinks:
+                    thinks = False
+                    await asyncio.to_thread(_write_reasoning, "\n")
+                speaks = True
+                await asyncio.to_thread(_write, _for_terminal(chunk.text))
+    except DiPeOLLMError:
+        if thinks:
+            await asyncio.to_thread(_write_reasoning, "\n")
+        if speaks:  # the complaint has a line of its own
+            await asyncio.to_thread(_write, "\n")
+        raise
+
+
+def _show_rest(options: argparse.Namespace, result: "ChatResult") -> None:
+    """Write what of an answer is not written yet, and say what is wrong with it."""
+    outputs = result.tool_outputs or []
+    if result.text or not outputs:
+        text = "" if _streams(options) else _for_terminal(result.text)
+        _write(text + "\n")
+    _write(_sources(outputs) + _saved(outputs))
+    if result.refusal:
+        _complain(f"the model declined: {result.refusal}")
+    if result.finish_reason not in {"stop", None}:
+        _complain(f"the answer is not whole: it ended with {result.finish_reason!r}")
+
+
+def _sources(outputs: "Sequence[ToolOutput]") -> str:
+    """List the pages that a search found, each once."""
+    found: dict[str, str] = {}
+    for output in outputs:
+        for page in output.result if isinstance(output.result, list) else ():
+            found.setdefault(page.url, page.title)
+    lines = [
+        f"- {title}: {url}" if title else f"- {url}" for url, title in found.items()
+    ]
+    listed = "".join(f"{_one_line(line)}\n" for line in lines)
+    return f"\nSources:\n{listed}" if listed else ""
+
+
+def _saved(outputs: "Sequence[ToolOutput]") -> str:
+    """Save the pictures in the working directory; return their names, one on a line."""
+    from dipeo_llm import ImageGenerationResult
+
+    pictures = [
+        o.result for o in outputs if isinstance(o.result, ImageGenerationResult)
+    ]
+    return "".join(f"{_saved_picture(picture)}\n" for picture in pictures)
+
+
+def _saved_picture(picture: "ImageGenerationResult") -> str:
+    """Write a picture under the first name that is free."""
+    import base64
+
+    data = base64.b64decode(picture.image_data)
+    known = picture.format in {"png", "jpeg", "jpg", "webp", "gif"}
+    suffix = picture.format if known else "png"
+    for number in itertools.count(1):
+        name = f"image-{number}.{suffix}"
+        with suppress(FileExistsError), open(name, "xb") as file:  # noqa: PTH123
+            file.write(data)
+            return name
+    raise AssertionError  # for the type checker: numbers do not end
+
+
+def _converse(
+    options: argparse.Namespace, said: list[dict[str, Any]], question: str | None
+) -> int:
+    """Hold a conversation on stdin, until /quit or its end.
+
+    Args:
+        options: Of the command.
+        said: What stands before the first question.
+        question: The first one; None reads it.
+    """
+    import asyncio
+
+    with asyncio.Runner() as runner:
+        service, key_id = _await(options, _opened(options), runner)
+        try:
+            while True:
+                question = question or _line()
+                if question is None or question.strip() == "/quit":
+                    return Exit.OK
+                if question.strip():
+                    try:
+                        said += _turn(options, runner, service, key_id, said, question)
+                    except DiPeOLLMError as exc:
+                        _failed(exc)
+                question = None
+        finally:
+            runner.run(service.aclose())
+
+
+def _turn(
+    options: argparse.Namespace,
+    runner: "asyncio.Runner",
+    service: "LLMInfraService",
+    key_id: str,
+    said: list[dict[str, Any]],
+    question: str,
+) -> list[dict[str, Any]]:
+    """Show the answer to a question; return what is to be remembered of both."""
+    asked = _asked(options, question)
+    work = _call(options, service, key_id, [*said, asked])
+    result = _await(options, work, runner)
+    _show_rest(options, result)
+    if not result.text:  # no provider takes a turn in which nothing is said
+        return []
+    options.images = []  # they have been seen
+    return [asked, *result.to_messages()]
 
 
 def models(options: argparse.Namespace) -> int:
@@ -227,7 +423,8 @@ def _open(options: argparse.Namespace, provider: str) -> "LLMInfraService":
     """Make a service that follows the options of a command."""
     from dipeo_llm import EnvironmentAPIKeys, LLMInfraService
 
-    settings = Settings.from_env()
+    # A path on a command line means what it means to every other command.
+    settings = replace(Settings.from_env(), base_dir=Path.cwd())
     if options.timeout is not None:
         settings = replace(settings, timeout=options.timeout)
     if options.base_url is not None:
@@ -239,11 +436,76 @@ def _open(options: argparse.Namespace, provider: str) -> "LLMInfraService":
 # --- what goes in -------------------------------------------------------------------
 
 
-def _messages(options: argparse.Namespace) -> list[dict[str, Any]]:
+def _head(options: argparse.Namespace) -> list[dict[str, Any]]:
     system = _system_prompt(options)
-    prompt = _stdin() if options.prompt == "-" else options.prompt
-    head = [{"role": "system", "content": system}] if system else []
-    return [*head, {"role": "user", "content": prompt}]
+    return [{"role": "system", "content": system}] if system else []
+
+
+def _question(options: argparse.Namespace) -> str | None:
+    question: str | None = options.prompt
+    return _stdin() if question == "-" else question
+
+
+def _asked(options: argparse.Namespace, question: str | None) -> dict[str, Any]:
+    """Return the user's message: a question, and the pictures beside it."""
+    content: Any = question
+    if options.images:
+        content = [question, *options.images]
+    return {"role": "user", "content": content}
+
+
+def _image(where: str) -> Any:
+    """Return the part of a message that holds a picture."""
+    if re.match("(https?|data|gs):", where, re.IGNORECASE):
+        return {"type": "image_url", "image_url": {"url": where}}
+    path = Path(where)
+    try:
+        # The service reads it; here a slip is told before anything is sent.
+        open_regular(resolve_inside(path, Path.cwd(), allow_outside=False)).close()
+    except (OSError, ValueError) as exc:
+        why = exc.strerror if isinstance(exc, OSError) and exc.strerror else exc
+        raise _UsageError(
+            f"the file {where!r} of --image cannot be used: {why}"
+            " (it must lie in or below the working directory)"
+        ) from None
+    return path
+
+
+def _schema(path: str) -> dict[str, Any]:
+    """Read a JSON schema, so that a slip in it costs no call."""
+    import jsonschema
+
+    from dipeo_llm.structured import form_of
+
+    try:
+        schema: Any = json.loads(Path(path).read_bytes())
+        if not isinstance(schema, dict):
+            raise InvalidRequestError("a JSON schema is an object")
+        form_of(schema)
+        jsonschema.validators.validator_for(schema).check_schema(schema)
+    except OSError as exc:
+        why = exc.strerror
+    except (jsonschema.SchemaError, InvalidRequestError) as exc:
+        why = f"it holds no JSON schema: {exc.message}"
+    except (ValueError, RecursionError) as exc:
+        why = f"it is not JSON: {exc}"
+    else:
+        return schema
+    raise _UsageError(f"the file {path!r} of --schema cannot be used: {why}")
+
+
+def _line() -> str | None:
+    """Read what the user says next; None at the end."""
+    typed = all(s is not None and s.isatty() for s in (sys.stdin, sys.stdout))
+    if not typed:
+        return _stdin(lambda file: file.readline()) or None
+    with suppress(ImportError):
+        import readline  # noqa: F401 - its import lets input() edit and remember lines
+    try:
+        return input("> ").encode("utf-8", "replace").decode() + "\n"
+    except EOFError:
+        _write("\n")
+        return None
 
 
 def _system_prompt(options: argparse.Namespace) -> str | None:
@@ -277,9 +539,9 @@ _PROMPT_FILE_RULES = (
 )
 
 
-def _stdin() -> str:
+def _stdin(read: Callable[[BinaryIO], bytes] = lambda file: file.read()) -> str:
     try:
-        return sys.stdin.buffer.read().decode()
+        return read(sys.stdin.buffer).decode()
     except UnicodeDecodeError as exc:
         raise _UsageError(
             f"the prompt on stdin is not text in UTF-8: {exc.reason} at byte {exc.start}"
@@ -319,9 +581,24 @@ def _write(text: str) -> None:
     """Write to stdout, now; what its encoding lacks is escaped."""
     if sys.stdout is None:
         raise OSError("stdout is closed")
-    encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    sys.stdout.write(_encodable(text, sys.stdout))
     sys.stdout.flush()
+
+
+def _write_reasoning(text: str) -> None:
+    """Write what a model thinks to stderr: dim on a terminal."""
+    if sys.stderr is None:
+        return
+    if sys.stderr.isatty():
+        text = f"\x1b[2m{text.translate(_TEXT)}\x1b[0m"
+    with suppress(OSError):  # the answer is what counts
+        sys.stderr.write(_encodable(text, sys.stderr))
+        sys.stderr.flush()
+
+
+def _encodable(text: str, output: TextIO) -> str:
+    encoding = output.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _flush() -> None:
@@ -394,6 +671,7 @@ _EPILOG = """\
 examples:
   dipeo-llm chat gpt-4.1-nano "Name three rivers."
   dipeo-llm chat claude-haiku-4-5 - < letter.txt --system "Answer in one sentence."
+  dipeo-llm chat claude-haiku-4-5 --interactive
   dipeo-llm chat llama3.2:1b "Say hello." --base-url http://192.168.1.5:11434
   dipeo-llm chat my-model "Hi" --service openai --base-url http://127.0.0.1:8000/v1
   dipeo-llm models anthropic
@@ -421,8 +699,9 @@ exit codes:
 """
 
 _CHAT = """\
-Ask a model one question and print its answer. The model's name tells the provider;
-where it does not, --service or a prefix (openai/my-model) does.
+Ask a model one question and print its answer, or talk with it (--interactive). The
+model's name tells the provider; where it does not, --service or a prefix
+(openai/my-model) does.
 """
 
 _CHAT_EPILOG = """\
@@ -431,6 +710,18 @@ examples:
   git diff | dipeo-llm chat claude-haiku-4-5 - --system "Write a commit message."
   dipeo-llm chat gemini-2.5-flash "Hello" --prompt-file prompts/optimist.md
   dipeo-llm chat gpt-4.1-nano "Name a colour." --max-tokens 20 --json
+  dipeo-llm chat gpt-4.1-nano "What is this?" --image photo.jpg --image plan.png
+  dipeo-llm chat gemini-2.5-flash "Name two rivers." --schema rivers.schema.json
+  dipeo-llm chat claude-haiku-4-5 "Who won yesterday?" --tool web_search
+  dipeo-llm chat gpt-5 "Draw a river." --tool image_generation
+  dipeo-llm chat llama3.2:1b --interactive --system "Answer like a pirate."
+
+A schema file holds a JSON schema, such as
+  {"type": "object", "properties": {"names": {"type": "array"}}, "required": ["names"]}
+
+In a conversation each line is a question; /quit or Ctrl-D ends it. A question that
+fails is not remembered. An answer that breaks off is printed as far as it came, and the
+exit code is 1.
 
 On a terminal, control characters in an answer are shown as escapes (\\x1b).
 Variables and exit codes: dipeo-llm --help
@@ -497,12 +788,15 @@ def _add_chat(commands: Any) -> None:
     )
     parser.set_defaults(command=chat)
     parser.add_argument("model", metavar="MODEL", help="such as gpt-4.1-nano")
-    parser.add_argument(
+    prompt = parser.add_argument(
         "prompt",
         metavar="PROMPT",
         type=_text,
-        help="the question; - reads it from stdin",
+        help="the question; - reads it from stdin; with --interactive it may be left"
+        " out",
     )
+    # nargs="?" would make argparse overlook a prompt that stands after an option.
+    prompt.required = False
     parser.add_argument(
         "--system",
         dest="system_prompt",
@@ -535,7 +829,47 @@ def _add_chat(commands: Any) -> None:
         type=_count,
         help="longest answer, in tokens (a token is about four letters of English)",
     )
+    parser.add_argument(
+        "--image",
+        dest="images",
+        metavar="PATH_OR_URL",
+        action="append",
+        default=[],
+        type=_text,
+        help="a picture (or PDF, or sound) to look at, in or below the working"
+        " directory, or a picture's URL; may be given several times",
+    )
+    parser.add_argument(
+        "--tool",
+        dest="tools",
+        action="append",
+        default=[],
+        choices=["web_search", "image_generation"],
+        help="let the provider search, and list its sources; or let it draw, and save"
+        " the pictures as image-1.png and so on in the working directory",
+    )
+    parser.add_argument(
+        "--interactive",
+        action="store_true",
+        help="hold a conversation on stdin, until /quit or Ctrl-D",
+    )
+    parser.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="print the answer as it comes (default: on a terminal, and with"
+        " --interactive)",
+    )
+    parser.add_argument(
+        "--show-reasoning",
+        action="store_true",
+        help="print on stderr what the model thinks, where its provider shows it",
+    )
     _add_connection(parser)
+    parser.add_argument(
+        "--schema",
+        metavar="FILE",
+        help="print JSON that follows the JSON schema in this file",
+    )
     parser.add_argument(
         "--json",
         action="store_true",

@@ -345,6 +345,8 @@ def _header(headers: Mapping[str, str], name: str) -> str:
     # aiohttp's own headers are looked up without regard to case, a plain dict is not.
     if name in headers:
         return headers[name].strip()
+    if not isinstance(headers, dict):
+        return ""
     return next((v for k, v in headers.items() if k.lower() == name), "").strip()
 
 

@@ -5,6 +5,7 @@ stdout and no log handler. Knows nothing of requests and answers.
 """
 
 import asyncio
+import gc
 import logging
 import os
 import sys
@@ -72,10 +73,18 @@ def import_litellm() -> Any:
         httpx_level = logging.getLogger("httpx").level
         _set(_WHILE_IMPORTING)
         _set(_FROM_NOW_ON)
+        collects = gc.isenabled()
+        # A third of the import is collections that find nothing; and each later one of
+        # all generations would walk its million objects, for 0.2 s, on the event loop.
+        gc.disable()
         try:
             import litellm
             import openai.resources  # noqa: F401 - else the first call does, on the loop
+
+            gc.freeze()
         finally:
+            if collects:
+                gc.enable()
             _set(before)
         logging.getLogger("httpx").setLevel(httpx_level)
         for name in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy"):

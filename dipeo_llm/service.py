@@ -499,14 +499,20 @@ class LLMInfraService:
             What the last attempt gave, and how many were made. An error carries the
             number in `attempts`.
         """
-        import stamina
-
         settings = self.settings
         ends = math.inf if deadline is None else time.monotonic() + deadline
-        made = 0
+        made = 1
         last: DiPeOLLMError | None = None
         try:
             async with asyncio.timeout(deadline):
+                # The first attempt is made outside stamina's loop, which costs more
+                # than all else here; a failure is then told to it as its first.
+                try:
+                    return await attempt(), made
+                except DiPeOLLMError as exc:
+                    last = exc
+                import stamina
+
                 async for step in stamina.retry_context(
                     on=RetryDecision(settings, ends),
                     attempts=settings.max_retries + 1,
@@ -516,6 +522,8 @@ class LLMInfraService:
                     wait_jitter=settings.retry_wait,
                 ):
                     with step:
+                        if step.num == 1:
+                            raise last
                         made += 1
                         try:
                             return await attempt(), made

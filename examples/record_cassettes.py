@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ MODELS = {
     "openai": "gpt-4.1-nano",
     "anthropic": "claude-haiku-4-5",
     "google": "gemini-2.5-flash-lite",
-    "ollama": "qwen3:0.6b",
+    "ollama": "llama3.2:1b",
 }
 """What is asked of the providers themselves, and of the mock in their place."""
 KEY_VARIABLES = {
@@ -236,7 +236,13 @@ async def record(name: str, source: Source, *, real: bool) -> None:
     """Record one cassette; an older one stays if that fails."""
     provider, _, kind = name.partition("_")
     # A retry would be recorded too.
-    settings = Settings(base_dir=ROOT, timeout=TIMEOUT, max_retries=0)
+    settings = replace(
+        # Only where the providers themselves are may be said by the environment.
+        Settings.from_env() if real else Settings(),
+        base_dir=ROOT,
+        timeout=TIMEOUT,
+        max_retries=0,
+    )
     again = f"python examples/record_cassettes.py {'--real ' if real else ''}{name}"
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / "draft.yaml"

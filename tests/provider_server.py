@@ -1769,7 +1769,8 @@ class ProviderServer:
         for i, piece in enumerate(pieces):
             data = _chunk(piece) if chunked and piece else piece
             await _flush(connection, data if i else head + data)
-            await _pause(connection, raw.piece_delay)
+            if i + 1 < len(pieces):
+                await _pause(connection, raw.piece_delay)
         if not pieces:
             await _flush(connection, head)
         if chunked:

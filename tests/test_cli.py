@@ -1,6 +1,7 @@
 """The command `dipeo-llm`, against a server that speaks the providers' formats."""
 
 import asyncio
+import base64
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import sys
 from asyncio.subprocess import PIPE, Process, create_subprocess_exec
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,13 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     return running
 
 
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in a folder that is empty."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 async def start(*argv: str, **options: Any) -> Process:
     """Start the command as a process of its own."""
     settings = {"stdin": asyncio.subprocess.DEVNULL, "stdout": PIPE, "stderr": PIPE}
@@ -78,6 +87,19 @@ async def finish(process: Process, stdin: bytes | None = None) -> tuple[int, str
         out, err = await process.communicate(stdin)
     assert process.returncode is not None
     return process.returncode, (out or b"").decode(), (err or b"").decode()
+
+
+async def on_a_terminal(*argv: str) -> tuple[int, str, str]:
+    """Run the command on a terminal; give its exit code, the screen and complaints."""
+    screen, terminal = pty.openpty()
+    process = await start(*argv, stdout=terminal)
+
+    code, _, said = await finish(process)
+
+    shown = await asyncio.to_thread(os.read, screen, 65536)
+    os.close(terminal)
+    os.close(screen)
+    return code, shown.decode(), said
 
 
 async def until(true: Callable[[], bool]) -> None:
@@ -303,14 +325,455 @@ async def test_stdin_that_is_no_text_is_a_wrong_argument(
     assert said.startswith(f"dipeo-llm: {complaint}")
 
 
-# --- the prompt file ----------------------------------------------------------------
+# --- streams ------------------------------------------------------------------------
+
+ESCAPES = "\x1b]0;mine\x07\x1b[2Jred\x9b31m"
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize(("provider", "model"), MODELS.items())
+async def test_a_stream_prints_what_the_whole_answer_would(
+    run: Run, server: ProviderServer, provider: str, model: str
+) -> None:
+    """With --stream the answer is the same, for every provider."""
+    server.reply(Answer("Rhine, Rhone, Danube."))
+
+    got = await run("chat", model, "Name three rivers.", "--stream")
+
+    assert got == (0, "Rhine, Rhone, Danube.\n", "")
+    assert (server.requests[-1].provider, server.requests[-1].stream) == (
+        provider,
+        True,
+    )
+
+
+@pytest.mark.usefixtures("environment")
+async def test_chat_streams_on_a_terminal_and_cut_escapes_stay_escapes(
+    server: ProviderServer,
+) -> None:
+    """A control sequence that comes letter by letter is shown, not obeyed."""
+    server.reply(Answer(ESCAPES, pieces=len(ESCAPES)))
+
+    code, shown, said = await on_a_terminal("chat", "llama3.2", "Hi")
+
+    assert (code, said) == (0, "")
+    assert shown == "\\x1b]0;mine\\x07\\x1b[2Jred\\x9b31m\r\n"
+    assert server.requests[-1].stream
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("option", ["--no-stream", "--json"])
+async def test_chat_waits_for_the_whole_answer_where_it_is_told_to(
+    server: ProviderServer, option: str
+) -> None:
+    """On a terminal, too, the answer can be had in one piece."""
+    code, shown, _ = await on_a_terminal("chat", "llama3.2", "Hi", option)
+
+    assert code == 0
+    assert "Hello from the loopback." in shown
+    assert not server.requests[-1].stream
+
+
+@pytest.mark.usefixtures("environment")
+async def test_ctrl_c_in_a_stream_closes_the_connection(server: ProviderServer) -> None:
+    """What was said is printed as it comes; nothing stays open at the provider."""
+    server.reply(Answer("one two", pieces=2, stall_after=1))
+    process = await start("chat", "llama3.2", "Hi", "--stream")
+    assert process.stdout is not None
+    async with asyncio.timeout(60):
+        first = await process.stdout.readexactly(4)
+
+    process.send_signal(signal.SIGINT)
+    got = await finish(process)
+
+    assert first == b"one "
+    assert got == (130, "", "")
+    await until(lambda: server.open_connections == 0)
+
+
+@pytest.mark.usefixtures("environment")
+async def test_a_stream_that_breaks_off_is_printed_as_far_as_it_came(
+    run: Run, server: ProviderServer
+) -> None:
+    """What came is not lost, and the reason has a line of its own."""
+    server.reply(Answer("one two", drop_end=True))
+
+    code, out, said = await run("chat", "llama3.2", "Hi", "--stream")
+
+    assert (code, out) == (1, "one two\n")
+    assert said.startswith("dipeo-llm: the stream broke off after 7 characters: ")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.usefixtures("environment")
+async def test_a_streamed_answer_that_was_cut_off_is_said_to_be_cut(
+    run: Run, server: ProviderServer
+) -> None:
+    """A stream tells of its end what a whole answer tells."""
+    server.reply(Answer("Once upon a", finish="length"))
+
+    got = await run("chat", "gpt-4.1-nano", "Tell a story.", "--stream")
+
+    complaint = "dipeo-llm: the answer is not whole: it ended with 'length'\n"
+    assert got == (0, "Once upon a\n", complaint)
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("option", ["--stream", "--no-stream"])
+@pytest.mark.parametrize(("shown", "said"), [([], ""), (["--show-reasoning"], "Hm.\n")])
+async def test_reasoning_is_shown_on_stderr_where_it_is_asked_for(
+    run: Run, server: ProviderServer, option: str, shown: list[str], said: str
+) -> None:
+    """What the model thinks is never mixed with what it says."""
+    server.reply(Answer("42", reasoning="Hm."))
+
+    got = await run("chat", "qwen3:4b", "Hi", option, *shown)
+
+    assert got == (0, "42\n", said)
+
+
+@pytest.mark.usefixtures("environment")
+async def test_reasoning_on_a_terminal_is_dim_and_harmless(
+    server: ProviderServer,
+) -> None:
+    """Thoughts cannot drive the terminal either."""
+    server.reply(Answer("42", reasoning="a\x1b[2J"))
+    screen, terminal = pty.openpty()
+    process = await start("chat", "qwen3:4b", "Hi", "--show-reasoning", stderr=terminal)
+
+    got = await finish(process)
+
+    shown = await asyncio.to_thread(os.read, screen, 4096)
+    os.close(terminal)
+    os.close(screen)
+    assert got == (0, "42\n", "")
+    assert shown == b"\x1b[2ma\\x1b[2J\r\n\x1b[0m"
+
+
+@pytest.mark.usefixtures("environment")
+async def test_a_stream_that_nobody_reads_ends_in_silence(
+    server: ProviderServer,
+) -> None:
+    """`dipeo-llm chat ... --stream | head -1` closes the connection."""
+    server.reply(Answer("one two", chunk_delay=0.01))
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = await start("chat", "llama3.2", "Hi", "--stream", stdout=writing)
+    os.close(writing)
+
+    assert await finish(process) == (141, "", "")
+    await until(lambda: server.open_connections == 0)
+
+
+# --- pictures, schemas, tools -------------------------------------------------------
+
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(16)
+
+
+@pytest.mark.usefixtures("environment")
+async def test_pictures_go_out_beside_the_question(
+    run: Run, server: ProviderServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of the working directory and URLs, in the order in which they are given."""
+    monkeypatch.setenv("DIPEO_BASE_DIR", "/nowhere")
+    (folder / "a.png").write_bytes(PNG)
+    url = "https://example.org/b.png"
+    pictures = ["--image", "a.png", "--image", url]
+
+    code, _, said = await run("chat", "gpt-4.1-nano", "What?", *pictures)
+
+    data = "data:image/png;base64," + base64.b64encode(PNG).decode()
+    assert (code, said) == (0, "")
+    assert body(server)["messages"][0]["content"] == [
+        {"type": "text", "text": "What?"},
+        {"type": "image_url", "image_url": {"url": data}},
+        {"type": "image_url", "image_url": {"url": url}},
+    ]
+
+
+@pytest.mark.usefixtures("environment", "folder")
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("none.png", "No such file or directory"),
+        ("/etc/passwd", "it leads outside the base directory"),
+        ("../a.png", "it leads outside the base directory"),
+        (".", "it is a directory"),
+    ],
+)
+@pytest.mark.parametrize("option", ["--no-stream", "--interactive"])
+async def test_a_picture_that_cannot_be_used_is_named_before_anything_is_sent(
+    run: Run, server: ProviderServer, path: str, reason: str, option: str
+) -> None:
+    """A slip in a path, or a path that leads elsewhere, is a wrong argument."""
+    code, out, said = await run("chat", "llama3.2", "Hi", "--image", path, option)
+
+    line = f"dipeo-llm: the file {path!r} of --image cannot be used: {reason} (it must"
+    assert (code, out, server.requests) == (2, "", [])
+    assert said.startswith(line)
+    assert said.count("\n") == 1
+
+
+@pytest.mark.usefixtures("environment")
+async def test_schema_prints_json_that_follows_it(
+    run: Run, server: ProviderServer, folder: Path
+) -> None:
+    """The model is told the form, and a program can read the answer."""
+    schema = {"type": "object", "properties": {"rivers": {"type": "array"}}}
+    (folder / "rivers.json").write_text(json.dumps(schema))
+    server.reply(Answer('{"rivers":["Rhine","\\u001b"]}'))
+
+    code, out, said = await run("chat", "gpt-4.1-nano", "Hi", "--schema", "rivers.json")
+
+    assert (code, said) == (0, "")
+    assert json.loads(out) == {"rivers": ["Rhine", "\x1b"]}
+    assert "\x1b" not in out
+    assert body(server)["response_format"]["json_schema"]["schema"] == schema
+
+
+@pytest.mark.usefixtures("environment")
+async def test_an_answer_that_does_not_follow_the_schema_is_a_failure(
+    run: Run, server: ProviderServer, folder: Path
+) -> None:
+    """A program never reads what it did not ask for."""
+    (folder / "number.json").write_text('{"type": "number"}')
+    server.reply(Answer('"seven"'))
+
+    code, out, said = await run("chat", "gpt-5", "Hi", "--schema", "number.json")
+
+    assert (code, out) == (1, "")
+    assert said.startswith("dipeo-llm: no structured answer: 'seven' is not of type")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (None, "No such file or directory"),
+        ("{", "it is not JSON: "),
+        ("[]", "it holds no JSON schema: a JSON schema is an object"),
+        ("{}", "it holds no JSON schema: "),
+        ('{"type": "river"}', "it holds no JSON schema: 'river' is not valid"),
+    ],
+)
+async def test_a_schema_that_cannot_be_used_is_a_wrong_argument(
+    run: Run, folder: Path, text: str | None, reason: str
+) -> None:
+    """A slip in a schema costs no call."""
+    if text is not None:
+        (folder / "s.json").write_text(text)
+
+    code, out, said = await run("chat", "llama3.2", "Hi", "--schema", "s.json")
+
+    assert (code, out) == (2, "")
+    line = f"dipeo-llm: the file 's.json' of --schema cannot be used: {reason}"
+    assert said.startswith(line)
+    assert said.count("\n") == 1
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("option", ["--stream", "--no-stream"])
+async def test_a_search_lists_its_sources_after_the_answer(
+    run: Run, server: ProviderServer, option: str
+) -> None:
+    """Each page that was used is named once, on a line that it cannot leave."""
+    pages = [
+        ("https://a.example/", "First\x1b[2J\npage"),
+        ("https://b.example/", "Second"),
+        ("https://a.example/", "First\x1b[2J\npage"),
+    ]
+    server.reply(Answer("It rains.", citations=pages))
+
+    got = await run("chat", "gpt-5", "Weather?", "--tool", "web_search", option)
+
+    listed = (
+        "It rains.\n\nSources:\n- First\\x1b[2J page: https://a.example/\n"
+        "- Second: https://b.example/\n"
+    )
+    assert got == (0, listed, "")
+    assert body(server)["tools"] == [{"type": "web_search"}]
+
+
+@pytest.mark.usefixtures("environment")
+async def test_pictures_that_a_model_draws_are_saved_and_overwrite_nothing(
+    run: Run, server: ProviderServer, folder: Path
+) -> None:
+    """The names of the new files are printed, one on a line."""
+    (folder / "image-1.png").write_bytes(b"mine")
+    (folder / "image-3.png").symlink_to(folder / "elsewhere")
+    server.reply(Answer(images=[PNG, PNG + b"2"]))
+
+    got = await run("chat", "gpt-5", "Draw.", "--tool", "image_generation")
+
+    assert got == (0, "image-2.png\nimage-4.png\n", "")
+    assert (folder / "image-1.png").read_bytes() == b"mine"
+    assert (folder / "image-2.png").read_bytes() == PNG
+    assert (folder / "image-4.png").read_bytes() == PNG + b"2"
+    assert not (folder / "elsewhere").exists()
+
+
+@pytest.mark.usefixtures("environment")
+async def test_a_tool_that_the_provider_has_not_is_refused_before_anything_is_sent(
+    run: Run, server: ProviderServer
+) -> None:
+    """A question is not answered without the search that it was to rest on."""
+    got = await run("chat", "llama3.2", "Hi", "--tool", "web_search")
+
+    complaint = "ollama's llama3.2 has no tool 'web_search' of its own"
+    assert got == (1, "", f"dipeo-llm: {complaint}\n")
+    assert server.requests == []
+
+
+# --- conversations ------------------------------------------------------------------
+
+Typed = Callable[[str | bytes], None]
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Work in a folder that is empty."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def typed(monkeypatch: pytest.MonkeyPatch) -> Typed:
+    """Put what the user types on stdin."""
+
+    def typing(text: str | bytes) -> None:
+        data = text.encode() if isinstance(text, str) else text
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+    return typing
+
+
+def turns(server: ProviderServer) -> list[tuple[str, Any]]:
+    """Return the conversation as the last request told it."""
+    return [(m["role"], m["content"]) for m in body(server)["messages"]]
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("end", ["/quit\nNever asked\n", ""])
+async def test_a_conversation_is_kept_until_it_ends(
+    run: Run, server: ProviderServer, typed: Typed, end: str
+) -> None:
+    """Each question is asked with all that was said before; empty lines ask nothing."""
+    server.reply(Answer("One."))
+    server.reply(Answer("Two."))
+    typed(f"First?\n\n  \nSecond?\n{end}")
+
+    got = await run("chat", "llama3.2", "--interactive", "--system", "Be brief.")
+
+    assert got == (0, "One.\nTwo.\n", "")
+    assert turns(server) == [
+        ("system", "Be brief."),
+        ("user", "First?\n"),
+        ("assistant", "One."),
+        ("user", "Second?\n"),
+    ]
+    assert (len(server.requests), server.requests[-1].stream) == (2, True)
+    assert len({request.connection for request in server.requests}) == 1
+
+
+@pytest.mark.usefixtures("environment")
+async def test_a_question_that_fails_is_told_and_not_remembered(
+    run: Run, server: ProviderServer, typed: Typed
+) -> None:
+    """After an error line the conversation goes on as it was before."""
+    server.reply(Answer("One."))
+    server.reply(error("ollama", 500, "out of memory"))
+    server.reply(Answer("Half", drop_end=True))
+    server.reply(Answer("Four."))
+    typed("Second?\nThird?\nFourth?\n")
+
+    code, out, said = await run("chat", "llama3.2", "First?", "--interactive")
+
+    failed, broken = said.splitlines()
+    assert (code, out) == (0, "One.\nHalf\nFour.\n")
+    assert failed == "dipeo-llm: ollama answered 500: out of memory"
+    assert broken.startswith("dipeo-llm: the stream broke off after 4 characters: ")
+    assert turns(server) == [
+        ("user", "First?"),
+        ("assistant", "One."),
+        ("user", "Fourth?\n"),
+    ]
+
+
+@pytest.mark.usefixtures("environment")
+async def test_a_picture_is_shown_with_the_first_question_that_is_answered(
+    run: Run, server: ProviderServer, folder: Path, typed: Typed
+) -> None:
+    """A failure does not lose the picture, and no question repeats it."""
+    (folder / "a.png").write_bytes(PNG)
+    server.reply(error("openai", 500))
+    typed("What?\nAnd?\n")
+
+    await run("chat", "gpt-5", "Hm?", "--interactive", "--image", "a.png")
+
+    contents = [content for role, content in turns(server) if role == "user"]
+    parts = [[p["type"] for p in c] for c in contents if isinstance(c, list)]
+    assert parts == [["text", "image_url"]]
+    assert contents[-1] == "And?\n"
+
+
+@pytest.mark.usefixtures("environment")
+async def test_a_line_that_is_no_text_ends_the_conversation(
+    run: Run, server: ProviderServer, typed: Typed
+) -> None:
+    """Bytes that are no text are named as what is wrong."""
+    typed(b"\xff\n")
+
+    code, out, said = await run("chat", "llama3.2", "--interactive")
+
+    assert (code, out, server.requests) == (2, "", [])
+    assert said.startswith("dipeo-llm: the prompt on stdin is not text in UTF-8")
+
+
+@pytest.mark.usefixtures("environment")
+async def test_a_conversation_on_a_terminal_prompts_and_ends_with_ctrl_d(
+    server: ProviderServer,
+) -> None:
+    """Who types sees where to type."""
+    screen, terminal = pty.openpty()
+    os.set_blocking(screen, False)
+    ends = {"stdin": terminal, "stdout": terminal}
+    process = await start(
+        "chat", "llama3.2", "--interactive", env={"TERM": "dumb"}, **ends
+    )
+    shown = b""
+
+    def prompted() -> bool:
+        nonlocal shown
+        with suppress(BlockingIOError):
+            shown += os.read(screen, 4096)
+        return shown.endswith(b"> ")
+
+    for typing in (b"Hi\n", b"\x04"):
+        await until(prompted)
+        shown += b"|"
+        os.write(screen, typing)
+    got = await finish(process)
+
+    os.close(terminal)
+    os.close(screen)
+    assert got == (0, "", "")
+    assert shown == b"> |Hi\r\nHello from the loopback.\r\n> |"
+    assert turns(server) == [("user", "Hi\n")]
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--interactive", "--json"], "--interactive and --json exclude each other"),
+        (["--stream", "--json"], "--stream and --json exclude each other"),
+        (["--interactive", "-"], "--interactive reads stdin itself: PROMPT cannot be"),
+    ],
+)
+async def test_options_that_exclude_each_other_are_refused(
+    run: Run, options: list[str], complaint: str
+) -> None:
+    """What cannot be had at once is said, and nothing is sent."""
+    prompt = [] if "-" in options else ["Hi"]
+
+    code, out, said = await run("chat", "llama3.2", *prompt, *options)
+
+    assert (code, out) == (2, "")
+    assert said.startswith(f"dipeo-llm: {complaint}")
+
+
+# --- the prompt file ----------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("environment")
@@ -833,7 +1296,7 @@ sys.exit(main(["chat", "", "-"]))
         ),
         (
             ["chat", "--help"],
-            ["--temperature NUMBER", "--timeout SECONDS", "in tokens"],
+            ["--temperature NUMBER", "--timeout SECONDS", "in tokens", "/quit", "URL"],
         ),
         (["models", "--help"], ["SERVICE", "--json"]),
         (["provider", "--help"], ["NAME"]),

