@@ -156,6 +156,12 @@ class BaseLLMAdapter(ABC):
         return {"service": self.provider.name, "model": self.model_name}
 
 
+async def _read_whole(client: Client, response: Any, exchange: Exchange) -> None:
+    """Read a body into the exchange, which shows none of it."""
+    async for _ in client.pieces(response, exchange):
+        pass
+
+
 def create_adapter(
     provider: Any,
     model_name: str,
@@ -301,8 +307,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
                 exchange=exchange,
             )
             if not (call.stream and response.status == 200):
-                async for _ in client.pieces(response, exchange):
-                    pass
+                await _read_whole(client, response, exchange)
         except Exception as exc:
             raise self._failure(call, exc) from exc
         if response.status != 200:
@@ -455,6 +460,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
             wire.current.reset(token)
 
     def _arguments(self, call: _Call, client: Client) -> dict[str, Any]:
+        litellm_gate.without_its_proxy()
         litellm_gate.know_model(call.litellm, self.provider, self.model_name)
         shaped = call.shape
         if self.provider.litellm == "openai":
@@ -488,27 +494,34 @@ class LiteLLMAdapter(BaseLLMAdapter):
 
     def _checked(self, call: _Call) -> dict[str, Any]:
         """Return the JSON of a 200, or raise what it is in place of an answer."""
+        data, error = self._judged(call)
+        if error is not None:
+            raise error  # here, where no local holds what came
+        return data
+
+    def _judged(self, call: _Call) -> tuple[dict[str, Any], CallError | None]:
+        """Return the JSON of a 200, or what it is in place of an answer."""
         exchange = call.exchange
-        body = bytes(exchange.body)
         content_type = exchange.headers.get("content-type", "")
-        data, reason = failures.answer_in(call.format, content_type, body)
+        data, reason = failures.answer_in(
+            call.format, content_type, bytes(exchange.body)
+        )
         if data.get("error"):
-            raise self._refusal(call)
+            return {}, self._refusal(call)
         why = failures.blocked(data)
         if reason is None and not why:
-            return data
+            return data, None
         fields = self._fields() | {
             "status_code": exchange.status,
             "request_id": failures.request_id(exchange.headers),
         }
+        name = self.provider.name
         if reason is not None:
             what = failures.clean(reason, self.endpoint.secret.get_secret_value())
-            raise ServiceUnavailableError(
-                f"{self.provider.name} answered {exchange.status}, but {what}", **fields
+            return {}, ServiceUnavailableError(
+                f"{name} answered {exchange.status}, but {what}", **fields
             )
-        raise ContentFilterError(
-            f"{self.provider.name} refused the prompt: {why}", **fields
-        )
+        return {}, ContentFilterError(f"{name} refused the prompt: {why}", **fields)
 
     def _check_end(
         self, call: _Call, reader: StreamReader, body: Mapping[str, Any]
@@ -562,8 +575,8 @@ class LiteLLMAdapter(BaseLLMAdapter):
         if exchange.status is not None and exchange.status >= 300:
             return self._refusal(call)
         if exchange.status is not None:
-            if not call.stream:
-                self._checked(call)
+            if not call.stream and (error := self._judged(call)[1]) is not None:
+                return error
             return LLMServiceError(
                 f"LiteLLM could not read the answer of {self.provider.name}:"
                 f" {failures.clean(str(exc))}",

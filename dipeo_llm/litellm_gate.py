@@ -127,6 +127,14 @@ def _keep_off_localhost() -> None:
             setattr(common_utils.OllamaModelInfo, name, runtime_info)
 
 
+def without_its_proxy() -> None:
+    """Take USE_LITELLM_PROXY away for good: it would make every call the proxy's.
+
+    LiteLLM reads it at each call, and calls overlap, so it cannot be put back after one.
+    """
+    os.environ.pop("USE_LITELLM_PROXY", None)
+
+
 async def infer_provider(model: str) -> Provider | None:
     """Ask LiteLLM whose a model name is; None where it cannot tell."""
     return _infer(await load_litellm(), model)
