@@ -148,6 +148,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def soak(session: nox.Session) -> None:
+    """Run for long and under load; write docs/reliability.md. Or: -- --quick."""
+    install(session, "bench")
+    session.run("python", "-m", "benchmarks.soak", *session.posargs)
+
+
+@nox.session
 def lock(session: nox.Session) -> None:
     """Write requirements.lock anew from what the registry has now."""
     session.install("uv")

@@ -1,9 +1,9 @@
 """Measure a call of this package beside its peers, in one interleaved run.
 
-`python -m benchmarks.run` takes under ten minutes, `--quick` under 90 seconds; both
-write docs/performance.md and its picture, unless `--no-write`. The figures are ratios
-inside one run: CPU time of the client's process, the median over rounds in which every
-client has its turn, so that a machine that is busy or warm is so for all of them.
+`python -m benchmarks.run` takes under ten minutes and writes docs/performance.md and its
+picture; `--quick` takes under 90 seconds on an idle machine and only prints. The figures
+are ratios inside one run: CPU time of the client's process, the median over rounds in
+which every client has its turn, so that a busy machine is busy for all of them.
 """
 
 import argparse
@@ -391,7 +391,7 @@ def _say(text: str) -> None:
 def main() -> None:
     """Measure, print, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, under 90 s")
+    parser.add_argument("--quick", action="store_true", help="few rounds, only printed")
     parser.add_argument("--no-write", action="store_true", help="leave docs/ as it is")
     parser.add_argument("--only", nargs="*", default=[], help="names of clients")
     parser.add_argument("--save", type=Path, help="write all figures to a JSON file")
@@ -405,7 +405,7 @@ def main() -> None:
         )
     text = report.tables(figures)
     sys.stdout.write(text)
-    if not options.no_write:
+    if not options.quick and not options.no_write:
         report.write(text, figures, ROOT / "docs")
 
 

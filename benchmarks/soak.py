@@ -252,7 +252,7 @@ async def lag(work: Callable[[int], Awaitable[Any]], count: int) -> dict[str, fl
 
     looking = asyncio.create_task(probe())
     began = time.perf_counter()
-    asyncio.Handle._run = timed  # type: ignore[method-assign]  # noqa: SLF001
+    asyncio.Handle._run = timed  # type: ignore[assignment,method-assign]  # noqa: SLF001
     try:
         await asyncio.gather(*(worker() for _ in range(AT_ONCE)))
     finally:

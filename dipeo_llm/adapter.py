@@ -415,7 +415,10 @@ class LiteLLMAdapter(BaseLLMAdapter):
                 chunks += reader.close()
             except MalformedStreamError as exc:
                 raise self._failure(call, exc) from None
-        elif failed is not None and reader.error is None and not reader.ended:
+        elif failed is not None and (
+            isinstance(exchange.error, LLMServiceError)
+            or (reader.error is None and not reader.ended)
+        ):
             raise self._failure(call, failed) from self._cause(call, failed)
         for chunk in chunks:
             yield chunk

@@ -21,6 +21,7 @@ from dipeo_llm.domain import (
     ToolCallDelta,
     WebSearchResult,
 )
+from dipeo_llm.failures import loads
 
 _JSON = dict[str, Any]
 
@@ -403,7 +404,7 @@ class EventLines:
 
     def __init__(self, *, sse: bool) -> None:
         self._sse = sse
-        self._rest = b""
+        self._rest: list[bytes] = []
         self._data: list[bytes] = []
 
     def feed(self, piece: bytes) -> list[bytes]:
@@ -412,8 +413,11 @@ class EventLines:
         Raises:
             MalformedStreamError: A line that no event has, such as an HTML page's.
         """
-        lines = (self._rest + piece).split(b"\n")
-        self._rest = lines.pop()
+        if b"\n" not in piece:
+            self._rest.append(piece)  # joined once: a line may come in a million pieces
+            return []
+        lines = b"".join([*self._rest, piece]).split(b"\n")
+        self._rest = [last] if (last := lines.pop()) else []
         if not self._sse:
             return [line for line in lines if line.strip()]
         payloads: list[bytes] = []
@@ -483,7 +487,8 @@ class StreamReader(ABC):
         except (TypeError, AttributeError, LookupError, RecursionError) as exc:
             raise MalformedStreamError(f"an event of another shape: {exc!r}") from exc
         for chunk in chunks:
-            if not (isinstance(chunk.text, str) and isinstance(chunk.reasoning, str)):
+            said: tuple[Any, Any] = (chunk.text, chunk.reasoning)
+            if not all(isinstance(text, str) for text in said):
                 raise MalformedStreamError("an event whose text is no text")
         return chunks
 
@@ -498,7 +503,7 @@ class StreamReader(ABC):
                 self.take_end()
                 continue
             try:
-                event = json.loads(payload)
+                event = loads(payload)
             except (ValueError, RecursionError):
                 text = payload[:200].decode("utf-8", "replace")
                 raise MalformedStreamError(text) from None
@@ -593,34 +598,25 @@ class OpenAIStream(StreamReader):
         )
 
     def body(self) -> _JSON:
+        texts: dict[int, _JSON] = {}
+        for (choice, name), pieces in self._text.items():
+            texts.setdefault(choice, {})[name] = "".join(pieces)
+        calls: dict[int, list[_JSON]] = {}
+        for (choice, _), call in sorted(self._calls.items()):
+            function = {"name": call["name"], "arguments": "".join(call["text"])}
+            made = {"id": call["id"], "type": "function", "function": function}
+            calls.setdefault(choice, []).append(made)
         choices = []
         for index, kept in sorted(self._choices.items()):
             message: _JSON = {"role": "assistant", "content": None}
-            for (choice, name), pieces in self._text.items():
-                if choice == index:
-                    message[name] = "".join(pieces)
-            calls = [
-                {
-                    "id": call["id"],
-                    "type": "function",
-                    "function": {
-                        "name": call["name"],
-                        "arguments": "".join(call["text"]),
-                    },
-                }
-                for (choice, _), call in sorted(self._calls.items())
-                if choice == index
-            ]
-            if calls:
-                message["tool_calls"] = calls
+            message.update(texts.get(index, {}))
+            if index in calls:
+                message["tool_calls"] = calls[index]
             if "annotations" in kept:
                 message["annotations"] = kept["annotations"]
+            finish = kept["finish_reason"]
             choices.append(
-                {
-                    "index": index,
-                    "message": message,
-                    "finish_reason": kept["finish_reason"],
-                }
+                {"index": index, "message": message, "finish_reason": finish}
             )
         return {**self._head, "object": "chat.completion", "choices": choices}
 

@@ -97,7 +97,7 @@ def from_answer(
     kind = error.get("type") or error.get("status")
     meaning = effective_status or _meaning(status, error)
     text = f"{code} {kind} {message} {error.get('reasons', '')}"
-    cls, retryable = _classify(meaning, text)
+    cls, retryable = _classify(meaning, text[:_LOOKED_AT])
     if _header(headers, "x-should-retry") == "false":
         retryable = False
     return cls(
@@ -152,6 +152,23 @@ def _classify(status: int, text: str) -> tuple[type[CallError], bool]:
     elif status >= 500:
         cls = ServiceUnavailableError
     return cls, cls.default_retryable or status in _TRY_AGAIN
+
+
+def loads(data: bytes) -> Any:
+    """Parse JSON; half a character, which no text can hold, becomes U+FFFD.
+
+    Raises:
+        ValueError, RecursionError: It is not JSON that can be read.
+    """
+    value = json.loads(data)
+    if _HALF.search(data):
+        text = json.dumps(value, ensure_ascii=False)
+        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        value = json.loads(whole)
+    return value
+
+
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def answer_in(
@@ -294,6 +311,8 @@ def clean(text: str, secret: str = "") -> str:
     """Make a provider's words fit for one line of a log: no key, no control character."""
     if secret:
         text = text.replace(secret, "[key]")
+    # The key is out already, so this cut hides none; what follows walks the text.
+    text = text[:_LOOKED_AT]
     text = _ECHOED_KEY.sub(r"\1[key]", text)
     # LiteLLM puts whole tracebacks, paths included, into its messages.
     text = text.partition("Traceback (most recent call last)")[0]
@@ -302,6 +321,7 @@ def clean(text: str, secret: str = "") -> str:
 
 
 _LONGEST = 600
+_LOOKED_AT = 16 * _LONGEST
 
 
 def _object(body: bytes) -> dict[str, Any]:
