@@ -142,6 +142,7 @@ class Series:
     name: str
     done: list[int] = field(default_factory=list)
     rss: list[float] = field(default_factory=list)
+    blocks: list[float] = field(default_factory=list)
     sockets: list[int] = field(default_factory=list)
     tasks: list[int] = field(default_factory=list)
     threads: list[int] = field(default_factory=list)
@@ -152,6 +153,7 @@ class Series:
         pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
         self.done.append(done)
         self.rss.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+        self.blocks.append(sys.getallocatedblocks())
         self.sockets.append(open_sockets())
         self.tasks.append(len(asyncio.all_tasks()))
         self.threads.append(threading.active_count())
@@ -315,10 +317,11 @@ def report(
 ) -> str:
     """Return the figures as Markdown."""
     held = [["", "rounds", "seconds", "memory, first and last", "its slope",
-             "sockets", "tasks", "threads"]]  # fmt: skip
+             "Python's blocks, slope", "sockets", "tasks", "threads"]]  # fmt: skip
     for one in found:
         warm = len(one.done) // 10
         steep, error = slope(one.done[warm:], one.rss[warm:])
+        more, doubt = slope(one.done[warm:], one.blocks[warm:])
         kib = 2**10 * 1_000
         held.append(
             [
@@ -327,6 +330,7 @@ def report(
                 f"{one.seconds:.0f}",
                 f"{one.rss[warm]:.1f} and {one.rss[-1]:.1f} MiB",
                 f"{steep * kib:+.2f} ± {error * kib:.2f} KiB for 1,000",
+                f"{more * 1_000:+.1f} ± {doubt * 1_000:.1f} for 1,000",
                 span(one.sockets[warm:]),
                 span(one.tasks[warm:]),
                 span(one.threads[warm:]),
@@ -394,16 +398,17 @@ def draw(found: list[Series]) -> None:
 
 async def soak(origin: str, scale: int) -> tuple[dict[str, float], list[Series]]:
     """Run the series."""
-    first = await first_calls(origin, FIRST // scale)
-    print(first, flush=True)
+    found = []
     async with service_at(origin) as service:
-        found = []
         for name, rounds, work in (
             ("calls", CALLS, call_of(service)),
             ("streams", STREAMS, stream_of(service)),
         ):
             found.append(await series(name, rounds // scale, work))
             print(name, f"{found[-1].seconds:.0f} s", flush=True)
+    # Last, as the memory that it frees would hide a leak of the others.
+    first = await first_calls(origin, FIRST // scale)
+    print(first, flush=True)
     return first, found
 
 

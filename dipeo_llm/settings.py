@@ -55,7 +55,7 @@ class Settings:
     """PEM file of trusted authorities; None asks SSL_CERT_FILE, then certifi's."""
     extra_headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Sent with every request, to every provider."""
-    max_connections: int = 100
+    max_connections: int = 1000
     """Open connections of one client."""
     max_concurrency: int | None = None
     """Requests in flight of one client; the others queue, first come first served."""

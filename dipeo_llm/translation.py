@@ -189,7 +189,7 @@ def _anthropic_headers(
         api_key=PLACEHOLDER,
         api_base=provider.base_url,
     )
-    if plain:
+    if plain and len(_plain_headers) < _MOST_KEPT:
         _plain_headers[model] = dict(headers)
     return headers
 

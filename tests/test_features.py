@@ -301,6 +301,14 @@ async def tool_turn(b: Bench) -> None:
         assert found(sent, "tool_call_id") == ids
 
 
+# In each provider's own words.
+SEARCHES = {
+    "openai": {"type": "web_search"},
+    "anthropic": {"type": "web_search_20250305", "name": "web_search"},
+    "google": {"googleSearch": {}},
+}
+
+
 @feature(
     "Web search by the provider, with the pages",
     ollama="its chat endpoint runs no tools of its own",
@@ -311,6 +319,7 @@ async def web_search(b: Bench) -> None:
     b.server.default = Answer("It rains.", citations=pages)
 
     whole = await b.ask(tools=[ToolConfig(type=ToolType.WEB_SEARCH)])
+    assert b.body["tools"] == [SEARCHES[b.provider]]
     _, streamed = await b.stream(tools=[ToolConfig(type=ToolType.WEB_SEARCH_PREVIEW)])
 
     for result in (whole, streamed):

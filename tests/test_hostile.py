@@ -451,7 +451,7 @@ async def test_half_a_character_is_a_result_or_an_error_of_ours(
     else:
         said = result.text
 
-    assert said
+    assert said.encode()
 
 
 # --- files -------------------------------------------------------------------------------

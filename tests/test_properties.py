@@ -63,6 +63,7 @@ people = st.sampled_from(["me", "you", "system", "ME", ""])
 contents = words | st.lists(st.just({"type": "text", "text": "x"}), max_size=2)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(people, contents)), st.none() | words, words)
 def test_a_conversation_keeps_its_order_and_its_words(
     talk: list[tuple[str, Any]], prompt: str | None, role: str
@@ -112,7 +113,7 @@ def tree() -> Iterator[Path]:
         yield top
 
 
-@settings(max_examples=1_000)
+@settings(max_examples=1_000, deadline=None)
 @given(path=st.lists(steps, max_size=7).map("/".join), start=st.sampled_from("/ rb"))
 def test_no_path_of_a_prompt_leads_out_and_each_inside_is_open(
     tree: Path, path: str, start: str
@@ -164,7 +165,7 @@ bodies = (
 )
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(status=st.integers(0, 999), headers=headers, body=bodies)
 def test_any_answer_makes_an_error_of_ours(
     status: int, headers: dict[str, str], body: bytes
@@ -184,6 +185,7 @@ def test_any_answer_makes_an_error_of_ours(
         assert status < 400 or status in {408, 409, 425, 429} or status >= 500
 
 
+@settings(deadline=None)
 @given(headers)
 def test_any_limits_are_read_or_passed_over(found: dict[str, str]) -> None:
     """A header of limits that makes no sense is as good as none."""
@@ -240,7 +242,7 @@ def read(api: str, data: list[bytes]) -> tuple[list[StreamChunk], Any, bool]:
 thousandths = st.lists(st.integers(0, 1000), max_size=12)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(streams(), thousandths)
 def test_a_stream_means_the_same_however_it_is_cut(
     stream: tuple[str, bytes], cuts: list[int]
@@ -255,7 +257,7 @@ def test_a_stream_means_the_same_however_it_is_cut(
     assert read(api, single) == whole
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(streams(), st.integers(0, 999))
 def test_a_stream_that_breaks_off_is_a_beginning_of_the_whole(
     stream: tuple[str, bytes], cut: int
@@ -280,6 +282,7 @@ def test_a_stream_that_breaks_off_is_a_beginning_of_the_whole(
 # --- answers of any form -----------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.none() | words, st.none() | words, values | st.just('{"a": ' * 5_000))
 def test_any_arguments_make_a_tool_call(
     call_id: str | None, name: str | None, arguments: Any
@@ -291,7 +294,7 @@ def test_any_arguments_make_a_tool_call(
     assert isinstance(call.arguments_text, str)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from(

@@ -15,6 +15,8 @@ from dipeo_llm import (
     ChatResult,
     LLMInfraService,
     LLMTimeoutError,
+    Message,
+    PersonLLMConfig,
     RateLimitError,
     ServiceUnavailableError,
     Settings,
@@ -589,8 +591,12 @@ async def test_leaving_closes_the_connection(
     """However a stream is left before its end, its connection is closed at once."""
     server.default = endless([0])
 
-    await leave(hello(service, provider))
-    gc.collect()
+    held = [hello(service, provider)]
+
+    await leave(held[0])
+    if leave is leave_by_forgetting:
+        held.clear()
+        gc.collect()
 
     await server.wait_closed_by_client(timeout=2)
     assert len(server.requests) == 1
@@ -614,6 +620,57 @@ async def test_a_stream_that_was_never_opened_sends_nothing(
             pass
 
     assert server.requests == []
+
+
+@each_engine
+@each_provider
+async def test_a_stream_is_opened_once(
+    server: ProviderServer, service: LLMInfraService, provider: str
+) -> None:
+    """A stream cannot be entered again, neither inside its block nor after it."""
+    stream = hello(service, provider)
+
+    async with stream:
+        with pytest.raises(RuntimeError):
+            await stream.__aenter__()
+        result = await stream.result()
+    with pytest.raises(RuntimeError):
+        await stream.__aenter__()
+
+    assert result.text == "Hello from the loopback."
+    assert len(server.requests) == 1
+
+
+@each_engine
+@each_provider
+async def test_a_person_streams(
+    server: ProviderServer, service: LLMInfraService, provider: str
+) -> None:
+    """A person's stream asks what a person's call asks, and answers alike."""
+    heard = [
+        Message(from_person_id="critic", to_person_id="poet", content="Rhyme."),
+        Message(from_person_id="poet", to_person_id="critic", content="Why?"),
+        Message(from_person_id="critic", to_person_id="poet", content="Because."),
+    ]
+    config = PersonLLMConfig(
+        service=provider,
+        model=MODELS[provider],
+        api_key_id=provider,
+        system_prompt="You are a poet.",
+    )
+    whole = await service.complete_with_person(heard, "poet", config, max_tokens=9)
+
+    chunks, result = await read(
+        service.stream_with_person(heard, "poet", config, max_tokens=9)
+    )
+
+    one, other = (asked.json for asked in server.requests)
+    differ = {"stream", "stream_options"}
+    assert {k: v for k, v in one.items() if k not in differ} == {
+        k: v for k, v in other.items() if k not in differ
+    }
+    assert without_chance(result) == without_chance(whole)
+    assert "".join(chunk.text for chunk in chunks) == result.text
 
 
 @each_engine
