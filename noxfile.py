@@ -93,8 +93,20 @@ def newest(session: nox.Session) -> None:
 @nox.session
 def clean(session: nox.Session) -> None:
     """Make a call with tools where only the package's own dependencies are installed."""
-    session.install(".")
+    # Every file by its hash: what is run here is what was looked at when it was locked.
+    session.install("--require-hashes", "-r", "requirements-hashed.lock")
+    session.install("--no-deps", ".")
     session.run("python", "tests/clean_call.py", env={"PYTHONPATH": str(HERE)})
+    # LiteLLM 1.82.8 carried a file that ran at every start of Python.
+    session.run("python", "-c", START_UP_FILES)
+
+
+START_UP_FILES = """
+import pathlib, sysconfig
+found = {p.name for p in pathlib.Path(sysconfig.get_path("purelib")).glob("*.pth")}
+print("run at every start of Python:", *sorted(found) or ["nothing"])
+raise SystemExit(bool(found - {"_virtualenv.pth", "distutils-precedence.pth"}))
+"""
 
 
 @nox.session
@@ -156,13 +168,18 @@ def soak(session: nox.Session) -> None:
 
 @nox.session
 def lock(session: nox.Session) -> None:
-    """Write requirements.lock anew from what the registry has now."""
+    """Write the locks anew from what the registry has now."""
     session.install("uv")
     session.run(
         "uv", "pip", "compile", "pyproject.toml", "--universal", "--quiet",
-        "--no-emit-index-url", "--no-header", "--no-annotate", "--generate-hashes",
+        "--no-emit-index-url", "--no-header", "--no-annotate",
         *(f"--group={name}" for name in ("lint", "typing", "test", "demo")),
         "--output-file", "requirements.lock",
+    )  # fmt: skip
+    session.run(
+        "uv", "pip", "compile", "pyproject.toml", "--universal", "--quiet",
+        "--no-emit-index-url", "--no-header", "--no-annotate", "--generate-hashes",
+        "--output-file", "requirements-hashed.lock",
     )  # fmt: skip
 
 

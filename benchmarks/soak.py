@@ -22,7 +22,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from array import array
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -135,17 +136,22 @@ def litellm_call(origin: str) -> Callable[[int], Awaitable[Any]]:
 # --- samples -----------------------------------------------------------------------------
 
 
+def numbers() -> "array[float]":
+    """Return a list whose numbers are no objects, which a count of objects would see."""
+    return array("d")
+
+
 @dataclass(slots=True)
 class Series:
     """What a process held after so many rounds."""
 
     name: str
-    done: list[int] = field(default_factory=list)
-    rss: list[float] = field(default_factory=list)
-    blocks: list[float] = field(default_factory=list)
-    sockets: list[int] = field(default_factory=list)
-    tasks: list[int] = field(default_factory=list)
-    threads: list[int] = field(default_factory=list)
+    done: "array[float]" = field(default_factory=numbers)
+    rss: "array[float]" = field(default_factory=numbers)
+    blocks: "array[float]" = field(default_factory=numbers)
+    sockets: "array[float]" = field(default_factory=numbers)
+    tasks: "array[float]" = field(default_factory=numbers)
+    threads: "array[float]" = field(default_factory=numbers)
     seconds: float = 0.0
 
     def sample(self, done: int) -> None:
@@ -168,7 +174,7 @@ def open_sockets() -> int:
     return found
 
 
-def slope(x: list[int], y: list[float]) -> tuple[float, float]:
+def slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     """Return the slope of the line of least squares, and its standard error."""
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     spread = sum((a - mean_x) ** 2 for a in x)
@@ -303,10 +309,10 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def span(values: list[int]) -> str:
+def span(values: Sequence[float]) -> str:
     """Tell the least and the most."""
     low, high = min(values), max(values)
-    return str(low) if low == high else f"{low} to {high}"
+    return f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
 
 
 def report(
@@ -326,7 +332,7 @@ def report(
         held.append(
             [
                 one.name,
-                f"{one.done[-1]:,}",
+                f"{one.done[-1]:,.0f}",
                 f"{one.seconds:.0f}",
                 f"{one.rss[warm]:.1f} and {one.rss[-1]:.1f} MiB",
                 f"{steep * kib:+.2f} ± {error * kib:.2f} KiB for 1,000",
@@ -383,7 +389,7 @@ def draw(found: list[Series]) -> None:
             label=f"{steep * kib:+.2f} ± {error * kib:.2f} KiB for 1,000",
         )
         top.set_ylim(0, max(one.rss) * 1.2)
-        top.set_title(f"{one.done[-1]:,} {one.name}")
+        top.set_title(f"{one.done[-1]:,.0f} {one.name}")
         top.set_ylabel("resident memory, MiB")
         top.legend(loc="lower right")
         for name in ("sockets", "tasks", "threads"):

@@ -41,7 +41,9 @@ MODELS = {
 SECRET = "sk-canary-4xQ9vT7bN2"
 
 # A byte of UTF-8 may be cut off its neighbours, and a separator may look like an end.
-words = st.text(max_size=40) | st.sampled_from(["", " ", "é", "a\r\nb\u2028c", "👩‍🚀"])
+words = st.text(max_size=40) | st.sampled_from(
+    ["", " ", "é", "a\r\nb\u2028c", "👩‍🚀", "a b c d e f "]
+)
 numbers = st.integers() | st.floats() | st.sampled_from([10**400, -1, 1e308])
 values = st.recursive(
     st.none() | st.booleans() | numbers | words,
@@ -88,8 +90,25 @@ def test_a_conversation_keeps_its_order_and_its_words(
 
 # --- paths of prompts --------------------------------------------------------------------
 
-NAMES = ["base", "in", "deep", "out", "prompt", "secret", "link", "up", "loop", "there"]
-steps = st.sampled_from([*NAMES, "..", ".", "", "~", "\0", "base-2", "%2e%2e", "..."])
+moves = st.sampled_from(
+    [
+        "..",
+        "../base-2",
+        "base-2",
+        "base",
+        "in",
+        "deep",
+        "out",
+        "link",
+        "up",
+        "there",
+        ".",
+    ]
+)
+names = st.sampled_from(["prompt", "secret", "link"]) | st.sampled_from(
+    ["loop", "~", "\0", "", "..", "%2e%2e", "...", "missing"]
+)
+paths = st.builds(lambda way, name: "/".join([*way, name]), st.lists(moves), names)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +133,7 @@ def tree() -> Iterator[Path]:
 
 
 @settings(max_examples=1_000, deadline=None)
-@given(path=st.lists(steps, max_size=7).map("/".join), start=st.sampled_from("/ rb"))
+@given(path=paths, start=st.sampled_from(" rb/"))
 def test_no_path_of_a_prompt_leads_out_and_each_inside_is_open(
     tree: Path, path: str, start: str
 ) -> None:
