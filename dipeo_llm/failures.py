@@ -186,7 +186,7 @@ def answer_in(
         the provider's is returned with the key "error".
     """
     try:
-        data = json.loads(body)
+        data = loads(body)
     except (ValueError, RecursionError):
         what = (
             "empty" if not body.strip() else f"not JSON ({content_type or 'untyped'})"

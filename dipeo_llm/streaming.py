@@ -52,6 +52,7 @@ class ChatStream:
         self._idle_timeout = idle_timeout
         self._deadline = deadline
         self._ends = math.inf
+        self._opened = False
         self._items: Items | None = None
         self._next: StreamChunk | ChatResult | None = None
         self._text: list[str] = []
@@ -64,7 +65,11 @@ class ChatStream:
 
         Raises:
             DiPeOLLMError: As `LLMInfraService.complete`.
+            RuntimeError: It was opened before; ask the service for another.
         """
+        if self._opened:
+            raise RuntimeError("a stream is opened once: ask the service for another")
+        self._opened = True
         if self._deadline is not None:
             self._ends = time.monotonic() + self._deadline
         self._items, self._next, self._attempts = await self._start()
