@@ -515,7 +515,7 @@ def endless(count: list[int]) -> Answer:
             count[0] += len(events[at])
             yield events[at] + mark
 
-    return Answer("x" * 2_000, pieces=1, split=split)
+    return Answer("x" * 4_000, pieces=2, split=split)
 
 
 async def leave_by_break(stream: ChatStream) -> None:
@@ -809,7 +809,7 @@ async def peak(
             yield batch
         yield mark.join(events[at + 1 :])
 
-    server.reply(Answer("xyz ", pieces=1, split=split))
+    server.reply(Answer("xyz xyz ", pieces=2, split=split))
     seen = 0
     gc.collect()
     tracemalloc.start()
@@ -820,7 +820,7 @@ async def peak(
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-        assert seen == n
+        assert seen == n + 1
 
 
 @pytest.mark.parametrize("engine", ["direct"])
