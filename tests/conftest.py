@@ -1,9 +1,13 @@
 """What most tests need: a clean environment, a loopback server, keys and a service."""
 
 import os
+import ssl
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+import trustme
 
 from dipeo_llm.keys import StaticAPIKeys
 from dipeo_llm.service import LLMInfraService
@@ -40,6 +44,41 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 async def server() -> AsyncIterator[ProviderServer]:
     """Run a loopback server that speaks the wire format of all four providers."""
     async with ProviderServer() as running:
+        yield running
+
+
+@dataclass(frozen=True)
+class Authority:
+    """A certificate authority that nobody trusts who is not told to."""
+
+    file: Path
+    """Its own certificate, for a client to trust."""
+    server: ssl.SSLContext
+    """What a server has that it signed for: 127.0.0.1 and some names."""
+
+
+def found_authority(folder: Path) -> Authority:
+    """Found an authority and have it sign for a server."""
+    authority = trustme.CA()
+    file = folder / "authority.pem"
+    authority.cert_pem.write_to_path(file)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(
+        "127.0.0.1", "api.example.test", "pictures.example", "other.example"
+    ).configure_cert(context)
+    return Authority(file, context)
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Found one for all tests."""
+    return found_authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture
+async def secure(authority: Authority) -> AsyncIterator[ProviderServer]:
+    """Run the loopback server with https and the authority's certificate."""
+    async with ProviderServer(ssl=authority.server) as running:
         yield running
 
 

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import pickle
-import shutil
 import socket
 import ssl
 import subprocess
@@ -30,7 +29,7 @@ from dipeo_llm import (
 )
 from dipeo_llm.settings import Engine
 from dipeo_llm.wire import is_loopback, proxy_for
-from tests.conftest import PROVIDERS
+from tests.conftest import PROVIDERS, Authority
 from tests.provider_server import Answer, Fault, ProviderServer, Raw, Received, error
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -466,40 +465,6 @@ async def test_a_proxy_of_the_settings_wins(
 
 # --- TLS ------------------------------------------------------------------------------------
 
-needs_openssl = pytest.mark.skipif(
-    shutil.which("openssl") is None, reason="no openssl here to make a certificate with"
-)
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a certificate of our own for 127.0.0.1 and api.example.test, with its key."""
-    path = tmp_path_factory.mktemp("tls") / "both.pem"
-    names = "subjectAltName=IP:127.0.0.1,DNS:api.example.test"
-    made = (
-        f"req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=loopback -addext {names}"
-    )
-    out = ["-keyout", f"{path}.key", "-out", f"{path}.crt"]
-    subprocess.run(["openssl", *made.split(), *out], check=True, capture_output=True)
-    path.write_text(Path(f"{path}.key").read_text() + Path(f"{path}.crt").read_text())
-    return path
-
-
-@pytest.fixture
-def authority(certificate: Path) -> Path:
-    """Return the part of the certificate that a client may know."""
-    return Path(f"{certificate}.crt")
-
-
-@pytest.fixture
-async def secure(certificate: Path) -> AsyncIterator[ProviderServer]:
-    """Run a https server with that certificate."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-    async with ProviderServer(ssl=context) as running:
-        yield running
-
-
 async def call_secure(
     secure: ProviderServer, provider: str = "openai", **settings: Any
 ) -> None:
@@ -511,7 +476,6 @@ async def call_secure(
         await service.complete(HELLO, MODELS[provider], provider)
 
 
-@needs_openssl
 @each_engine
 @each_provider
 async def test_a_certificate_that_nobody_signed(
@@ -526,31 +490,28 @@ async def test_a_certificate_that_nobody_signed(
     assert secure.requests == []
 
 
-@needs_openssl
 @each_engine
 @each_provider
 async def test_a_bundle_that_is_trusted(
-    secure: ProviderServer, authority: Path, engine: Engine, provider: str
+    secure: ProviderServer, authority: Authority, engine: Engine, provider: str
 ) -> None:
     """`ca_bundle` makes a private authority trusted."""
-    await call_secure(secure, provider, engine=engine, ca_bundle=authority)
+    await call_secure(secure, provider, engine=engine, ca_bundle=authority.file)
 
     assert len(secure.requests) == 1
 
 
-@needs_openssl
 async def test_ssl_cert_file(
-    secure: ProviderServer, authority: Path, monkeypatch: pytest.MonkeyPatch
+    secure: ProviderServer, authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So does SSL_CERT_FILE, the one word of the environment on trust."""
-    monkeypatch.setenv("SSL_CERT_FILE", str(authority))
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.file))
 
     await call_secure(secure)
 
     assert len(secure.requests) == 1
 
 
-@needs_openssl
 @each_engine
 @pytest.mark.parametrize(
     "variable",
@@ -564,14 +525,14 @@ async def test_ssl_cert_file(
 )
 async def test_no_other_variable_says_whom_to_trust(
     secure: ProviderServer,
-    authority: Path,
+    authority: Authority,
     monkeypatch: pytest.MonkeyPatch,
     engine: Engine,
     variable: tuple[str, str],
 ) -> None:
     """No variable of LiteLLM's or of another library's ends the check."""
     name, value = variable
-    monkeypatch.setenv(name, value.format(authority=authority))
+    monkeypatch.setenv(name, value.format(authority=authority.file))
 
     with pytest.raises(ServiceUnavailableError, match="SSL_CERT_FILE"):
         await call_secure(secure, engine=engine)
@@ -579,15 +540,14 @@ async def test_no_other_variable_says_whom_to_trust(
     assert secure.requests == []
 
 
-@needs_openssl
 async def test_a_certificate_for_another_host(
-    secure: ProviderServer, authority: Path
+    secure: ProviderServer, authority: Authority
 ) -> None:
     """An authority that is trusted still speaks for no other name."""
     secure.host = "localhost"
 
     with pytest.raises(ServiceUnavailableError, match="localhost"):
-        await call_secure(secure, ca_bundle=authority)
+        await call_secure(secure, ca_bundle=authority.file)
 
     assert secure.requests == []
 
@@ -636,9 +596,8 @@ class Tunnel:
             writer.close()
 
 
-@needs_openssl
 async def test_a_proxy_sees_no_key_of_a_https_call(
-    secure: ProviderServer, authority: Path, monkeypatch: pytest.MonkeyPatch
+    secure: ProviderServer, authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is asked for a tunnel by name; the key travels inside."""
     tunnel = Tunnel([])
@@ -648,7 +607,7 @@ async def test_a_proxy_sees_no_key_of_a_https_call(
     monkeypatch.setattr(secure, "host", "api.example.test")
 
     async with listener:
-        await call_secure(secure, ca_bundle=authority)
+        await call_secure(secure, ca_bundle=authority.file)
 
     assert len(secure.requests) == 1
     assert secure.requests[0].headers["authorization"] == "Bearer sk-test"

@@ -20,7 +20,7 @@ from dipeo_llm.domain import ChatRequest
 from dipeo_llm.errors import InvalidRequestError
 from dipeo_llm.providers import by_name
 from dipeo_llm.settings import Settings
-from tests.conftest import PROVIDERS
+from tests.conftest import PROVIDERS, Authority
 from tests.provider_server import PDF, PNG, ProviderServer
 
 # LiteLLM builds its models at their first use, with a warning from pydantic.
@@ -759,27 +759,6 @@ async def test_unknown_name(names: Names) -> None:
 
 # --- fetching ------------------------------------------------------------------------
 
-# Signed for pictures.example and other.example by itself, until 2120.
-CERTIFICATE = """
-MIIBgDCCASWgAwIBAgIBATAKBggqhkjOPQQDAjAQMQ4wDAYDVQQDDAV0ZXN0czAgFw0yMDAxMDEwMDAw
-MDBaGA8yMTIwMDEwMTAwMDAwMFowEDEOMAwGA1UEAwwFdGVzdHMwWTATBgcqhkjOPQIBBggqhkjOPQMB
-BwNCAATylfgYFo6goScnbCP1dmELuTRZjTqXvPxEmCQO09+aJdQYIjbTSkGiaK++0R4DFxWufc983RnT
-UzGn5tLWkr3Vo24wbDAPBgNVHRMBAf8EBTADAQH/MA4GA1UdDwEB/wQEAwIChDAdBgNVHQ4EFgQUeUPQ
-9emIqxeJsldFIpkKQNhxywAwKgYDVR0RBCMwIYIQcGljdHVyZXMuZXhhbXBsZYINb3RoZXIuZXhhbXBs
-ZTAKBggqhkjOPQQDAgNJADBGAiEAv1NMtst+fDFRA8BoWG2dVbJzHWzLUr8SOYMG8gXCIlICIQCT3yQX
-McaQ3Kk2lnL/gaZCwqqKC3VelEYhyQYThNa+XA=="""
-# Of no use but here.
-CERTIFICATE_KEY = """
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgMZszY/2CCYuiou3esXDtz8PG/tgAH3Bv
-LO3l8BQOyTChRANCAATylfgYFo6goScnbCP1dmELuTRZjTqXvPxEmCQO09+aJdQYIjbTSkGiaK++0R4D
-FxWufc983RnTUzGn5tLWkr3V"""
-
-
-def pem(kind: str, text: str) -> str:
-    """Write base64 as a PEM file."""
-    return f"-----BEGIN {kind}-----{text}\n-----END {kind}-----\n"
-
-
 def answer(
     body: bytes = PNG, kind: str = "image/png", status: int = 200, **headers: str
 ) -> bytes:
@@ -1068,32 +1047,20 @@ def public_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def authority(tmp_path: Path) -> Path:
-    """Write the certificate that signs the site's."""
-    path = tmp_path / "authority.pem"
-    path.write_text(pem("CERTIFICATE", CERTIFICATE))
-    return path
-
-
-@pytest.fixture
-async def site(tmp_path: Path, authority: Path, names: Names) -> AsyncIterator[Site]:
+async def site(authority: Authority, names: Names) -> AsyncIterator[Site]:
     """Run a https site that is pictures.example and other.example."""
-    key = tmp_path / "key.pem"
-    key.write_text(pem("PRIVATE KEY", CERTIFICATE_KEY))
-    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    tls.load_cert_chain(authority, key)
     names.addresses["pictures.example"] = ["127.0.0.1"]
     names.addresses["other.example"] = ["127.0.0.1"]
-    async with Site({"/a.png": answer()}, tls) as running:
+    async with Site({"/a.png": answer()}, authority.server) as running:
         yield running
 
 
 @pytest.mark.usefixtures("public_loopback")
-async def test_picture_over_https(site: Site, authority: Path, names: Names) -> None:
+async def test_picture_over_https(site: Site, authority: Authority, names: Names) -> None:
     """A https URL is fetched; its name is looked up once, so nothing can change it."""
     url = f"https://pictures.example:{site.port}/a.png"
 
-    got = await prepared(image(url), "google", settings=Settings(ca_bundle=authority))
+    got = await prepared(image(url), "google", settings=Settings(ca_bundle=authority.file))
 
     assert got == image(PNG_URL)
     assert names.looked_up == ["pictures.example"]
@@ -1123,7 +1090,7 @@ HOPS = [
 @pytest.mark.usefixtures("public_loopback")
 @pytest.mark.parametrize(("location", "reason"), HOPS)
 async def test_redirect_off_the_public_internet(
-    site: Site, authority: Path, names: Names, location: str, reason: str
+    site: Site, authority: Authority, names: Names, location: str, reason: str
 ) -> None:
     """Every hop is checked as the first one is."""
     names.addresses["private.example"] = ["10.0.0.1"]
@@ -1131,7 +1098,7 @@ async def test_redirect_off_the_public_internet(
     url = f"https://pictures.example:{site.port}/hop"
 
     message = await refused(
-        image(url), "google", settings=Settings(ca_bundle=authority)
+        image(url), "google", settings=Settings(ca_bundle=authority.file)
     )
 
     assert reason in message
@@ -1139,12 +1106,12 @@ async def test_redirect_off_the_public_internet(
 
 
 @pytest.mark.usefixtures("public_loopback")
-async def test_redirect_to_another_public_site(site: Site, authority: Path) -> None:
+async def test_redirect_to_another_public_site(site: Site, authority: Authority) -> None:
     """A redirect to another https site is followed."""
     site.pages["/hop"] = redirect(f"https://other.example:{site.port}/a.png")
     url = f"https://pictures.example:{site.port}/hop"
 
-    got = await prepared(image(url), "google", settings=Settings(ca_bundle=authority))
+    got = await prepared(image(url), "google", settings=Settings(ca_bundle=authority.file))
 
     assert got == image(PNG_URL)
 
