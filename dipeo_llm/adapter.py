@@ -109,7 +109,9 @@ class BaseLLMAdapter(ABC):
         """Make one attempt at a stream.
 
         Yields:
-            Chunks as they come, and as the last item the whole result.
+            Chunks as they come, and as the last item the whole result. The first is
+            waited for as long as `request.timeout`, each later one as long as
+            `request.idle_timeout`.
 
         Raises:
             APIKeyError, LLMServiceError: Also in mid-stream; the caller knows how far
@@ -228,7 +230,8 @@ class LiteLLMAdapter(BaseLLMAdapter):
                     else:
                         body = await self._through_litellm(call, client)
             except TimeoutError as exc:
-                raise self._timed_out(call, limit, exc) from exc
+                what = f"did not answer within {request.timeout:g} s"
+                raise self._timed_out(call, limit, exc, what) from exc
         self._log_left_out(call)
         return self._result(call, body)
 
@@ -238,17 +241,21 @@ class LiteLLMAdapter(BaseLLMAdapter):
         reader = answers.STREAMS[call.format or "openai"]()
         pieces = self._direct_pieces if self._direct(call) else self._litellm_pieces
         limit = asyncio.timeout(request.timeout)
+        idle = request.idle_timeout or request.timeout
+        late = f"did not answer within {request.timeout:g} s"
+        silent = f"sent nothing for {idle:g} s"
         async with await self.client() as client, client.turn() as call.queued:
             chunks = pieces(call, client, reader)
             try:
-                async with limit:
-                    first = await anext(chunks, None)
-                if first is not None:
-                    yield first
-                async for chunk in chunks:
+                while True:
+                    async with limit:
+                        chunk = await anext(chunks, None)
+                    if chunk is None:
+                        break
                     yield chunk
+                    limit, late = asyncio.timeout(idle), silent
             except TimeoutError as exc:
-                raise self._timed_out(call, limit, exc) from exc
+                raise self._timed_out(call, limit, exc, late) from exc
             finally:
                 await chunks.aclose()
         try:
@@ -260,13 +267,15 @@ class LiteLLMAdapter(BaseLLMAdapter):
         yield self._result(call, body)
 
     def _timed_out(
-        self, call: "_Call", limit: asyncio.Timeout, exc: TimeoutError
+        self, call: "_Call", limit: asyncio.Timeout, exc: TimeoutError, what: str
     ) -> Exception:
-        """Tell the attempt's own limit from a silence on the wire."""
+        """Tell the attempt's own limits from a silence that the wire has noticed."""
         if not limit.expired():
             return self._failure(call, exc)
         return LLMTimeoutError(
-            f"{self.provider.name} did not answer within {call.request.timeout:g} s",
+            f"{self.provider.name} {what}",
+            status_code=call.exchange.status,
+            request_id=failures.request_id(call.exchange.headers),
             **self._fields(),
         )
 

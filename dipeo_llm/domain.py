@@ -351,7 +351,7 @@ class ChatRequest:
     extra_body: Mapping[str, Any] = field(default_factory=dict)
     """Sent as it is, for what this package does not know."""
     timeout: float = 300.0
-    """Seconds for this attempt."""
+    """Seconds for this attempt; of a stream, for its first chunk."""
     idle_timeout: float | None = None
     """Seconds to wait for a stream's next chunk; None takes `timeout`."""
     deadline: float | None = None
@@ -363,6 +363,7 @@ def request_from_options(
     options: Mapping[str, Any],
     *,
     default_timeout: float,
+    default_idle_timeout: float | None = None,
 ) -> ChatRequest:
     """Make a request of messages and the keywords of a call.
 
@@ -370,6 +371,7 @@ def request_from_options(
         messages: OpenAI-shaped, oldest first.
         options: Any of OPTIONS. A keyword that is None counts as not given.
         default_timeout: Seconds for an attempt where no `timeout` is given.
+        default_idle_timeout: Seconds for a stream's next chunk, likewise.
 
     Raises:
         TypeError: A keyword is none of OPTIONS; the message names it.
@@ -394,7 +396,7 @@ def request_from_options(
         response_format=given.get("response_format"),
         extra_body=given.get("extra_body") or {},
         timeout=_seconds(given, "timeout") or default_timeout,
-        idle_timeout=_seconds(given, "idle_timeout"),
+        idle_timeout=_seconds(given, "idle_timeout") or default_idle_timeout,
         deadline=_seconds(given, "deadline"),
     )
 

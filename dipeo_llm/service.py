@@ -42,7 +42,7 @@ from dipeo_llm.ports import APIKeyPort, LLMDomainService
 from dipeo_llm.providers import Provider
 from dipeo_llm.retry import RetryDecision, past_deadline
 from dipeo_llm.settings import Settings
-from dipeo_llm.streaming import ChatStream, Items, Start
+from dipeo_llm.streaming import ChatStream, Items, Opened, Start
 from dipeo_llm.structured import form_of, parse
 from dipeo_llm.system_prompt_handler import SystemPromptHandler
 from dipeo_llm.usage import token_usage
@@ -221,7 +221,7 @@ class LLMInfraService:
         service = _service(service, options)
         request = self._request(messages, options)
 
-        async def start() -> tuple[Items, StreamChunk | ChatResult, int]:
+        async def start() -> Opened:
             adapter = await self._adapter(model, service, api_key_id)
             return await self._open(adapter, request)
 
@@ -242,7 +242,7 @@ class LLMInfraService:
         # Its messages are composed when it is entered, as that may read a file.
         request = self._request([{"role": "user", "content": "-"}], options)
 
-        async def start() -> tuple[Items, StreamChunk | ChatResult, int]:
+        async def start() -> Opened:
             messages = await self._compose(
                 person_messages, person_id, llm_config, service
             )
@@ -392,7 +392,10 @@ class LLMInfraService:
         if self._closed:
             raise RuntimeError("the service is closed; initialize() opens it again")
         request = request_from_options(
-            tuple(messages or ()), options, default_timeout=self.settings.timeout
+            tuple(messages or ()),
+            options,
+            default_timeout=self.settings.timeout,
+            default_idle_timeout=self.settings.idle_timeout,
         )
         check_messages(request.messages)
         return replace(request, response_format=form_of(request.response_format))
@@ -441,17 +444,15 @@ class LLMInfraService:
         return prepared
 
     def _stream(self, start: Start, request: ChatRequest) -> ChatStream:
-        idle = request.idle_timeout or self.settings.idle_timeout
         return ChatStream(
             start,
             lambda result: _finished(request, result),
-            idle_timeout=idle or request.timeout,
             deadline=request.deadline,
         )
 
     async def _open(
         self, adapter: BaseLLMAdapter, request: ChatRequest
-    ) -> tuple[Items, StreamChunk | ChatResult, int]:
+    ) -> Opened:
         """Open a stream and read its first chunk, trying again if need be."""
         prepared = self._prepared(request, adapter)
 
@@ -466,7 +467,9 @@ class LLMInfraService:
         (items, first), attempts = await self._retried(
             adapter, attempt, request.deadline
         )
-        return items, first, attempts
+        return Opened(
+            items, first, attempts, adapter.provider.name, adapter.model_name
+        )
 
     async def _key_adapter(
         self, api_key_id: str, provider: str | None

@@ -5,10 +5,8 @@ that ends with the first chunk.
 """
 
 import asyncio
-import math
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Self
+from typing import NamedTuple, Self
 
 from dipeo_llm.domain import ChatResult, StreamChunk
 from dipeo_llm.errors import (
@@ -21,8 +19,21 @@ from dipeo_llm.errors import (
 Items = AsyncGenerator[StreamChunk | ChatResult, None]
 """What an adapter's `stream` gives: chunks, and as the last item the result."""
 
-Start = Callable[[], Awaitable[tuple[Items, StreamChunk | ChatResult, int]]]
-"""Opens a stream: its items, the first of them, and how many attempts that took."""
+
+class Opened(NamedTuple):
+    """A stream that has begun."""
+
+    items: Items
+    first: StreamChunk | ChatResult
+    """The first of its items, already taken from them."""
+    attempts: int
+    """How many it took to come that far."""
+    service: str
+    model: str
+
+
+Start = Callable[[], Awaitable[Opened]]
+"""Opens a stream, trying again if need be."""
 
 
 class ChatStream:
@@ -35,7 +46,6 @@ class ChatStream:
     Args:
         start: Opens the stream, with retries.
         finish: Completes the result, such as by parsing it.
-        idle_timeout: Longest wait in seconds for the next chunk.
         deadline: Seconds for the whole stream, from opening it.
     """
 
@@ -44,19 +54,19 @@ class ChatStream:
         start: Start,
         finish: Callable[[ChatResult], ChatResult],
         *,
-        idle_timeout: float,
         deadline: float | None = None,
     ) -> None:
         self._start = start
         self._finish = finish
-        self._idle_timeout = idle_timeout
         self._deadline = deadline
-        self._ends = math.inf
+        self._ends: float | None = None
         self._opened = False
         self._items: Items | None = None
         self._next: StreamChunk | ChatResult | None = None
         self._text: list[str] = []
         self._attempts = 0
+        self._service = ""
+        self._model = ""
         self._result: ChatResult | None = None
         self._error: Exception | None = None
 
@@ -71,8 +81,9 @@ class ChatStream:
             raise RuntimeError("a stream is opened once: ask the service for another")
         self._opened = True
         if self._deadline is not None:
-            self._ends = time.monotonic() + self._deadline
-        self._items, self._next, self._attempts = await self._start()
+            self._ends = asyncio.get_running_loop().time() + self._deadline
+        opened = await self._start()
+        self._items, self._next, self._attempts, self._service, self._model = opened
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -135,19 +146,16 @@ class ChatStream:
             raise RuntimeError(
                 "the stream is not open: read it inside `async with`, before its end"
             )
-        wait = min(self._idle_timeout, self._ends - time.monotonic())
+        limit = asyncio.timeout_at(self._ends)
         try:
-            async with asyncio.timeout(wait):
+            async with limit:
                 return await anext(self._items)
         except TimeoutError as exc:
-            late = self._ends <= time.monotonic()
-            what = (
-                f"the deadline of {self._deadline:g} s has passed"
-                if late
-                else f"nothing came for {self._idle_timeout:g} s"
-            )
-            cause: LLMServiceError | APIKeyError = LLMTimeoutError(what)
-            raise await self._interrupted(cause) from exc
+            if not limit.expired():
+                raise
+            what = f"the deadline of {self._deadline:g} s has passed"
+            late = LLMTimeoutError(what, service=self._service, model=self._model)
+            raise await self._interrupted(late) from exc
         except (LLMServiceError, APIKeyError) as exc:
             raise await self._interrupted(exc) from exc
 

@@ -11,7 +11,8 @@ import inspect
 import json
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeAlias
 
@@ -196,33 +197,24 @@ class MockLLMAdapter(BaseLLMAdapter):
 
     async def complete(self, request: ChatRequest) -> ChatResult:
         """Take the next reply and answer with it."""
-        limit = asyncio.timeout(request.timeout)
-        try:
-            async with limit:
-                reply = await self._next(request, streamed=False)
-                await asyncio.sleep(reply.delay)
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise LLMTimeoutError(
-                f"{self.provider.name} did not answer within {request.timeout:g} s",
-                service=self.provider.name,
-                model=self.model_name,
-            ) from None
+        async with self._within(request.timeout):
+            reply = await self._next(request, streamed=False)
+            await asyncio.sleep(reply.delay)
         if reply.error is not None:
             raise self._named(reply.error)
         return self._result(reply, request)
 
     async def stream(self, request: ChatRequest) -> Items:
         """Take the next reply and yield it bit by bit, and the whole of it last."""
-        reply = await self._next(request, streamed=True)
+        async with self._within(request.timeout):
+            reply = await self._next(request, streamed=True)
+            await asyncio.sleep(reply.delay)
         result = self._result(reply, request)
-        wait = reply.delay
+        idle = request.idle_timeout or request.timeout
         for chunk in _chunks(reply, result):
-            await asyncio.sleep(wait)
             yield chunk
-            wait = reply.piece_delay
-        await asyncio.sleep(wait)
+            async with self._within(idle, "sent nothing for"):
+                await asyncio.sleep(reply.piece_delay)
         if reply.error is not None:
             raise self._named(reply.error)
         yield result
@@ -233,6 +225,24 @@ class MockLLMAdapter(BaseLLMAdapter):
             "MockLLMAdapter only answers complete and stream: it has no connection to"
             " ask for models, for a key's validity or for a count of tokens"
         )
+
+    @asynccontextmanager
+    async def _within(
+        self, seconds: float, late: str = "did not answer within"
+    ) -> AsyncIterator[None]:
+        """Wait for what is scripted no longer than a real adapter would."""
+        limit = asyncio.timeout(seconds)
+        try:
+            async with limit:
+                yield
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise LLMTimeoutError(
+                f"{self.provider.name} {late} {seconds:g} s",
+                service=self.provider.name,
+                model=self.model_name,
+            ) from None
 
     async def _next(self, request: ChatRequest, *, streamed: bool) -> Reply:
         asked = MockRequest(self.provider.name, self.model_name, request, streamed)

@@ -304,7 +304,7 @@ async def test_a_silent_stream_meets_the_idle_timeout() -> None:
         on(mock, max_retries=0) as service,
         service.stream(HELLO, MODEL, "openai", idle_timeout=0.05) as stream,
     ):
-        with pytest.raises(StreamInterruptedError, match="nothing came"):
+        with pytest.raises(StreamInterruptedError, match="sent nothing for"):
             await stream.result()
 
 
