@@ -450,9 +450,7 @@ class LLMInfraService:
             deadline=request.deadline,
         )
 
-    async def _open(
-        self, adapter: BaseLLMAdapter, request: ChatRequest
-    ) -> Opened:
+    async def _open(self, adapter: BaseLLMAdapter, request: ChatRequest) -> Opened:
         """Open a stream and read its first chunk, trying again if need be."""
         prepared = self._prepared(request, adapter)
 
@@ -467,9 +465,7 @@ class LLMInfraService:
         (items, first), attempts = await self._retried(
             adapter, attempt, request.deadline
         )
-        return Opened(
-            items, first, attempts, adapter.provider.name, adapter.model_name
-        )
+        return Opened(items, first, attempts, adapter.provider.name, adapter.model_name)
 
     async def _key_adapter(
         self, api_key_id: str, provider: str | None

@@ -465,6 +465,7 @@ async def test_a_proxy_of_the_settings_wins(
 
 # --- TLS ------------------------------------------------------------------------------------
 
+
 async def call_secure(
     secure: ProviderServer, provider: str = "openai", **settings: Any
 ) -> None:

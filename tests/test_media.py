@@ -759,6 +759,7 @@ async def test_unknown_name(names: Names) -> None:
 
 # --- fetching ------------------------------------------------------------------------
 
+
 def answer(
     body: bytes = PNG, kind: str = "image/png", status: int = 200, **headers: str
 ) -> bytes:
@@ -1056,11 +1057,15 @@ async def site(authority: Authority, names: Names) -> AsyncIterator[Site]:
 
 
 @pytest.mark.usefixtures("public_loopback")
-async def test_picture_over_https(site: Site, authority: Authority, names: Names) -> None:
+async def test_picture_over_https(
+    site: Site, authority: Authority, names: Names
+) -> None:
     """A https URL is fetched; its name is looked up once, so nothing can change it."""
     url = f"https://pictures.example:{site.port}/a.png"
 
-    got = await prepared(image(url), "google", settings=Settings(ca_bundle=authority.file))
+    got = await prepared(
+        image(url), "google", settings=Settings(ca_bundle=authority.file)
+    )
 
     assert got == image(PNG_URL)
     assert names.looked_up == ["pictures.example"]
@@ -1106,12 +1111,16 @@ async def test_redirect_off_the_public_internet(
 
 
 @pytest.mark.usefixtures("public_loopback")
-async def test_redirect_to_another_public_site(site: Site, authority: Authority) -> None:
+async def test_redirect_to_another_public_site(
+    site: Site, authority: Authority
+) -> None:
     """A redirect to another https site is followed."""
     site.pages["/hop"] = redirect(f"https://other.example:{site.port}/a.png")
     url = f"https://pictures.example:{site.port}/hop"
 
-    got = await prepared(image(url), "google", settings=Settings(ca_bundle=authority.file))
+    got = await prepared(
+        image(url), "google", settings=Settings(ca_bundle=authority.file)
+    )
 
     assert got == image(PNG_URL)
 
