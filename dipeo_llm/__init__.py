@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dipeo_llm.adapter import BaseLLMAdapter, create_adapter
     from dipeo_llm.domain import (
         Capabilities,
+        ChatRequest,
         ChatResult,
         ImageGenerationResult,
         LLMRequestOptions,
@@ -60,6 +61,7 @@ __all__ = [
     "APIKeyPort",
     "BaseLLMAdapter",
     "Capabilities",
+    "ChatRequest",
     "ChatResult",
     "ChatStream",
     "ContentFilterError",

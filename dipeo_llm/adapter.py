@@ -7,11 +7,12 @@ persons, prompts or retries.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
@@ -31,6 +32,7 @@ from dipeo_llm.domain import (
     ToolType,
 )
 from dipeo_llm.errors import (
+    APIKeyError,
     APIKeyNotFoundError,
     ContentFilterError,
     InvalidRequestError,
@@ -40,6 +42,7 @@ from dipeo_llm.errors import (
 )
 from dipeo_llm.failures import CallError
 from dipeo_llm.litellm_gate import load_litellm
+from dipeo_llm.message_formatter import checked
 from dipeo_llm.pool import Lease, Pool
 from dipeo_llm.providers import Provider, by_name
 from dipeo_llm.settings import Settings, http_url
@@ -51,11 +54,15 @@ from dipeo_llm.wire import PLACEHOLDER, Client, Endpoint, Exchange
 _log = logging.getLogger("dipeo_llm")
 
 
+# Seconds.
+_AFTER_THE_END = 0.5
+
+
 class BaseLLMAdapter(ABC):
     """Talks to one model of one provider with one key.
 
     Args:
-        provider: The provider's row.
+        provider: The provider: its row, or its name as a string or a `LLMService`.
         model_name: The model, without a prefix.
         api_key: The key; wrapped at once. Empty where the provider needs none.
         base_url: Where the provider lives; None asks the settings, then the provider.
@@ -66,7 +73,7 @@ class BaseLLMAdapter(ABC):
 
     def __init__(
         self,
-        provider: Provider,
+        provider: Provider | str,
         model_name: str,
         api_key: str | SecretStr | None,
         base_url: str | None = None,
@@ -74,6 +81,7 @@ class BaseLLMAdapter(ABC):
         settings: Settings | None = None,
         pool: "Pool[Client] | None" = None,
     ) -> None:
+        provider = provider if isinstance(provider, Provider) else by_name(provider)
         self.provider = provider
         self.model_name = model_name
         self.settings = settings or Settings()
@@ -85,18 +93,21 @@ class BaseLLMAdapter(ABC):
         self.endpoint = Endpoint(
             provider, _base_url(provider, base_url, self.settings), secret
         )
-        self._pool = pool if pool is not None else _own_pool(self.settings)
+        self._pool = pool if pool is not None else new_pool(self.settings)
         self._owns_pool = pool is None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.provider.name!r}, {self.model_name!r})"
 
     @abstractmethod
-    async def complete(self, request: ChatRequest) -> ChatResult:
+    async def complete(
+        self, request: ChatRequest | Sequence[Mapping[str, Any]]
+    ) -> ChatResult:
         """Make one attempt at a request.
 
         Args:
-            request: Checked, with nothing left to look up.
+            request: Checked, with nothing left to look up; or OpenAI-shaped messages,
+                without any option.
 
         Raises:
             APIKeyError, LLMServiceError: As `errors` describes them.
@@ -105,8 +116,11 @@ class BaseLLMAdapter(ABC):
         """
 
     @abstractmethod
-    def stream(self, request: ChatRequest) -> Items:
+    def stream(self, request: ChatRequest | Sequence[Mapping[str, Any]]) -> Items:
         """Make one attempt at a stream.
+
+        Args:
+            request: As for `complete`.
 
         Yields:
             Chunks as they come, and as the last item the whole result. The first is
@@ -120,6 +134,16 @@ class BaseLLMAdapter(ABC):
         Closing the generator, or cancelling its reader, closes the connection.
         """
 
+    def request(self, asked: ChatRequest | Sequence[Mapping[str, Any]]) -> ChatRequest:
+        """Return a request as it is, and messages as one without options.
+
+        Raises:
+            InvalidRequestError: They are no messages that could be answered.
+        """
+        if isinstance(asked, ChatRequest):
+            return asked
+        return ChatRequest(checked(asked), timeout=self.settings.timeout)
+
     async def client(self) -> Lease[Client]:
         """Lease the open client of this endpoint, opening it if need be."""
         try:
@@ -127,6 +151,72 @@ class BaseLLMAdapter(ABC):
         except LLMServiceError as exc:
             exc.service, exc.model = self.provider.name, self.model_name
             raise
+
+    async def ask(
+        self,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Mapping[str, Any]:
+        """Ask the provider something besides a completion.
+
+        Args:
+            path: Below the base URL, with the query.
+            body: JSON to post; None gets.
+            headers: What the format needs.
+
+        Returns:
+            The JSON object that it answers.
+
+        Raises:
+            APIKeyError, LLMServiceError: As the provider answers.
+        """
+        fields: dict[str, Any] = {
+            "service": self.provider.name,
+            "model": self.model_name or None,
+        }
+        exchange = Exchange()
+        asked = {"accept": "application/json", **(headers or {})}
+        if self.provider.format == "anthropic":
+            asked["anthropic-version"] = "2023-06-01"
+        limit = asyncio.timeout(self.settings.timeout)
+        try:
+            async with limit, await self.client() as client:
+                response = await client.send(
+                    "GET" if body is None else "POST",
+                    f"{self.endpoint.base_url}{path}",
+                    asked,
+                    None if body is None else to_json(body),
+                    exchange=exchange,
+                )
+                await client.read(response, exchange)
+        except TimeoutError as exc:
+            if not limit.expired():
+                raise wire.from_transport(exc, **fields) from exc
+            raise LLMTimeoutError(
+                f"{self.provider.name} did not answer within"
+                f" {self.settings.timeout:g} s",
+                **fields,
+            ) from None
+        except Exception as exc:
+            raise wire.from_transport(exc, **fields) from exc
+        answer = bytes(exchange.body)
+        found, reason = failures.answer_in(None, "", answer)
+        if response.status != 200 or found.get("error"):
+            raise failures.from_answer(
+                response.status,
+                response.headers,
+                answer,
+                secret=self.endpoint.secret.get_secret_value(),
+                **fields,
+            )
+        if reason is not None:
+            raise ServiceUnavailableError(
+                f"{self.provider.name} answered 200, but {failures.clean(reason)}",
+                status_code=response.status,
+                **fields,
+            )
+        return found
 
     def common_parameters(self, request: ChatRequest) -> dict[str, Any]:
         """Return the options of a request under OpenAI's names, for this model."""
@@ -158,12 +248,6 @@ class BaseLLMAdapter(ABC):
         return {"service": self.provider.name, "model": self.model_name}
 
 
-async def _read_whole(client: Client, response: Any, exchange: Exchange) -> None:
-    """Read a body into the exchange, which shows none of it."""
-    async for _ in client.pieces(response, exchange):
-        pass
-
-
 def create_adapter(
     provider: Any,
     model_name: str,
@@ -187,9 +271,8 @@ def create_adapter(
         APIKeyNotFoundError: The provider needs a key.
         InvalidRequestError: The provider's name or the base URL is not one.
     """
-    row = provider if isinstance(provider, Provider) else by_name(provider)
     return LiteLLMAdapter(
-        row, model_name, api_key, base_url, settings=settings, pool=pool
+        provider, model_name, api_key, base_url, settings=settings, pool=pool
     )
 
 
@@ -217,11 +300,14 @@ class LiteLLMAdapter(BaseLLMAdapter):
     provider whose translation the installed LiteLLM has proved to have.
     """
 
-    async def complete(self, request: ChatRequest) -> ChatResult:
+    async def complete(
+        self, request: ChatRequest | Sequence[Mapping[str, Any]]
+    ) -> ChatResult:
         """Make one attempt at a request."""
+        request = self.request(request)
         call = await self._call(request, stream=False)
         limit = asyncio.timeout(request.timeout)
-        async with await self.client() as client, client.turn() as call.queued:
+        async with self._turn(call) as client:
             try:
                 async with limit:
                     if self._direct(call):
@@ -235,8 +321,9 @@ class LiteLLMAdapter(BaseLLMAdapter):
         self._log_left_out(call)
         return self._result(call, body)
 
-    async def stream(self, request: ChatRequest) -> Items:
+    async def stream(self, request: ChatRequest | Sequence[Mapping[str, Any]]) -> Items:
         """Make one attempt at a stream."""
+        request = self.request(request)
         call = await self._call(request, stream=True)
         reader = answers.STREAMS[call.format or "openai"]()
         pieces = self._direct_pieces if self._direct(call) else self._litellm_pieces
@@ -244,7 +331,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
         idle = request.idle_timeout or request.timeout
         late = f"did not answer within {request.timeout:g} s"
         silent = f"sent nothing for {idle:g} s"
-        async with await self.client() as client, client.turn() as call.queued:
+        async with self._turn(call) as client:
             chunks = pieces(call, client, reader)
             try:
                 while True:
@@ -265,6 +352,17 @@ class LiteLLMAdapter(BaseLLMAdapter):
         self._check_end(call, reader, body)
         self._log_left_out(call)
         yield self._result(call, body)
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, call: "_Call") -> AsyncIterator[Client]:
+        """Lease the client and wait for a turn; a failure says how long that took."""
+        async with await self.client() as client, client.turn() as call.queued:
+            try:
+                yield client
+            except (LLMServiceError, APIKeyError) as exc:
+                if call.queued:
+                    exc.details["queued"] = call.queued
+                raise
 
     def _timed_out(
         self, call: "_Call", limit: asyncio.Timeout, exc: TimeoutError, what: str
@@ -289,7 +387,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
             responses=self.provider.name == "openai"
             and info.get("mode") == "responses",
         )
-        exchange = Exchange(extra_body=shaped.extra_body)
+        exchange = Exchange(extra_body=request.extra_body)
         return _Call(litellm, request, shaped, exchange, stream)
 
     def _direct(self, call: _Call) -> bool:
@@ -298,25 +396,26 @@ class LiteLLMAdapter(BaseLLMAdapter):
         engine = self.settings.engine
         if engine == "litellm" or self.provider.format is None:
             return False
-        return translation.self_check(call.litellm, self.provider.format)
+        return engine == "direct" or translation.self_check(
+            call.litellm, self.provider.format
+        )
 
     # The direct engine: LiteLLM translates, the wire is ours.
 
     async def _send(self, call: _Call, client: Client) -> Any:
         """Send the request; read the body unless it is a stream that has begun well."""
         outgoing = self._translated(call)
-        headers = {**outgoing.headers, **call.shape.headers}
         exchange = call.exchange
         try:
             response = await client.send(
                 "POST",
                 f"{self.endpoint.base_url}{outgoing.path}",
-                headers,
+                outgoing.headers,
                 to_json(outgoing.body),
                 exchange=exchange,
             )
             if not (call.stream and response.status == 200):
-                await _read_whole(client, response, exchange)
+                await client.read(response, exchange)
         except Exception as exc:
             raise self._failure(call, exc) from exc
         if response.status != 200:
@@ -341,7 +440,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
         response = await self._send(call, client)
         pieces = client.pieces(response, call.exchange, keep=False)
         try:
-            async for piece in pieces:
+            while (piece := await self._piece(pieces, reader)) is not None:
                 for chunk in reader.feed(piece):
                     yield chunk
             for chunk in reader.close():
@@ -352,14 +451,38 @@ class LiteLLMAdapter(BaseLLMAdapter):
             await pieces.aclose()
             response.close()
 
+    @staticmethod
+    async def _piece(
+        pieces: AsyncGenerator[bytes, None], reader: StreamReader
+    ) -> bytes | None:
+        """Read on, unless the stream has said all, whatever the connection does.
+
+        What follows the end mark is waited for a moment only: the end of the body, most
+        often, which leaves the connection to the next call.
+        """
+        if reader.error is not None:
+            return None
+        if not reader.ended:
+            return await anext(pieces, None)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_AFTER_THE_END):
+                return await anext(pieces, None)
+        return None
+
     # The other engine: the whole call is LiteLLM's, over our client.
 
     async def _through_litellm(self, call: _Call, client: Client) -> dict[str, Any]:
         arguments = self._arguments(call, client)
+        response: Any = None
+        failed: tuple[Exception, Exception | None] | None = None
         try:
             response = await self._begun(call, arguments)
         except Exception as exc:  # noqa: BLE001 - mapped
-            raise self._failure(call, exc) from self._cause(call, exc)
+            failed = self._failure(call, exc), self._cause(call, exc)
+        if failed is not None:
+            # Here, and not in the block above, which would hang LiteLLM's exception on
+            # it: that one's frames hold what the provider echoed.
+            raise failed[0] from failed[1]
         self._check_seen(call)
         if call.format is None:
             return dict(response.model_dump())
@@ -480,7 +603,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
             # "system" into "user" for some of those.
             call.exchange.extra_body = {
                 "messages": shaped.messages,
-                **shaped.extra_body,
+                **call.request.extra_body,
             }
         arguments: dict[str, Any] = {
             "model": f"{self.provider.litellm}/{self.model_name}",
@@ -496,8 +619,6 @@ class LiteLLMAdapter(BaseLLMAdapter):
         }
         if self.endpoint.base_url is not None:
             arguments["api_base"] = self.endpoint.base_url
-        if shaped.headers:
-            arguments["extra_headers"] = dict(shaped.headers)
         if call.stream:
             arguments |= {"stream": True, "stream_options": {"include_usage": True}}
         return arguments
@@ -619,7 +740,13 @@ class LiteLLMAdapter(BaseLLMAdapter):
 
     def _log_left_out(self, call: _Call) -> None:
         """Log, once for each model and option, what was asked and not sent."""
-        asked = call.request.sampling
+        request = call.request
+        asked = list(request.sampling)
+        if request.tools and request.tool_choice not in (None, "auto", "none"):
+            asked.append("tool_choice")
+        form = request.response_format
+        if getattr(form, "response_format", form) == {"type": "json_object"}:
+            asked.append("response_format")
         model = (self.provider.name, self.model_name)
         if not asked or all((*model, option) in _seen_options for option in asked):
             return
@@ -733,7 +860,8 @@ def _whole_url(url: str, wire_format: str | None, path: str) -> str:
 _WITHOUT_BASE_URL = frozenset({"bedrock", "vertex"})
 
 
-def _own_pool(settings: Settings) -> "Pool[Client]":
+def new_pool(settings: Settings) -> "Pool[Client]":
+    """Make a pool for the clients of any number of adapters."""
     return Pool(ttl=settings.client_ttl, max_clients=settings.max_clients)
 
 
@@ -776,6 +904,13 @@ _seen_options: set[tuple[str, str, str]] = set()
 
 # What an option is called on the wires.
 _WIRE_NAMES: Mapping[str, set[str]] = {
+    "tool_choice": {"tool_choice", "toolConfig", "tool_config"},
+    "response_format": {
+        "response_format",
+        "format",
+        "responseMimeType",
+        "response_mime_type",
+    },
     "max_tokens": {
         "max_tokens",
         "max_completion_tokens",

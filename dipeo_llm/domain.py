@@ -4,14 +4,15 @@ Pure data. Nothing here knows a provider, a network or LiteLLM; a Person knows t
 that it talks through (as a type) and nothing of what stands behind it.
 """
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import to_json
 
 from dipeo_llm.errors import InvalidRequestError
@@ -54,9 +55,7 @@ class Message(BaseModel):
 class PersonLLMConfig(BaseModel):
     """Which model a person thinks with, and how it is told who it is."""
 
-    model_config = ConfigDict(use_enum_values=False)
-
-    service: LLMService | str | None = None
+    service: LLMService | str | None = Field(None, union_mode="left_to_right")
     """None lets the model string decide."""
     model: str
     api_key_id: str | None = None
@@ -151,10 +150,16 @@ class TokenUsage(BaseModel):
     cached: int = 0
     """The part of `input` that the provider took from its prompt cache."""
     total: int = 0
+    """`input` and `output` together."""
     cache_written: int = 0
     """The part of `input` that the provider put into its prompt cache."""
     reasoning: int = 0
     """The part of `output` that was thought and not said."""
+
+    @model_validator(mode="after")
+    def _add_up(self) -> Self:
+        self.total = self.total or self.input + self.output
+        return self
 
 
 class RateLimits(BaseModel):
@@ -182,6 +187,8 @@ class LLMRequestOptions(BaseModel):
     tools: list[Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
     response_format: Any | None = None
+    text_format: Any | None = None
+    """DiPeO's older name for `response_format`."""
     reasoning_effort: str | None = None
     timeout: float | None = None
     """Seconds for one attempt."""
@@ -190,6 +197,10 @@ class LLMRequestOptions(BaseModel):
     deadline: float | None = None
     """Seconds for the whole call."""
     extra_body: dict[str, Any] | None = None
+    execution_phase: str | None = None
+    """The application's own labels, this and the next two; never sent."""
+    execution_id: str | None = None
+    trace_id: str | None = None
 
 
 class TokenCount(BaseModel):
@@ -300,31 +311,6 @@ class ChatResult(BaseModel):
         return [message]
 
 
-OPTIONS = frozenset(
-    {
-        "temperature",
-        "max_tokens",
-        "top_p",
-        "n",
-        "stop",
-        "seed",
-        "tools",
-        "tool_choice",
-        "response_format",
-        "text_format",
-        "options",
-        "timeout",
-        "idle_timeout",
-        "deadline",
-        "reasoning_effort",
-        "execution_phase",
-        "execution_id",
-        "trace_id",
-        "extra_body",
-    }
-)
-"""Every keyword that a call takes beside messages, model, key and service."""
-
 SAMPLING = (
     "temperature",
     "max_tokens",
@@ -335,6 +321,9 @@ SAMPLING = (
     "reasoning_effort",
 )
 """The options that travel to the provider as they are, under OpenAI's names."""
+
+OPTIONS = frozenset({*LLMRequestOptions.model_fields, "options"})
+"""Every keyword that a call takes beside messages, model, key and service."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -413,7 +402,8 @@ def _seconds(given: Mapping[str, Any], name: str) -> float | None:
     value = given.get(name)
     if value is None:
         return None
-    if not (isinstance(value, int | float) and value > 0):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and 0 < value < math.inf):
         raise InvalidRequestError(f"{name}={value!r} is no number of seconds above 0")
     return float(value)
 
@@ -425,38 +415,47 @@ def _fields(bundle: Any) -> Iterable[tuple[str, Any]]:
     return ((name, getattr(bundle, name, None)) for name in OPTIONS - {"options"})
 
 
-class Person:
+class Person(BaseModel):
     """A participant: who it is, which model it thinks with, and what it remembers.
 
-    Args:
-        id: Tells this person from the others in a conversation.
-        name: For people to read.
-        llm_config: Its model and prompt.
-        messages: What it remembers from before, oldest first.
+    `model_dump_json` and `model_validate_json` keep one between two runs.
     """
+
+    id: str
+    """Tells this person from the others in a conversation."""
+    name: str = ""
+    """For people to read; the id where it is empty."""
+    llm_config: PersonLLMConfig | Any | None = Field(None, union_mode="left_to_right")
+    """Its model and prompt: anything with the attributes of `PersonLLMConfig`."""
+    messages: list[Annotated[Message | Any, Field(union_mode="left_to_right")]] = Field(
+        default_factory=list
+    )
+    """What it remembers, oldest first: anything with the attributes of `Message`."""
 
     def __init__(
         self,
         id: str,  # noqa: A002 - the attribute's name is the application's
         name: str = "",
-        llm_config: PersonLLMConfig | None = None,
+        llm_config: Any = None,
         messages: Iterable[Any] = (),
     ) -> None:
-        self.id = id
-        self.name = name or id
-        self.llm_config = llm_config
-        self._messages: list[Any] = list(messages)
+        given = list(messages)
+        super().__init__(
+            id=id, name=name or id, llm_config=llm_config, messages=given
+        )
 
     def __repr__(self) -> str:
-        return f"Person(id={self.id!r}, name={self.name!r}, {len(self._messages)} messages)"
+        return (
+            f"Person(id={self.id!r}, name={self.name!r}, {len(self.messages)} messages)"
+        )
 
     def get_messages(self) -> list[Any]:
         """Return the conversation, oldest first, as a list of the caller's own."""
-        return list(self._messages)
+        return list(self.messages)
 
     def add_message(self, message: Any) -> None:
         """Remember a message; anything with the attributes of `Message` will do."""
-        self._messages.append(message)
+        self.messages.append(message)
 
     async def complete(
         self,
@@ -487,7 +486,7 @@ class Person:
             from_person_id=from_person_id, to_person_id=self.id, content=prompt
         )
         result = await llm_service.complete_with_person(
-            person_messages=[*self._messages, heard],
+            person_messages=[*self.messages, heard],
             person_id=self.id,
             llm_config=self.llm_config,
             **options,
@@ -495,7 +494,7 @@ class Person:
         said = Message(
             from_person_id=self.id, to_person_id=from_person_id, content=result.text
         )
-        self._messages += [heard, said]
+        self.messages += [heard, said]
         return result
 
     def _prepare_messages_for_llm(
@@ -516,7 +515,7 @@ class Person:
                 "role": "assistant" if m.from_person_id == self.id else "user",
                 "content": m.content,
             }
-            for m in self._messages
+            for m in self.messages
         ]
 
 

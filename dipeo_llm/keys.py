@@ -59,6 +59,21 @@ async def find_key(
         if not needed and (isinstance(exc, APIKeyError) or _is_key_error(exc)):
             return NO_KEY
         raise
+    if provider and key.service and not key.base_url:
+        owner = by_name(key.service)
+        if owner.name != provider.name:
+            if not needed:
+                return NO_KEY
+            raise APIKeyError(
+                f"key {api_key_id!r} is {owner.name}'s and was not sent to"
+                f" {provider.name}",
+                service=service,
+            )
+    _check(key, api_key_id, service, needed=needed)
+    return key
+
+
+def _check(key: Key, api_key_id: str, service: str | None, *, needed: bool) -> None:
     if key.secret is None:
         raise APIKeyError(
             f"the record of key {api_key_id!r} is no mapping with a text under 'key'",
@@ -72,15 +87,6 @@ async def find_key(
             f"key {api_key_id!r} holds a character that no header can carry",
             service=service,
         )
-    if provider and key.service and not key.base_url:
-        owner = by_name(key.service)
-        if owner.name != provider.name:
-            raise APIKeyError(
-                f"key {api_key_id!r} is {owner.name}'s and was not sent to"
-                f" {provider.name}",
-                service=service,
-            )
-    return key
 
 
 _FIT_FOR_A_HEADER = re.compile(r"[\x21-\x7e]*")

@@ -1,24 +1,15 @@
 """Asks each provider for the models that it offers. LiteLLM has no such question.
 
-Knows the listing endpoints and their paging; uses an adapter's client to reach them.
+Knows the listing endpoints and their paging; an adapter asks them.
 """
 
-import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlencode
 
-from pydantic_core import to_json
-
-from dipeo_llm import failures, wire
 from dipeo_llm.adapter import BaseLLMAdapter
-from dipeo_llm.errors import (
-    InvalidRequestError,
-    LLMTimeoutError,
-    ServiceUnavailableError,
-)
-from dipeo_llm.wire import Exchange
+from dipeo_llm.errors import InvalidRequestError, ServiceUnavailableError
 
 _Page = Mapping[str, Any]
 
@@ -90,7 +81,7 @@ async def models(adapter: BaseLLMAdapter, pages: int = _MOST_PAGES) -> list[str]
         if after is None:
             break
         asked = urlencode({**listed.query, **after})
-        page = await ask(adapter, f"{listed.path}?{asked}" if asked else listed.path)
+        page = await adapter.ask(f"{listed.path}?{asked}" if asked else listed.path)
         found.update(_names(adapter, listed, page))
         after = listed.following(page)
     return sorted(found)
@@ -111,69 +102,3 @@ def _names(adapter: BaseLLMAdapter, listed: _List, page: _Page) -> list[str]:
             service=adapter.provider.name,
         )
     return [str(name).removeprefix("models/") for name in names]
-
-
-async def ask(
-    adapter: BaseLLMAdapter,
-    path: str,
-    body: Mapping[str, Any] | None = None,
-    headers: Mapping[str, str] | None = None,
-) -> _Page:
-    """Ask a provider something besides a completion; return the JSON object it answers.
-
-    Args:
-        adapter: Whose client and base URL to use.
-        path: Below the base URL, with the query.
-        body: JSON to post; None gets.
-        headers: What the format needs.
-
-    Raises:
-        APIKeyError, LLMServiceError: As the provider answers.
-    """
-    fields: dict[str, Any] = {
-        "service": adapter.provider.name,
-        "model": adapter.model_name or None,
-    }
-    exchange = Exchange()
-    asked = {"accept": "application/json", **(headers or {})}
-    if adapter.provider.format == "anthropic":
-        asked["anthropic-version"] = "2023-06-01"
-    limit = asyncio.timeout(adapter.settings.timeout)
-    try:
-        async with limit, await adapter.client() as client:
-            response = await client.send(
-                "GET" if body is None else "POST",
-                f"{adapter.endpoint.base_url}{path}",
-                asked,
-                None if body is None else to_json(body),
-                exchange=exchange,
-            )
-            async for _ in client.pieces(response, exchange):
-                pass
-    except TimeoutError as exc:
-        if not limit.expired():
-            raise wire.from_transport(exc, **fields) from exc
-        raise LLMTimeoutError(
-            f"{adapter.provider.name} did not answer within"
-            f" {adapter.settings.timeout:g} s",
-            **fields,
-        ) from None
-    except Exception as exc:
-        raise wire.from_transport(exc, **fields) from exc
-    answer = bytes(exchange.body)
-    found, reason = failures.answer_in(None, "", answer)
-    if response.status != 200 or found.get("error"):
-        raise failures.from_answer(
-            response.status,
-            response.headers,
-            answer,
-            secret=adapter.endpoint.secret.get_secret_value(),
-            **fields,
-        )
-    if reason is not None:
-        raise ServiceUnavailableError(
-            f"{adapter.provider.name} answered 200, but {failures.clean(reason)}",
-            status_code=response.status,
-            **fields,
-        )
-    return found

@@ -8,6 +8,7 @@ import asyncio
 import gc
 import logging
 import os
+import re
 import sys
 import threading
 from collections.abc import Mapping
@@ -96,6 +97,8 @@ def import_litellm() -> Any:
         litellm.suppress_debug_info = True
         # It breaks off a stream that says the same thing a hundred times.
         litellm.REPEATED_STREAMING_CHUNK_LIMIT = sys.maxsize
+        # Its tokenizer counts names like llama-3 with one that it downloads from a hub.
+        litellm.disable_hf_tokenizer_download = True
         _keep_off_localhost()
         _litellm = litellm
         return litellm
@@ -135,23 +138,17 @@ def without_its_proxy() -> None:
     os.environ.pop("USE_LITELLM_PROXY", None)
 
 
-async def infer_provider(model: str) -> Provider | None:
-    """Ask LiteLLM whose a model name is; None where it cannot tell."""
-    return _infer(await load_litellm(), model)
-
-
-def infer_provider_now(model: str) -> Provider | None:
-    """Ask it at once; imports LiteLLM if nothing has yet."""
-    return _infer(import_litellm(), model)
-
-
 @lru_cache(maxsize=1024)
-def _infer(litellm: Any, model: str) -> Provider | None:
+def infer_provider(model: str) -> Provider | None:
+    """Ask LiteLLM whose a model name is; None where it cannot tell.
+
+    Imports LiteLLM if nothing has yet.
+    """
     prefix = model.partition("/")[0]
     if prefix in _SIGNS_IN:
         return by_name(prefix)
     try:
-        name = litellm.get_llm_provider(model=model)[1]
+        name = import_litellm().get_llm_provider(model=model)[1]
     except Exception:  # noqa: BLE001 - it raises six classes for "I do not know"
         return None
     return by_name(name) if name else None
@@ -222,32 +219,51 @@ def capabilities_of(provider: Provider, model: str) -> Capabilities:
     return Capabilities(service=provider.name, model=model, **known)
 
 
+async def count_tokens(
+    model: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+) -> int:
+    """Count the tokens of a request with LiteLLM's tokenizer, in a thread.
+
+    An estimate for most models: what it does not know it counts as OpenAI would.
+    """
+    litellm = await load_litellm()
+    return int(
+        await asyncio.to_thread(
+            litellm.token_counter, model=model, messages=messages, tools=tools
+        )
+    )
+
+
 _registered: set[str] = set()
 
 
 def know_model(litellm: Any, provider: Provider, model: str) -> None:
-    """Tell LiteLLM about a local model, or it asks localhost:11434, on the event loop.
+    """Tell LiteLLM about a model that its table leaves out.
 
-    Seen in 1.105 to 1.109: two posts a call to /api/show, wherever the call itself goes.
+    Of one of Google's it would say that it takes no system prompt, and make the prompt
+    a part of the user's words. About a local one it would ask localhost:11434, on the
+    event loop (seen in 1.105 to 1.109: two posts a call, wherever the call itself goes).
     """
-    name = f"{provider.litellm}/{model}"
-    if provider.format != "ollama" or name in _known:
-        return
-    facts = {
-        "mode": "chat",
-        "input_cost_per_token": 0.0,
-        "output_cost_per_token": 0.0,
-        "supports_function_calling": True,
-    }
     # Not by litellm.register_model, which looks the model up first: at localhost.
-    for row in (provider.litellm, "ollama"):
-        if f"{row}/{model}" not in litellm.model_cost:
-            _registered.add(f"{row}/{model}")
-            litellm.model_cost[f"{row}/{model}"] = {"litellm_provider": row, **facts}
-    _known.add(name)
+    for row, facts in _UNTOLD.get(provider.format or "", {}).items():
+        name = f"{row}/{model}"
+        if name not in litellm.model_cost and not _REFUSES_SYSTEM.match(name):
+            _registered.add(name)
+            litellm.model_cost[name] = {"litellm_provider": row, **facts}
 
 
-_known: set[str] = set()
+_REFUSES_SYSTEM = re.compile("gemini/gemma-[1-3]")
+_LOCAL = {
+    "mode": "chat",
+    "input_cost_per_token": 0.0,
+    "output_cost_per_token": 0.0,
+    "supports_function_calling": True,
+}
+# By format: what LiteLLM calls the provider, and what is true of all its models.
+_UNTOLD: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "google": {"gemini": {"mode": "chat", "supports_system_messages": True}},
+    "ollama": {"ollama_chat": _LOCAL, "ollama": _LOCAL},
+}
 
 
 def cost(

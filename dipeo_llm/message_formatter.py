@@ -1,12 +1,14 @@
 """Turns a conversation, seen from one person's side, into messages for a model.
 
-Pure: no file, no network, no provider beyond the one rule that the caller names.
+Knows what a message of OpenAI's shape must be. Pure: no file, no network, no provider
+beyond the one rule that the caller names.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from dipeo_llm.domain import LLMService
+from dipeo_llm.errors import InvalidRequestError
 
 
 class _PromptSource(Protocol):
@@ -84,6 +86,58 @@ def has_content(content: Any) -> bool:
     if isinstance(content, str):
         return bool(content.strip())
     return bool(content)
+
+
+_ROLES = ("assistant", "developer", "function", "system", "tool", "user")
+
+
+def checked(messages: Any) -> tuple[Mapping[str, Any], ...]:
+    """Return OpenAI-shaped messages that some provider could answer.
+
+    Raises:
+        InvalidRequestError: There is no message but system prompts, or one is no
+            mapping, has no role that exists, or a content of no possible type.
+    """
+    if isinstance(messages, str | bytes | Mapping):
+        raise InvalidRequestError(
+            f"messages are a {type(messages).__name__}; they must be a list, such as"
+            " [{'role': 'user', 'content': 'Hello'}]"
+        )
+    try:
+        given = tuple(messages or ())
+    except TypeError:
+        raise InvalidRequestError(
+            f"messages are of type {type(messages).__name__}, and no list"
+        ) from None
+    spoken = [_says(index, message) for index, message in enumerate(given)]
+    if not any(spoken):
+        raise InvalidRequestError(
+            "there is nothing to answer: every message is empty or a system prompt"
+            if given
+            else "there are no messages to answer"
+        )
+    return given
+
+
+def _says(index: int, message: Any) -> bool:
+    """Check one message, and say whether it holds something to answer."""
+    if not isinstance(message, Mapping):
+        raise InvalidRequestError(
+            f"message {index} is of type {type(message).__name__}; it must be a dict"
+            " with role and content"
+        )
+    role, content = message.get("role"), message.get("content")
+    if role not in _ROLES:
+        raise InvalidRequestError(
+            f"message {index} has the role {role!r}, and no role of {', '.join(_ROLES)}"
+        )
+    if not isinstance(content, str | list | tuple | None):
+        raise InvalidRequestError(
+            f"message {index} has a content of type {type(content).__name__}; it must"
+            " be text or a list of parts"
+        )
+    said = has_content(content) or bool(message.get("tool_calls"))
+    return said and role not in {"system", "developer"}
 
 
 def _text(person_id: Any) -> str:

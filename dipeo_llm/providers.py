@@ -192,14 +192,14 @@ def split(model: str, service: Any = None) -> tuple[Provider | None, str]:
     return None, name
 
 
-def looks_local(model: str) -> bool:
-    """Say whether a name that nobody claims is written as only Ollama writes names."""
+def local(model: str) -> Provider | None:
+    """Return Ollama for a name that nobody claims and only Ollama would write."""
     hosted = any(
         row.claims.fullmatch(model.rpartition(":")[0])
         for row in PROVIDERS
         if row.needs_key
     )
-    return not hosted and _OLLAMA_TAG.fullmatch(model) is not None
+    return None if hosted or not _OLLAMA_TAG.fullmatch(model) else _BY_NAME["ollama"]
 
 
 def unknown_model(model: str) -> InvalidRequestError:

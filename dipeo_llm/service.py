@@ -28,16 +28,11 @@ from dipeo_llm.errors import (
     DiPeOLLMError,
     InvalidRequestError,
     LLMServiceError,
+    StructuredOutputError,
 )
 from dipeo_llm.keys import find_key
-from dipeo_llm.litellm_gate import (
-    capabilities_of,
-    infer_provider,
-    infer_provider_now,
-    load_litellm,
-)
-from dipeo_llm.message_formatter import MessageFormatter, has_content
-from dipeo_llm.pool import Pool
+from dipeo_llm.litellm_gate import capabilities_of, infer_provider, load_litellm
+from dipeo_llm.message_formatter import MessageFormatter, checked
 from dipeo_llm.ports import APIKeyPort, LLMDomainService
 from dipeo_llm.providers import Provider
 from dipeo_llm.retry import RetryDecision, past_deadline
@@ -46,7 +41,6 @@ from dipeo_llm.streaming import ChatStream, Items, Opened, Start
 from dipeo_llm.structured import form_of, parse
 from dipeo_llm.system_prompt_handler import SystemPromptHandler
 from dipeo_llm.usage import token_usage
-from dipeo_llm.wire import Client
 
 _T = TypeVar("_T")
 
@@ -88,7 +82,7 @@ class LLMInfraService:
         )
         self._formatter = MessageFormatter()
         self._create_adapter = adapter_factory or adapters.create_adapter
-        self._pool = self._new_pool()
+        self._pool = adapters.new_pool(self.settings)
         self._closed = False
 
     async def __aenter__(self) -> Self:
@@ -148,8 +142,8 @@ class LLMInfraService:
 
         Cancelling the call closes its connection; the pooled client lives on.
         """
-        service = _service(service, options)
-        request = self._request(messages, options)
+        service = _service(options, service)
+        request = self._request(options, messages=checked(messages))
         adapter = await self._adapter(model, service, api_key_id)
         prepared = self._prepared(request, adapter)
 
@@ -158,7 +152,7 @@ class LLMInfraService:
 
         result, attempts = await self._retried(adapter, attempt, request.deadline)
         result.attempts = attempts
-        return _finished(request, result)
+        return _finished(request, result, adapter.model_name)
 
     async def complete_with_person(
         self,
@@ -173,15 +167,15 @@ class LLMInfraService:
             person_messages: Objects with the attributes of `Message`, oldest first.
             person_id: Who answers; its own messages become the assistant's.
             llm_config: An object with the attributes of `PersonLLMConfig`.
-            **options: As for `complete`.
+            **options: As for `complete`; a `service` wins over the configuration's.
 
         Raises:
             DiPeOLLMError, TypeError, RuntimeError: As `complete`.
 
         A prompt file is read in a thread. Cancelling is as for `complete`.
         """
-        service = _service(getattr(llm_config, "service", None), options)
-        messages = await self._compose(person_messages, person_id, llm_config, service)
+        service = _service(options) or getattr(llm_config, "service", None)
+        messages = await self._compose(person_messages, person_id, llm_config)
         return await self.complete(
             messages,
             llm_config.model,
@@ -218,8 +212,8 @@ class LLMInfraService:
         Raises:
             InvalidRequestError, TypeError, RuntimeError: At once, as `complete`.
         """
-        service = _service(service, options)
-        request = self._request(messages, options)
+        service = _service(options, service)
+        request = self._request(options, messages=checked(messages))
 
         async def start() -> Opened:
             adapter = await self._adapter(model, service, api_key_id)
@@ -238,15 +232,14 @@ class LLMInfraService:
 
         Arguments are as for `complete_with_person`, the rest as for `stream`.
         """
-        service = _service(getattr(llm_config, "service", None), options)
-        # Its messages are composed when it is entered, as that may read a file.
-        request = self._request([{"role": "user", "content": "-"}], options)
+        service = _service(options) or getattr(llm_config, "service", None)
+        request = self._request(options)
 
         async def start() -> Opened:
-            messages = await self._compose(
-                person_messages, person_id, llm_config, service
+            # Composed when it is entered, as that may read a file.
+            messages = checked(
+                await self._compose(person_messages, person_id, llm_config)
             )
-            check_messages(messages)
             adapter = await self._adapter(
                 llm_config.model, service, llm_config.api_key_id
             )
@@ -279,7 +272,7 @@ class LLMInfraService:
         Raises:
             DiPeOLLMError: As `complete`.
         """
-        request = self._request(messages, {"tools": list(tools)})
+        request = self._request({"tools": list(tools)}, messages=checked(messages))
         adapter = await self._adapter(model, service, api_key_id)
         prepared = self._prepared(request, adapter)
 
@@ -297,11 +290,7 @@ class LLMInfraService:
         Raises:
             InvalidRequestError: The model cannot be placed.
         """
-        provider, name = providers.split(model, service)
-        provider = provider or infer_provider_now(name) or local_provider(name)
-        if provider is None:
-            raise providers.unknown_model(model)
-        return capabilities_of(provider, name)
+        return capabilities_of(*_placed(model, service))
 
     async def get_available_models(self, api_key_id: str) -> list[str]:
         """Return the names of the models that the provider offers to a key, sorted.
@@ -337,7 +326,7 @@ class LLMInfraService:
         """
         adapter = await self._key_adapter(api_key_id, provider)
         try:
-            await self._retried(adapter, lambda: listing.models(adapter, pages=1), None)
+            await self._retried(adapter, lambda: listing.models(adapter, pages=1))
         except APIKeyError:
             return False
         return True
@@ -365,16 +354,13 @@ class LLMInfraService:
     def _reopen(self) -> None:
         if self._closed:
             # The old pool stays closed: a call that outlived `aclose` finds no way back.
-            self._pool = self._new_pool()
+            self._pool = adapters.new_pool(self.settings)
         self._closed = False
-
-    def _new_pool(self) -> Pool[Client]:
-        return Pool(ttl=self.settings.client_ttl, max_clients=self.settings.max_clients)
 
     # The steps of a call, in order.
 
     async def _compose(
-        self, person_messages: Sequence[Any], person_id: Any, config: Any, service: Any
+        self, person_messages: Sequence[Any], person_id: Any, config: Any
     ) -> list[dict[str, Any]]:
         if getattr(config, "prompt_file", None):
             prompt = await asyncio.to_thread(self._prompts.get_system_prompt, config)
@@ -387,27 +373,29 @@ class LLMInfraService:
         )
 
     def _request(
-        self, messages: Sequence[Mapping[str, Any]] | None, options: Mapping[str, Any]
+        self,
+        options: Mapping[str, Any],
+        *,
+        messages: Sequence[Mapping[str, Any]] = (),
     ) -> ChatRequest:
-        if self._closed:
-            raise RuntimeError("the service is closed; initialize() opens it again")
+        self._check_open()
         request = request_from_options(
-            tuple(messages or ()),
+            messages,
             options,
             default_timeout=self.settings.timeout,
             default_idle_timeout=self.settings.idle_timeout,
         )
-        check_messages(request.messages)
         return replace(request, response_format=form_of(request.response_format))
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the service is closed; initialize() opens it again")
+
     async def _place(self, model: str, service: Any) -> tuple[Provider, str]:
-        provider, name = providers.split(model, service)
-        if provider is None:
-            provider = await infer_provider(name) or local_provider(name)
-            if provider is None:
-                raise providers.unknown_model(model)
-            name = name.removeprefix(f"{provider.litellm}/")
-        return provider, name
+        if providers.split(model, service)[0] is None:
+            # It is asked now, and its import takes seconds.
+            await load_litellm()
+        return _placed(model, service)
 
     async def _adapter(
         self, model: str, service: Any, api_key_id: str | None
@@ -446,7 +434,7 @@ class LLMInfraService:
     def _stream(self, start: Start, request: ChatRequest) -> ChatStream:
         return ChatStream(
             start,
-            lambda result: _finished(request, result),
+            lambda result, model: _finished(request, result, model),
             deadline=request.deadline,
         )
 
@@ -470,8 +458,7 @@ class LLMInfraService:
     async def _key_adapter(
         self, api_key_id: str, provider: str | None
     ) -> BaseLLMAdapter:
-        if self._closed:
-            raise RuntimeError("the service is closed; initialize() opens it again")
+        self._check_open()
         row = providers.by_name(provider) if provider else providers.of_key(api_key_id)
         key = await find_key(self.api_key_service, api_key_id, row)
         if key.service and not provider:
@@ -530,7 +517,8 @@ class LLMInfraService:
                             last = exc
                             raise
         except (LLMServiceError, APIKeyError) as exc:
-            exc.attempts = made
+            unsent = isinstance(exc, InvalidRequestError) and exc.status_code is None
+            exc.attempts = made - 1 if unsent else made
             raise
         except TimeoutError:
             error = past_deadline(
@@ -544,60 +532,50 @@ class LLMInfraService:
         raise AssertionError("stamina makes at least one attempt")  # pragma: no cover
 
 
-def local_provider(model: str) -> Provider | None:
-    """Return Ollama for a name that only Ollama would have."""
-    return providers.by_name("ollama") if providers.looks_local(model) else None
+def _placed(model: str, service: Any) -> tuple[Provider, str]:
+    """Find the provider of a model string, and the model's name without a prefix."""
+    provider, name = providers.split(model, service)
+    if provider is None:
+        provider = infer_provider(name) or providers.local(name)
+        if provider is None:
+            raise providers.unknown_model(model)
+        name = name.removeprefix(f"{provider.litellm}/")
+    return provider, name
 
 
 def _is_text(request: ChatRequest) -> bool:
     return all(isinstance(m.get("content"), str | None) for m in request.messages)
 
 
-def _finished(request: ChatRequest, result: ChatResult) -> ChatResult:
-    """Complete a result with what the request asked to be made of it."""
+def _finished(request: ChatRequest, result: ChatResult, model: str) -> ChatResult:
+    """Complete a result with what the request asked to be made of it.
+
+    A turn that calls tools is not the answer yet, and has no form.
+    """
     form = request.response_format
-    if form is not None and form.is_json and result.parsed is None:
-        result.parsed = parse(form, result)
+    if form is None or not form.is_json:
+        return result
+    if result.parsed is None and not result.tool_calls:
+        try:
+            result.parsed = parse(form, result)
+        except StructuredOutputError as exc:
+            exc.model, exc.attempts = model, result.attempts
+            raise
     return result
 
 
-def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse what no provider could answer, before anything is sent.
+def _service(options: dict[str, Any], given: Any = None) -> Any:
+    """Take the service, under any of its names, out of a call's keywords.
 
     Raises:
-        InvalidRequestError: There is no message but system prompts, or one has no role
-            that exists, or the content is of no possible type.
+        TypeError: Two of its names were given, and they differ.
     """
-    spoken = False
-    for index, message in enumerate(messages):
-        role = dict(message).get("role")
-        if role not in _ROLES:
-            raise InvalidRequestError(
-                f"message {index} has no role of {', '.join(sorted(_ROLES))}:"
-                f" {type(message).__name__} with role {role!r}"
-            )
-        content = message.get("content")
-        if not isinstance(content, str | list | tuple | None):
-            raise InvalidRequestError(
-                f"message {index} has a content of type {type(content).__name__}; it"
-                " must be text or a list of parts"
-            )
-        said = has_content(content) or bool(message.get("tool_calls"))
-        spoken = spoken or (said and role not in {"system", "developer"})
-    if not spoken:
-        raise InvalidRequestError(
-            "there are no messages to answer"
-            if not messages
-            else "there is nothing to answer: every message is empty or a system prompt"
-        )
+    named = {name: options.pop(name, None) for name in _SERVICE_NAMES}
+    named["service"] = named["service"] or given
+    found = {str(getattr(v, "value", v)): v for v in named.values() if v is not None}
+    if len(found) > 1:
+        raise TypeError(f"two services for one call: {' and '.join(found)}")
+    return next(iter(found.values()), None)
 
 
-_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
-
-
-def _service(service: Any, options: dict[str, Any]) -> Any:
-    """Take the service under any of its names out of the options."""
-    for name in ("service", "provider", "service_name"):
-        given = options.pop(name, None)
-        service = service if service is not None else given
-    return service
+_SERVICE_NAMES = ("service", "provider", "service_name")

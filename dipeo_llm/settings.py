@@ -70,6 +70,26 @@ class Settings:
     max_response_bytes: int = 64 * 1024 * 1024
     """Largest answer that is read, after decompression."""
 
+    def __post_init__(self) -> None:
+        """Refuse what no call could be made with.
+
+        Raises:
+            SettingsError: The message names the field.
+        """
+        for names, least, kinds in _NUMBERS:
+            for name in names:
+                value = getattr(self, name)
+                if value is None and name in _MAY_BE_NONE:
+                    continue
+                if type(value) not in kinds or not least <= value < math.inf:
+                    raise SettingsError(
+                        f"{name}={value!r} must be {kinds[-1].__name__}, {least} or more"
+                    )
+        if self.engine not in get_args(Engine):
+            raise SettingsError(
+                f"engine={self.engine!r} must be one of {', '.join(get_args(Engine))}"
+            )
+
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> "Settings":
         """Read the settings from the environment.
@@ -103,6 +123,27 @@ class Settings:
             base_urls=urls,
         )
 
+
+_MAY_BE_NONE = frozenset({"idle_timeout", "max_concurrency"})
+_NUMBERS: tuple[tuple[tuple[str, ...], float, tuple[type, ...]], ...] = (
+    (
+        ("timeout", "connect_timeout", "idle_timeout", "client_ttl"),
+        0.001,
+        (int, float),
+    ),
+    (
+        ("retry_wait", "retry_wait_max", "retry_after_max", "close_grace"),
+        0,
+        (int, float),
+    ),
+    (("max_retries",), 0, (int,)),
+    (
+        ("max_connections", "max_concurrency", "max_clients", "max_response_bytes"),
+        1,
+        (int,),
+    ),
+)
+"""Fields, the least they may be, and of which types."""
 
 # Slotted dataclasses keep no class attribute for a default, so the two that from_env
 # falls back on are read off an instance.

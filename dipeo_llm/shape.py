@@ -7,10 +7,11 @@ message, no field of another provider, no options that exclude each other.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from dipeo_llm.domain import ChatRequest
+from dipeo_llm.message_formatter import has_content
 from dipeo_llm.providers import Provider
 from dipeo_llm.structured import form_of
 from dipeo_llm.tools import needs_responses, provided_parameters, sort_tools
@@ -25,8 +26,6 @@ class Shape:
     messages: list[dict[str, Any]]
     parameters: dict[str, Any]
     """Options under OpenAI's names."""
-    extra_body: Mapping[str, Any]
-    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 def shape(
@@ -46,8 +45,12 @@ def shape(
     tools = sort_tools(request.tools)
     provided, parameters = provided_parameters(provider, model, tools.provided)
     all_tools = copied([*tools.functions, *provided])
-    sampling = _compatible(provider, model, dict(request.sampling))
+    sampling = dict(request.sampling)
+    if provider.name in _TAKES:
+        _TAKES[provider.name](model, sampling)
     parameters = {**sampling, **parameters}
+    if provider.format == "ollama" and request.tool_choice == "none":
+        all_tools = []  # it has no tool_choice, and would call what it is shown
     if all_tools:
         parameters["tools"] = all_tools
         if request.tool_choice is not None:
@@ -58,11 +61,18 @@ def shape(
     responses = responses or needs_responses(provider, all_tools)
     return Shape(
         format="responses" if responses else provider.format,
+        # Some providers answer 400 to an empty message.
         messages=_MESSAGES.get(provider.format or "", _plain_messages)(
-            copied(request.messages), provider
+            [
+                message
+                for message in copied(request.messages)
+                if message.get("role") == "tool"
+                or message.get("tool_calls")
+                or has_content(message.get("content"))
+            ],
+            provider,
         ),
         parameters=parameters,
-        extra_body=request.extra_body,
     )
 
 
@@ -75,42 +85,63 @@ def copied(value: Any) -> Any:
     return value
 
 
-def _compatible(
-    provider: Provider, model: str, sampling: dict[str, Any]
-) -> dict[str, Any]:
-    """Leave out what the model refuses beside another option, or at all.
+def _openai_takes(model: str, sampling: dict[str, Any]) -> None:
+    """Older chat models take no reasoning effort, o3 and o4-mini no `stop`.
 
-    OpenAI's older chat models take no reasoning effort, and LiteLLM knows retired
-    o-series models no more. Anthropic takes no temperature while it thinks, needs more tokens than it thinks
-    with, and newer models take temperature or top_p but not both
-    (https://docs.anthropic.com/en/docs/build-with-claude/extended-thinking and
-    https://docs.anthropic.com/en/docs/about-claude/models/migrating-to-claude-4,
-    2026-11-23). Ollama answers 400 to `think` for a model that cannot.
+    LiteLLM knows retired o-series models no more. Source:
+    https://platform.openai.com/docs/api-reference/chat/create (2026-11-25).
+    """
+    if _OPENAI_CHATS.match(model):
+        sampling.pop("reasoning_effort", None)
+    if _OPENAI_REASONS.match(model):
+        if "max_tokens" in sampling:
+            sampling["max_completion_tokens"] = sampling.pop("max_tokens")
+        sampling.pop("temperature", None)
+        sampling.pop("top_p", None)
+    if _OPENAI_NEVER_STOPS.match(model):
+        sampling.pop("stop", None)
+
+
+def _anthropic_takes(model: str, sampling: dict[str, Any]) -> None:
+    """No temperature while it thinks, and more tokens than it thinks with.
+
+    Models since Claude 4 take temperature or top_p, but not both. Sources, 2026-11-23:
+    https://docs.anthropic.com/en/docs/build-with-claude/extended-thinking,
+    https://docs.anthropic.com/en/docs/about-claude/models/migrating-to-claude-4.
     """
     effort = sampling.get("reasoning_effort")
-    if provider.name == "openai":
-        if effort and _OPENAI_CHATS.match(model):
-            del sampling["reasoning_effort"]
-        if _OPENAI_REASONS.match(model):
-            if "max_tokens" in sampling:
-                sampling["max_completion_tokens"] = sampling.pop("max_tokens")
-            sampling.pop("temperature", None)
-            sampling.pop("top_p", None)
-    if provider.format == "ollama" and effort and not _OLLAMA_THINKS.match(model):
+    budget = _ANTHROPIC_BUDGETS.get(str(effort), 0)
+    if budget and sampling.get("max_tokens", budget + 1) <= budget:
         del sampling["reasoning_effort"]
-    if provider.format == "anthropic":
-        budget = _ANTHROPIC_BUDGETS.get(str(effort), 0)
-        if budget and sampling.get("max_tokens", budget + 1) <= budget:
-            del sampling["reasoning_effort"]
-        elif effort and effort != "none":
-            sampling.pop("temperature", None)
-            sampling.pop("top_p", None)
-        if "temperature" in sampling:
-            sampling.pop("top_p", None)
-    return sampling
+    elif effort and effort != "none":
+        sampling.pop("temperature", None)
+        sampling.pop("top_p", None)
+    if "temperature" in sampling and not _ANTHROPIC_TAKES_BOTH.match(model):
+        sampling.pop("top_p", None)
 
+
+def _ollama_takes(model: str, sampling: dict[str, Any]) -> None:
+    """400 to `think` for a model that cannot, and to a `stop` that is no list.
+
+    Source: https://github.com/ollama/ollama/blob/main/api/types.go (`Options.FromMap`,
+    2026-11-25).
+    """
+    if not _OLLAMA_THINKS.match(model):
+        sampling.pop("reasoning_effort", None)
+    if isinstance(sampling.get("stop"), str):
+        sampling["stop"] = [sampling["stop"]]
+
+
+_TAKES = {
+    "openai": _openai_takes,
+    "anthropic": _anthropic_takes,
+    "ollama": _ollama_takes,
+}
+"""By provider: leave out what a model refuses, beside another option or at all."""
 
 _OPENAI_CHATS = re.compile(r"(?:ft:)?(?:gpt-[34]|chatgpt-)")
+_OPENAI_NEVER_STOPS = re.compile(r"o[34](?:-|$)")
+_ANTHROPIC_TAKES_BOTH = re.compile(r"claude-(?:instant|[23])\b")
 _OPENAI_REASONS = re.compile(r"(?:ft:)?o[1-9](?:-|:|$)")
 _OLLAMA_THINKS = re.compile(
     r"qwen3|deepseek-(?:r1|v3\.1)|gpt-oss|magistral|cogito|phi4-.*reasoning|glm|kimi",
@@ -118,14 +149,6 @@ _OLLAMA_THINKS = re.compile(
 )
 # What LiteLLM turns an effort into (litellm/constants.py, 1.105 to 1.109).
 _ANTHROPIC_BUDGETS = {"minimal": 1024, "low": 1024, "medium": 2048, "high": 4096}
-
-
-def _said(message: Mapping[str, Any]) -> bool:
-    """Say whether a message holds anything; some providers answer 400 to an empty one."""
-    if message.get("role") == "tool" or message.get("tool_calls"):
-        return True
-    content = message.get("content")
-    return bool(content.strip()) if isinstance(content, str) else bool(content)
 
 
 _OPENAI_KEYS = frozenset(
@@ -138,8 +161,6 @@ def _openai_messages(
 ) -> list[dict[str, Any]]:
     shaped = []
     for message in messages:
-        if not _said(message):
-            continue
         made = {k: v for k, v in message.items() if k in _OPENAI_KEYS}
         if made["role"] in {"system", "developer"}:
             made["role"] = provider.system_role
@@ -171,8 +192,6 @@ def _plain_messages(
 ) -> list[dict[str, Any]]:
     shaped = []
     for message in messages:
-        if not _said(message):
-            continue
         made = dict(message)
         if made["role"] == "developer":
             made["role"] = "system"
@@ -193,8 +212,6 @@ def _headed_messages(
     system: list[Any] = []
     spoken: list[dict[str, Any]] = []
     for message in messages:
-        if not _said(message):
-            continue
         if message["role"] in {"system", "developer"}:
             content = message["content"]
             system += (

@@ -45,14 +45,14 @@ class ChatStream:
 
     Args:
         start: Opens the stream, with retries.
-        finish: Completes the result, such as by parsing it.
+        finish: Completes the result of a model, such as by parsing it.
         deadline: Seconds for the whole stream, from opening it.
     """
 
     def __init__(
         self,
         start: Start,
-        finish: Callable[[ChatResult], ChatResult],
+        finish: Callable[[ChatResult, str], ChatResult],
         *,
         deadline: float | None = None,
     ) -> None:
@@ -128,7 +128,7 @@ class ChatStream:
                 break
         if self._result is None:
             raise RuntimeError("the stream was left before its end: no whole result")
-        return self._finish(self._result)
+        return self._finish(self._result, self._model)
 
     async def aclose(self) -> None:
         """Close the connection. May be called twice."""

@@ -175,5 +175,6 @@ def _error(result: ChatResult, reason: str, what: str) -> StructuredOutputError:
         text=result.text,
         service=result.service,
         model=result.model,
+        status_code=200,
         request_id=result.request_id,
     )

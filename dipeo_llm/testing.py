@@ -29,10 +29,8 @@ from dipeo_llm.domain import (
 from dipeo_llm.errors import APIKeyError, LLMServiceError, LLMTimeoutError
 from dipeo_llm.matching import Difference, differences, explain
 from dipeo_llm.network_guard import NetworkBlockedError, block_network
-from dipeo_llm.pool import Lease
 from dipeo_llm.providers import Provider
 from dipeo_llm.streaming import Items
-from dipeo_llm.wire import Client
 
 if TYPE_CHECKING:
     from dipeo_llm.cassettes import (
@@ -195,8 +193,11 @@ class MockLLMAdapter(BaseLLMAdapter):
         """Put further replies behind those that are left."""
         self._script.add(replies)
 
-    async def complete(self, request: ChatRequest) -> ChatResult:
+    async def complete(
+        self, request: ChatRequest | Sequence[Mapping[str, Any]]
+    ) -> ChatResult:
         """Take the next reply and answer with it."""
+        request = self.request(request)
         async with self._within(request.timeout):
             reply = await self._next(request, streamed=False)
             await asyncio.sleep(reply.delay)
@@ -204,8 +205,9 @@ class MockLLMAdapter(BaseLLMAdapter):
             raise self._named(reply.error)
         return self._result(reply, request)
 
-    async def stream(self, request: ChatRequest) -> Items:
+    async def stream(self, request: ChatRequest | Sequence[Mapping[str, Any]]) -> Items:
         """Take the next reply and yield it bit by bit, and the whole of it last."""
+        request = self.request(request)
         async with self._within(request.timeout):
             reply = await self._next(request, streamed=True)
             await asyncio.sleep(reply.delay)
@@ -219,8 +221,13 @@ class MockLLMAdapter(BaseLLMAdapter):
             raise self._named(reply.error)
         yield result
 
-    async def client(self) -> Lease[Client]:
-        """Refuse: there is nothing behind a mock that a client could reach."""
+    async def ask(
+        self,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Mapping[str, Any]:
+        """Refuse: there is nothing behind a mock that could be asked."""
         raise ScriptError(
             "MockLLMAdapter only answers complete and stream: it has no connection to"
             " ask for models, for a key's validity or for a count of tokens"

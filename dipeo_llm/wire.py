@@ -220,9 +220,16 @@ class Client:
             exchange.response = response
         return response
 
-    async def read(self, response: "aiohttp.ClientResponse") -> bytes:
-        """Read a whole body, up to the limit, and let go of the connection."""
-        return b"".join([piece async for piece in self.pieces(response)])
+    async def read(
+        self, response: "aiohttp.ClientResponse", exchange: Exchange
+    ) -> None:
+        """Read a whole body into the exchange, up to the limit.
+
+        Raises:
+            ServiceUnavailableError, aiohttp.ClientError, OSError: As `pieces`.
+        """
+        async for _ in self.pieces(response, exchange):
+            pass
 
     async def pieces(
         self,

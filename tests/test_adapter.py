@@ -356,7 +356,7 @@ async def test_the_fence_lets_one_request_through_an_attempt(
     token = wire_module.current.set(Exchange())
 
     async with await adapter.client() as client:
-        await client.read(await client.send("GET", url, {}, None))
+        await client.read(await client.send("GET", url, {}, None), Exchange())
         with pytest.raises(LLMServiceError, match="second request"):
             await client.send("GET", url, {}, None)
     wire_module.current.reset(token)
@@ -408,7 +408,7 @@ async def test_the_fence_keeps_headers_that_nobody_asked_for(
 
     async with await adapter.client() as client:
         url = f"{server.origin}/image.png"
-        await client.read(await client.send("GET", url, asked, None))
+        await client.read(await client.send("GET", url, asked, None), Exchange())
     await adapter.aclose()
 
     (request,) = server.requests

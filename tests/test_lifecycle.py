@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import random
 import re
 import sys
 import threading
@@ -14,7 +15,11 @@ from typing import Any, get_args
 
 import pytest
 
-from dipeo_llm.errors import ServiceUnavailableError, StreamInterruptedError
+from dipeo_llm.errors import (
+    InvalidRequestError,
+    ServiceUnavailableError,
+    StreamInterruptedError,
+)
 from dipeo_llm.keys import StaticAPIKeys
 from dipeo_llm.service import LLMInfraService
 from dipeo_llm.settings import Engine, Settings
@@ -183,6 +188,49 @@ async def test_a_client_that_expires_under_a_call_closes_after_it(
     await service.aclose()
 
 
+@pytest.mark.parametrize("provider", PROVIDERS)
+async def test_a_client_that_expires_under_a_stream_closes_after_it(
+    server: ProviderServer, keys: StaticAPIKeys, provider: str
+) -> None:
+    """The stream is read to its end, minutes of chunks after its client was retired."""
+    server.reply(Answer("abcdefgh", pieces=8, chunk_delay=0.05), Answer("quick"))
+    settings = Settings(client_ttl=0.05)
+    async with LLMInfraService(keys, settings=settings) as service:
+        async with service.stream(HELLO, MODELS[provider], provider) as stream:
+            await asyncio.sleep(0.15)  # three lives of a client
+            quick = await call(service, provider=provider)
+            result = await stream.result()
+
+        assert [quick.text, result.text] == ["quick", "abcdefgh"]
+        assert [asked.connection for asked in server.requests] == [1, 2]
+        await until(lambda: server.open_connections == 0)
+
+
+async def test_a_key_is_rotated_under_load(server: ProviderServer) -> None:
+    """Of 200 calls none fails, none mixes, and each has a key of its own moment."""
+    keys = RotatingKeys(server.base_url("openai"))
+    server.default = lambda asked: Answer(asked.json["messages"][-1]["content"])
+    wanted = []
+    async with LLMInfraService(keys, settings=Settings(max_clients=2)) as service:
+        await service.initialize()
+        calls = []
+        for number in range(200):
+            keys.key = f"sk-{number // 40}"
+            wanted.append((str(number), f"Bearer {keys.key}"))
+            calls.append(call(service, str(number)))
+            await asyncio.sleep(0)
+        texts = [(await each).text for each in calls]
+
+        assert texts == [text for text, _ in wanted]
+        sent = [
+            (asked.json["messages"][-1]["content"], asked.headers["authorization"])
+            for asked in server.requests
+        ]
+        assert sorted(sent) == sorted(wanted)
+        # The clients of the keys that went are not kept.
+        await until(lambda: len(service._pool) <= 2)
+
+
 async def test_idle_clients_beyond_the_limit_close(
     server: ProviderServer, keys: StaticAPIKeys
 ) -> None:
@@ -195,6 +243,122 @@ async def test_idle_clients_beyond_the_limit_close(
         await call(service, provider="anthropic")
 
     assert [asked.connection for asked in server.requests] == [1, 2, 3, 2]
+
+
+# --- max_concurrency -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("provider", PROVIDERS)
+async def test_no_more_requests_are_in_flight_than_allowed(
+    server: ProviderServer, keys: StaticAPIKeys, provider: str, engine: Engine
+) -> None:
+    """Twelve calls at once, three at a time, and all are answered."""
+    server.default = Answer(delay=0.05)
+    settings = Settings(max_concurrency=3, engine=engine)
+    async with LLMInfraService(keys, settings=settings) as service:
+        await asyncio.gather(*(call(service, provider=provider) for _ in range(12)))
+
+    assert server.max_in_flight == 3
+    assert len(server.requests) == 12
+
+
+async def test_a_queue_is_first_come_first_served_and_its_time_is_told(
+    server: ProviderServer, keys: StaticAPIKeys
+) -> None:
+    """Each call waits for all before it, and says for how long."""
+    async with LLMInfraService(keys, settings=Settings(max_concurrency=1)) as service:
+        await call(service)  # opens the client
+        server.requests.clear()
+        server.default = Answer(delay=0.03)
+        calls = []
+        for number in range(6):
+            calls.append(call(service, str(number)))
+            await asyncio.sleep(0)
+        results = [await each for each in calls]
+
+    order = [asked.json["messages"][-1]["content"] for asked in server.requests]
+    waits = [result.queued for result in results]
+    assert order == ["0", "1", "2", "3", "4", "5"]
+    assert waits == sorted(waits)
+    assert waits[0] < 0.03 <= waits[-1] / 4
+
+
+async def test_each_provider_and_each_key_has_a_queue_of_its_own(
+    server: ProviderServer,
+) -> None:
+    """A key that waits holds up no other."""
+    server.default = Answer(delay=0.2)
+    records = {
+        name: {"key": f"sk-{name}", "service": name.rstrip("2")}
+        | {"base_url": server.base_url(name.rstrip("2"))}
+        for name in ("openai", "openai2", "anthropic")
+    }
+    settings = Settings(max_concurrency=1)
+    async with LLMInfraService(StaticAPIKeys(records), settings=settings) as service:
+        await asyncio.gather(
+            *(
+                service.complete(HELLO, MODELS[name.rstrip("2")], name)
+                for name in records
+                for _ in range(2)
+            )
+        )
+
+    assert server.max_in_flight == 3
+
+
+async def test_a_stream_keeps_its_turn_until_it_is_left(
+    server: ProviderServer, keys: StaticAPIKeys
+) -> None:
+    """A stream that is being read counts as in flight; one that is left does not."""
+    server.default = Answer("abcd", pieces=4, stall_after=3)
+    async with LLMInfraService(keys, settings=Settings(max_concurrency=1)) as service:
+        async with service.stream(HELLO, MODELS["openai"], "openai"):
+            server.default = Answer("next")
+            waiting = call(service)
+            await asyncio.sleep(0.1)
+            assert not waiting.done()
+
+        assert (await waiting).text == "next"
+
+
+async def test_a_turn_is_never_lost_to_the_cancelled(
+    server: ProviderServer, keys: StaticAPIKeys
+) -> None:
+    """However waiting calls are cancelled, the others get their turns, in order."""
+    server.default = Answer(delay=0.005)
+    chance = random.Random(7)
+    async with LLMInfraService(keys, settings=Settings(max_concurrency=2)) as service:
+        await service.initialize()
+        calls = [call(service, str(number)) for number in range(60)]
+        gone = set(chance.sample(range(60), 30))
+        for number in sorted(gone, key=lambda _: chance.random()):
+            await asyncio.sleep(chance.choice([0, 0, 0.001, 0.004]))
+            calls[number].cancel()
+        ends = await asyncio.gather(*calls, return_exceptions=True)
+        assert (await call(service, "last")).text
+
+    failed = [end for end in ends if isinstance(end, BaseException)]
+    assert all(isinstance(end, asyncio.CancelledError) for end in failed)
+    assert all(
+        calls[n].done() and not calls[n].cancelled() for n in {*range(60)} - gone
+    )
+    assert server.max_in_flight <= 2
+
+
+async def test_a_failure_says_how_long_the_call_had_queued(
+    server: ProviderServer, keys: StaticAPIKeys
+) -> None:
+    """`details["queued"]` is what `ChatResult.queued` is for a success."""
+    server.reply(Answer(delay=0.1), error("openai", 400, "No."))
+    async with LLMInfraService(keys, settings=Settings(max_concurrency=1)) as service:
+        first = call(service)
+        await until(lambda: server.in_flight == 1)
+        with pytest.raises(InvalidRequestError) as caught:
+            await call(service)
+        await first
+
+    assert 0.02 < caught.value.details["queued"] < 30
 
 
 # --- closing -----------------------------------------------------------------------
