@@ -1,6 +1,7 @@
 """The words of a conversation, and a person that holds one."""
 
 import asyncio
+import math
 import warnings
 from collections.abc import Callable
 from enum import Enum, StrEnum
@@ -11,6 +12,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from dipeo_llm.domain import (
+    OPTIONS,
     ChatResult,
     ImageGenerationResult,
     LLMRequestOptions,
@@ -26,7 +28,7 @@ from dipeo_llm.domain import (
     WebSearchResult,
     request_from_options,
 )
-from dipeo_llm.errors import DiPeOLLMError, RateLimitError
+from dipeo_llm.errors import DiPeOLLMError, InvalidRequestError, RateLimitError
 from dipeo_llm.ports import LLMServicePort
 from dipeo_llm.service import LLMInfraService
 from tests.provider_server import Answer, ProviderServer, error
@@ -577,3 +579,52 @@ async def test_a_person_takes_any_port() -> None:
         return (await person().complete("Hello?", service)).text
 
     assert await through(port(lambda: ChatResult(text="Hi."))) == "Hi."
+
+
+def test_a_person_survives_as_json() -> None:
+    """What it remembers, and which model it thinks with, comes back as it was."""
+    config = PersonLLMConfig(service=LLMService.OPENAI, model="m", api_key_id="k")
+    heard = Message(from_person_id="system", to_person_id="ada", content="Hello?")
+    ada = Person("ada", "Ada", config, [heard])
+
+    again = Person.model_validate_json(ada.model_dump_json())
+
+    assert again == ada
+    assert again.llm_config.service is LLMService.OPENAI
+    assert again.get_messages() == [heard]
+
+
+@pytest.mark.parametrize("service", ["openai", LLMService.OPENAI], ids=["text", "enum"])
+def test_a_known_service_is_its_enum_however_it_is_given(service: str) -> None:
+    """Applications read `.value`; a service that has no name here stays text."""
+    assert PersonLLMConfig(service=service, model="m").service is LLMService.OPENAI
+    assert PersonLLMConfig(service="groq", model="m").service == "groq"
+
+
+def test_a_person_keeps_what_the_application_gave_it() -> None:
+    """Its own configuration and messages are not copied into ours."""
+    config, message = SimpleNamespace(model="m"), SimpleNamespace(content="x")
+
+    person = Person("ada", llm_config=config, messages=[message])
+
+    assert person.llm_config is config
+    assert person.get_messages()[0] is message
+
+
+def test_tokens_add_up() -> None:
+    """A total that is not given is the sum."""
+    assert TokenUsage(input=3, output=4).total == 7
+    assert TokenUsage(input=3, output=4, total=9).total == 9
+
+
+@pytest.mark.parametrize("seconds", [True, math.inf, math.nan, -1, 0, "5"])
+def test_a_time_that_is_none_is_refused(seconds: Any) -> None:
+    """No call waits for ever, or for as long as a truth value."""
+    with pytest.raises(InvalidRequestError, match="timeout="):
+        request_from_options((), {"timeout": seconds}, default_timeout=5)
+
+
+def test_options_in_one_object_take_what_keywords_take() -> None:
+    """Every keyword of a call is a field of `LLMRequestOptions`."""
+    assert set(LLMRequestOptions.model_fields) == OPTIONS - {"options"}
+    LLMRequestOptions(text_format=dict, trace_id="t", execution_phase="p")

@@ -410,6 +410,20 @@ async def test_ollama_behind_a_gateway_gets_its_key(server: ProviderServer) -> N
     assert server.requests[0].headers["authorization"] == "Bearer sk-gpu"
 
 
+async def test_ollama_passes_over_a_key_of_somebody_else(
+    server: ProviderServer,
+) -> None:
+    """A swap to a local model by its name alone neither fails nor tells it the key."""
+    vault = Vault(lambda _: {"key": "sk-openais", "service": "openai"})
+    settings = Settings(base_urls={"ollama": server.origin})
+
+    async with LLMInfraService(vault, settings=settings) as service:
+        await service.complete(USER, "llama3.2", "team-a")
+
+    assert "authorization" not in server.requests[0].headers
+    assert b"sk-openais" not in server.requests[0].body
+
+
 async def test_no_id_is_no_key_where_none_is_needed() -> None:
     """Without an id the store is not even asked on behalf of Ollama."""
     vault = failing(RuntimeError("asked"))

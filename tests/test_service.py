@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from dipeo_llm import (
     ContentFilterError,
@@ -22,11 +23,12 @@ from dipeo_llm import (
     RateLimits,
     Settings,
     StaticAPIKeys,
+    StructuredOutputError,
     TokenUsage,
 )
 from dipeo_llm.settings import Engine
 from tests.conftest import PROVIDERS
-from tests.provider_server import Answer, ProviderServer, Raw, Received
+from tests.provider_server import Answer, ProviderServer, Raw, Received, error
 
 MODELS = {
     "openai": "gpt-4.1-nano",
@@ -43,6 +45,13 @@ TOOL: dict[str, Any] = {
         "parameters": {"type": "object", "properties": {"temperature": {}}},
     },
 }
+
+
+class Weather(BaseModel):
+    """A form."""
+
+    degrees: int
+
 
 each_provider = pytest.mark.parametrize("provider", PROVIDERS)
 
@@ -364,11 +373,10 @@ ON_THE_WIRE: list[tuple[str, dict[str, Any], list[str]]] = [
         {
             "max_completion_tokens": 2000,
             "n": 2,
-            "stop": ["X"],
             "seed": 7,
             "reasoning_effort": "low",
         },
-        ["temperature", "top_p"],
+        ["temperature", "top_p", "stop"],
     ),
     (
         "google/gemini-2.5-pro",
@@ -487,6 +495,24 @@ async def test_one_option_on_the_wire(
             {"temperature": 0.5, "top_p": 0.5, "max_tokens": 9},
             {"max_completion_tokens": 9},
         ),
+        (
+            "anthropic/claude-3-opus-20240229",
+            {"temperature": 0.5, "top_p": 0.5, "max_tokens": 9},
+            {"temperature": 0.5, "top_p": 0.5, "max_tokens": 9},
+        ),
+        ("openai/o3", {"stop": ["X"]}, {}),
+        ("openai/o4-mini", {"stop": "X"}, {}),
+        ("openai/gpt-4o", {"stop": "X"}, {"stop": "X"}),
+        (
+            "ollama/llama3.2:1b",
+            {"stop": "X"},
+            {"options": {"stop": ["X"]}, "stream": False},
+        ),
+        (
+            "ollama/llama3.2:1b",
+            {"tools": [TOOL], "tool_choice": "none"},
+            {"options": {}, "stream": False},
+        ),
         ("openai/ft:gpt-4o-mini:org::id", {"reasoning_effort": "low"}, {}),
         ("openai/chatgpt-4o-latest", {"reasoning_effort": "low"}, {}),
         (
@@ -514,6 +540,53 @@ async def test_options_that_exclude_each_other(
     body = dict(server.requests[-1].json)
     del body["model"], body["messages"]
     assert body == sent
+
+
+@pytest.mark.parametrize(
+    ("model", "option", "value"),
+    [
+        ("llama3.2:1b", "tool_choice", "required"),
+        ("claude-sonnet-4-5", "response_format", {"type": "json_object"}),
+    ],
+)
+async def test_what_a_provider_has_no_word_for_is_reported_left_out(
+    service: LLMInfraService,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    server: ProviderServer,
+    model: str,
+    option: str,
+    value: Any,
+) -> None:
+    """A caller reads once that the model was not told."""
+    monkeypatch.setattr("dipeo_llm.adapter._seen_options", set())
+    caplog.set_level(logging.INFO, "dipeo_llm")
+    server.default = Answer("{}")
+    provider = await service.get_provider_for_model(model)
+    for _ in range(2):
+        await service.complete(HELLO, model, provider, tools=[TOOL], **{option: value})
+
+    assert [r.getMessage() for r in caplog.records if "left out" in r.getMessage()] == [
+        f"{provider}/{model} takes no {option}: it was left out"
+    ]
+
+
+@pytest.mark.parametrize("engine", ["direct", "litellm"])
+@pytest.mark.parametrize(
+    "model", ["gemini-2.0-flash", "gemini-1.5-pro", "google/tuned-by-us", "gemini-9-x"]
+)
+async def test_google_gets_the_system_prompt_of_models_that_litellm_does_not_know(
+    server: ProviderServer, keys: StaticAPIKeys, model: str, engine: Engine
+) -> None:
+    """It would be the user's words: LiteLLM takes what it does not know for unable."""
+    messages = [{"role": "system", "content": "Be brief."}, *HELLO]
+    async with LLMInfraService(keys, settings=Settings(engine=engine)) as service:
+        result = await service.complete(messages, model, "google")
+
+    body = server.requests[0].json
+    assert body["system_instruction"] == {"parts": [{"text": "Be brief."}]}
+    assert turns(server.requests[0]) == [("user", ["Hello"])]
+    assert result.cost_usd is None
 
 
 @pytest.mark.parametrize("model", ["gpt-5-pro", "o3-deep-research"])
@@ -575,6 +648,37 @@ async def test_an_unknown_keyword_is_a_type_error(
         await service.complete(HELLO, "gpt-4.1-nano", "openai", temprature=0.5)
 
     assert server.requests == []
+
+
+@each_provider
+async def test_two_services_for_one_call_are_an_error(
+    service: LLMInfraService, server: ProviderServer, provider: str
+) -> None:
+    """One would have to be dropped without a word; the same one twice is fine."""
+    with pytest.raises(TypeError, match="deepseek"):
+        await service.complete(
+            HELLO, "my-model", provider, service=provider, provider="deepseek"
+        )
+    assert server.requests == []
+
+    enumerated = LLMService(provider)
+    await service.complete(
+        HELLO, MODELS[provider], provider, service=enumerated, provider=provider
+    )
+    assert server.requests[0].provider == provider
+
+
+async def test_a_calls_service_wins_over_the_persons(
+    service: LLMInfraService, server: ProviderServer
+) -> None:
+    """It is the more explicit of the two."""
+    person = PersonLLMConfig(service="openai", model="my-model", api_key_id="anthropic")
+
+    await service.complete_with_person(
+        [says("system", "Hello")], "optimist", person, service="anthropic"
+    )
+
+    assert server.requests[0].path == "/v1/messages"
 
 
 @each_provider
@@ -691,6 +795,42 @@ async def test_a_message_of_no_possible_form_is_refused_here(
     with pytest.raises(InvalidRequestError, match=rf"message 1 .*{complaint}"):
         await service.complete([*HELLO, message], "gpt-4.1-nano", "openai")
 
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("messages", "complaint"),
+    [
+        ("Hello", "a str"),
+        (b"Hello", "a bytes"),
+        ({"role": "user", "content": "Hello"}, "a dict"),
+        (5, "int"),
+        (["Hello"], "message 0 is of type str"),
+        ([None], "message 0 is of type NoneType"),
+    ],
+)
+async def test_messages_that_are_none_are_refused_here(
+    service: LLMInfraService, server: ProviderServer, messages: Any, complaint: str
+) -> None:
+    """A text in place of a list is the slip that everybody makes once."""
+    with pytest.raises(InvalidRequestError, match=complaint) as caught:
+        await service.complete(messages, "gpt-4.1-nano", "openai")
+    with pytest.raises(InvalidRequestError, match=complaint):
+        service.stream(messages, "gpt-4.1-nano", "openai")
+
+    assert caught.value.attempts == 0
+    assert server.requests == []
+
+
+async def test_a_request_that_cannot_be_made_counts_no_attempt(
+    service: LLMInfraService, server: ProviderServer
+) -> None:
+    """`attempts` is 0 where nothing was sent."""
+    tool = {"type": "image_generation"}
+    with pytest.raises(InvalidRequestError, match="no tool") as caught:
+        await service.complete(HELLO, MODELS["anthropic"], "anthropic", tools=[tool])
+
+    assert caught.value.attempts == 0
     assert server.requests == []
 
 
@@ -925,6 +1065,49 @@ async def test_tool_calls(
     assert result.tool_calls[0].id
     assert result.tool_calls[0].id != result.tool_calls[1].id
     assert result.finish_reason == "tool_calls"
+
+
+@each_provider
+async def test_a_turn_that_calls_tools_needs_no_form(
+    service: LLMInfraService, server: ProviderServer, provider: str
+) -> None:
+    """With tools and a form, the answer has its form when no tool is asked for more."""
+    server.reply(Answer(tool_calls=[("weather", {"temperature": 1})]))
+    result = await service.complete(
+        HELLO, MODELS[provider], provider, tools=[TOOL], response_format=Weather
+    )
+    assert [call.name for call in result.tool_calls] == ["weather"]
+    assert result.parsed is None
+
+    server.reply(Answer('{"degrees": 20}'))
+    async with service.stream(
+        HELLO, MODELS[provider], provider, tools=[TOOL], response_format=Weather
+    ) as stream:
+        assert (await stream.result()).parsed == Weather(degrees=20)
+
+
+@each_provider
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_an_answer_without_its_form_is_told_like_any_failure(
+    service: LLMInfraService, server: ProviderServer, provider: str, streamed: bool
+) -> None:
+    """The error has the status, the model that was asked, and the attempts."""
+    server.reply(error(provider, 503), Answer("It is warm.", model="renamed"))
+    asked = (HELLO, MODELS[provider], provider)
+
+    async def ask() -> None:
+        if not streamed:
+            await service.complete(*asked, response_format=Weather)
+        async with service.stream(*asked, response_format=Weather) as stream:
+            await stream.result()
+
+    with pytest.raises(StructuredOutputError) as caught:
+        await ask()
+
+    failed = caught.value
+    assert (failed.text, failed.reason) == ("It is warm.", "invalid")
+    assert (failed.status_code, failed.attempts) == (200, 2)
+    assert (failed.service, failed.model) == (provider, MODELS[provider])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Settings: what the environment may say, in what form, and what it may not."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -321,3 +322,39 @@ def test_secrets_are_not_in_the_repr() -> None:
     )
 
     assert "hunter" not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"timeout": 0},
+        {"timeout": -1},
+        {"timeout": "5"},
+        {"timeout": math.inf},
+        {"timeout": True},
+        {"idle_timeout": 0.0},
+        {"connect_timeout": math.nan},
+        {"max_retries": -1},
+        {"max_retries": 1.5},
+        {"max_concurrency": 0},
+        {"max_clients": 0},
+        {"client_ttl": 0},
+        {"close_grace": -0.1},
+        {"engine": "turbo"},
+    ],
+    ids=str,
+)
+def test_a_setting_that_no_call_could_be_made_with_is_refused(wrong: Any) -> None:
+    """The error names the field, when the settings are made and not at the first call."""
+    (name,) = wrong
+
+    with pytest.raises(SettingsError, match=name):
+        Settings(**wrong)
+
+
+def test_settings_that_are_off_or_none_are_taken() -> None:
+    """0 is no wait, and None no limit."""
+    Settings(
+        retry_wait=0, retry_after_max=0, close_grace=0, max_retries=0, idle_timeout=None
+    )
+    Settings(max_concurrency=None, timeout=1, client_ttl=0.01)
