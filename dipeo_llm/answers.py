@@ -21,7 +21,7 @@ from dipeo_llm.domain import (
     ToolCallDelta,
     WebSearchResult,
 )
-from dipeo_llm.failures import loads
+from dipeo_llm.failures import error_in, loads
 
 _JSON = dict[str, Any]
 
@@ -240,6 +240,8 @@ _GOOGLE_FILTER = frozenset(
         "SPII",
         "IMAGE_SAFETY",
         "IMAGE_PROHIBITED_CONTENT",
+        "IMAGE_RECITATION",
+        "MODEL_ARMOR",
     }
 )
 
@@ -256,7 +258,8 @@ def _read_google(body: Mapping[str, Any]) -> Reading:
         finish=(
             "content_filter"
             if reason in _GOOGLE_FILTER
-            else _GOOGLE_FINISH.get(reason, "stop")
+            # As it is: MALFORMED_FUNCTION_CALL and its like are no whole answer.
+            else _GOOGLE_FINISH.get(reason, reason.lower())
             if reason
             else None
         ),
@@ -391,6 +394,9 @@ class MalformedStreamError(ValueError):
 
 # A field that is not known is passed over, by the standard; a page of HTML has none.
 _FIELD = re.compile(rb"\s*[\w-]*:")
+# llama.cpp of before October 2025 sends its errors as a field of this name
+# (github.com/ggml-org/llama.cpp/pull/16109, read 2026-11-25).
+_ERROR_FIELD = re.compile(rb"error: ?(\{.*)")
 
 
 class EventLines:
@@ -400,10 +406,13 @@ class EventLines:
         sse: Server-sent events, whose payload follows "data:"; else each line is one.
     """
 
-    __slots__ = ("_data", "_rest", "_sse")
+    __slots__ = ("_begun", "_data", "_rest", "_sse", "bare")
 
     def __init__(self, *, sse: bool) -> None:
         self._sse = sse
+        self._begun = False
+        self.bare = False
+        """Whether JSON stands in place of events; `close` returns it as one payload."""
         self._rest: list[bytes] = []
         self._data: list[bytes] = []
 
@@ -413,7 +422,7 @@ class EventLines:
         Raises:
             MalformedStreamError: A line that no event has, such as an HTML page's.
         """
-        if b"\n" not in piece:
+        if self.bare or b"\n" not in piece:
             self._rest.append(piece)  # joined once: a line may come in a million pieces
             return []
         lines = b"".join([*self._rest, piece]).split(b"\n")
@@ -421,21 +430,30 @@ class EventLines:
         if not self._sse:
             return [line for line in lines if line.strip()]
         payloads: list[bytes] = []
-        for line in lines:
+        for at, line in enumerate(lines):
             if line.startswith((b"data:", b"\xef\xbb\xbfdata:", b" data:")):
                 # The standard knows no space in front; a server in use sends one.
                 self._data.append(line.partition(b":")[2].strip())
+                self._begun = True
             elif not line or line == b"\r":
                 if self._data:
                     payloads.append(b"\n".join(self._data))
                     self._data = []
+            elif found := _ERROR_FIELD.match(line):
+                payloads.append(b'{"error": %b}' % found[1])
             elif not _FIELD.match(line.removeprefix(b"\xef\xbb\xbf")):
-                raise MalformedStreamError(line[:200].decode("utf-8", "replace"))
+                whole = line.rstrip().endswith(b"}") and b'"error"' not in line
+                if self._begun or whole or not line.startswith(b"{"):
+                    raise MalformedStreamError(line[:200].decode("utf-8", "replace"))
+                self.bare = True
+                self._rest = [b"\n".join([*lines[at:], b"".join(self._rest)])]
+                break
         return payloads
 
     def close(self) -> list[bytes]:
         """Return the payload of an event that the end of the stream completes."""
-        return self.feed(b"\n\n") if self._rest or self._data else []
+        payloads = self.feed(b"\n\n") if self._rest or self._data else []
+        return [b"".join(self._rest)] if self.bare else payloads
 
 
 class StreamReader(ABC):
@@ -467,7 +485,10 @@ class StreamReader(ABC):
         Raises:
             MalformedStreamError: As `feed`.
         """
-        return self._take(self._lines.close())
+        chunks = self._take(self._lines.close())
+        if self._lines.bare and self.error is None:
+            raise MalformedStreamError("JSON that is no error, in place of events")
+        return chunks
 
     def take(self, event: Any) -> list[StreamChunk]:
         """Take one event as parsed JSON and return its chunks.
@@ -479,7 +500,7 @@ class StreamReader(ABC):
             raise MalformedStreamError("an event that is not an object")
         self.events += 1
         chunks: list[StreamChunk] = []
-        if event.get("error"):
+        if error_in(event):
             self.error = json.dumps(event).encode()
             return chunks
         try:
@@ -535,7 +556,9 @@ class OpenAIStream(StreamReader):
         self._head: _JSON = {}
         self._choices: dict[int, _JSON] = {}
         self._text: dict[tuple[int, str], list[str]] = {}
-        self._calls: dict[tuple[int, int], _JSON] = {}
+        self._calls: dict[int, list[_JSON]] = {}
+        self._last: dict[tuple[int, int | None], _JSON] = {}
+        """The call that a fragment with this index goes to, by choice and index."""
 
     def _event(self, event: _JSON, chunks: list[StreamChunk]) -> None:
         for name in ("id", "model", "usage"):
@@ -548,14 +571,19 @@ class OpenAIStream(StreamReader):
             )
             if choice.get("finish_reason"):
                 kept["finish_reason"] = choice["finish_reason"]
-            if delta := choice.get("delta"):
+            delta = choice.get("delta")
+            if delta is None:  # from a server that only pretends to stream
+                delta = choice.get("message")
+            if delta:
                 self._delta(index, kept, delta, chunks)
 
     def _delta(
         self, index: int, kept: _JSON, delta: _JSON, chunks: list[StreamChunk]
     ) -> None:
         for name in _OPENAI_TEXTS:
-            if piece := delta.get(name):
+            if name == "reasoning" and delta.get("reasoning_content"):
+                continue  # the same again, under both of its names
+            if piece := _openai_text(delta.get(name)):
                 self._text.setdefault((index, name), []).append(piece)
                 if index == 0 and name == "content":
                     chunks.append(StreamChunk(piece))
@@ -567,24 +595,26 @@ class OpenAIStream(StreamReader):
             self._call(index, call, chunks)
 
     def _call(self, choice: int, call: _JSON, chunks: list[StreamChunk]) -> None:
-        index = call.get("index")
-        if index is None:  # some compatible servers send whole calls without one
-            index = len(self._calls)
-        kept = self._calls.setdefault(
-            (choice, index), {"id": None, "name": None, "text": []}
-        )
         name, arguments = _function(call)
         if isinstance(arguments, dict):
             arguments = json.dumps(arguments)
-        kept["id"] = call.get("id") or kept["id"]
+        place = (choice, call.get("index"))
+        kept = self._last.get(place)
+        if kept is None or _begins_a_call(kept, call, name):
+            calls = self._calls.setdefault(choice, [])
+            kept = {"at": len(calls), "id": None, "name": None, "text": []}
+            self._last[place] = kept
+            calls.append(kept)
+        kept["id"] = kept["id"] or call.get("id")
         kept["name"] = name or kept["name"]
         if arguments:
             kept["text"].append(arguments)
         if choice == 0:
+            told = kept["id"] if call.get("id") else None
             chunks.append(
                 StreamChunk(
                     tool_call=ToolCallDelta(
-                        index, call.get("id") or None, name or None, arguments or ""
+                        kept["at"], told, name or None, arguments or ""
                     )
                 )
             )
@@ -601,11 +631,7 @@ class OpenAIStream(StreamReader):
         texts: dict[int, _JSON] = {}
         for (choice, name), pieces in self._text.items():
             texts.setdefault(choice, {})[name] = "".join(pieces)
-        calls: dict[int, list[_JSON]] = {}
-        for (choice, _), call in sorted(self._calls.items()):
-            function = {"name": call["name"], "arguments": "".join(call["text"])}
-            made = {"id": call["id"], "type": "function", "function": function}
-            calls.setdefault(choice, []).append(made)
+        calls = {index: list(map(_whole_call, c)) for index, c in self._calls.items()}
         choices = []
         for index, kept in sorted(self._choices.items()):
             message: _JSON = {"role": "assistant", "content": None}
@@ -619,6 +645,25 @@ class OpenAIStream(StreamReader):
                 {"index": index, "message": message, "finish_reason": finish}
             )
         return {**self._head, "object": "chat.completion", "choices": choices}
+
+
+def _begins_a_call(kept: _JSON, call: _JSON, name: str | None) -> bool:
+    """Say whether a fragment begins another call than the one that has its index.
+
+    Ollama gives each call the index 0 (github.com/ollama/ollama/issues/15457), others
+    give none. Poolside changes the id after the first fragment of a call, where alone
+    the name is (github.com/poolsideai/pool/issues/9). Both read 2026-11-25.
+    """
+    given = call.get("id")
+    other = bool(given and kept["id"] and given != kept["id"])
+    if call.get("index") is not None:
+        return other and bool(name)
+    return other or (bool(name) and not (given and kept["id"]))
+
+
+def _whole_call(call: _JSON) -> _JSON:
+    function = {"name": call["name"], "arguments": "".join(call["text"])}
+    return {"id": call["id"], "type": "function", "function": function}
 
 
 class ResponsesStream(StreamReader):
@@ -656,9 +701,11 @@ class ResponsesStream(StreamReader):
                 )
             case "response.output_item.done":
                 self._items[event["output_index"]] = event["item"]
-            case "response.completed" | "response.incomplete":
+            case "response.completed" | "response.incomplete" if not error_in(
+                event["response"]
+            ):
                 self._whole = event["response"]
-            case "response.failed":
+            case "response.completed" | "response.incomplete" | "response.failed":
                 self.error = json.dumps(event["response"]).encode()
             case "error":
                 self.error = json.dumps({"error": event}).encode()

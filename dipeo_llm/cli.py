@@ -1,25 +1,26 @@
 """The command `dipeo-llm`: a question to a model, and what models there are.
 
-Knows arguments, exit codes and the terminal; the rest is the service's. What takes time
-to import is imported by the command that needs it, so that `--help` comes at once.
+Knows the commands, what they read and their exit codes; `cli_arguments` knows how they
+are typed, `terminal` how they print, and the rest is the service's. What takes time to
+import is imported by the command that needs it, so that `--help` comes at once.
 """
 
 import argparse
 import itertools
 import json
 import logging
-import math
 import os
 import re
 import sys
-from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-from dipeo_llm import cassette_cli, providers
+from dipeo_llm import cassette_cli, cli_arguments, providers, terminal
+from dipeo_llm.cli_arguments import UsageError
 from dipeo_llm.errors import (
     APIKeyError,
     APIKeyNotFoundError,
@@ -28,7 +29,7 @@ from dipeo_llm.errors import (
     SettingsError,
 )
 from dipeo_llm.files import open_regular, resolve_inside
-from dipeo_llm.settings import Settings, http_url
+from dipeo_llm.settings import Settings
 
 if TYPE_CHECKING:
     import asyncio
@@ -52,10 +53,6 @@ class Exit(IntEnum):
     """What a shell shows for a program that SIGPIPE ended."""
 
 
-class _UsageError(Exception):
-    """What was asked for makes no sense."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code. No exception leaves it.
 
@@ -65,32 +62,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     An interrupt (Ctrl-C) closes the connection of the call in flight.
     """
     try:
-        return _run(argv)
+        options = build_parser().parse_args(argv)
+        options.is_process = argv is None
+        command: cli_arguments.Command = options.command
+        with terminal.logging_to_stderr():
+            return command(options)
+    except SystemExit:  # after --help or --version
+        return Exit.OK
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
     except BrokenPipeError:
-        # What is left in the buffer has nowhere to go, and Python would say so.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        terminal.give_up_stdout()
         return Exit.BROKEN_PIPE
     except Exception as exc:  # noqa: BLE001 - a shell has no use for a traceback
         return _failed(exc)
 
 
-def _run(argv: Sequence[str] | None) -> int:
-    try:
-        options = build_parser().parse_args(argv)
-    except SystemExit as exc:  # after --help, --version or a wrong argument
-        _flush()
-        return int(exc.code or 0)
-    options.is_process = argv is None
-    command: Callable[[argparse.Namespace], int | Coroutine[Any, Any, int]]
-    command = options.command
-    with _logging_to_stderr():
-        code = command(options)
-        if not isinstance(code, int):
-            code = _await(options, code)
-    _flush()
-    return code
+def build_parser() -> argparse.ArgumentParser:
+    """Make the parser, with the commands in it."""
+    return cli_arguments.build_parser(
+        chat, models, provider, cassette_cli.check, cassette_cli.list_
+    )
 
 
 def _await(
@@ -131,36 +123,37 @@ def chat(options: argparse.Namespace) -> int:
     if options.schema is not None:
         options.schema = _schema(options.schema)
     options.images = [_image(where) for where in options.images]
-    head, question = _head(options), _question(options)
+    system = _system_prompt(options)
+    head = [{"role": "system", "content": system}] if system else []
+    question = _stdin() if options.prompt == "-" else options.prompt
     if options.interactive:
         return _converse(options, head, question)
     result = _await(options, _answer(options, [*head, _asked(options, question)]))
     if options.json:
         # The providers' own words are large, and their form is not ours to promise.
         raw: Any = {"raw_response": True, "tool_outputs": {"__all__": {"raw_response"}}}
-        _write_json(result.model_dump(exclude=raw))
-        return Exit.OK
-    if options.schema is not None:
-        _write_json(result.parsed)
-        return Exit.OK
-    _show_rest(options, result)
+        terminal.write_json(result.model_dump(exclude=raw))
+    elif options.schema is not None:
+        terminal.write_json(result.parsed)
+    else:
+        _show_rest(options, result)
     return Exit.OK
 
 
 def _check_chat(options: argparse.Namespace) -> None:
     """Refuse what is asked for twice in ways that exclude each other."""
     if options.prompt is None and not options.interactive:
-        raise _UsageError(
+        raise UsageError(
             "the following arguments are required: PROMPT (see dipeo-llm chat --help)"
         )
     if options.interactive and options.prompt == "-":
-        raise _UsageError("--interactive reads stdin itself: PROMPT cannot be -")
+        raise UsageError("--interactive reads stdin itself: PROMPT cannot be -")
     whole = "--json" if options.json else None
     if options.schema is not None:
         whole = "--schema"
     for option in ("interactive", "stream"):
         if whole and getattr(options, option):
-            raise _UsageError(f"--{option} and {whole} exclude each other")
+            raise UsageError(f"--{option} and {whole} exclude each other")
 
 
 async def _answer(
@@ -201,7 +194,7 @@ async def _call(
             return await stream.result()
     result = await service.complete(messages, options.model, key_id, **call)
     if options.show_reasoning and result.reasoning:
-        await asyncio.to_thread(_write_reasoning, result.reasoning + "\n")
+        await asyncio.to_thread(terminal.write_aside, result.reasoning + "\n")
     return result
 
 
@@ -210,7 +203,7 @@ def _streams(options: argparse.Namespace) -> bool:
         return False
     if options.stream is not None:
         return bool(options.stream)
-    return options.interactive or (sys.stdout is not None and sys.stdout.isatty())
+    return options.interactive or terminal.is_terminal(sys.stdout)
 
 
 async def _show(options: argparse.Namespace, stream: "ChatStream") -> None:
@@ -222,18 +215,18 @@ async def _show(options: argparse.Namespace, stream: "ChatStream") -> None:
         async for chunk in stream:
             if chunk.reasoning and options.show_reasoning:
                 thinks = True
-                await asyncio.to_thread(_write_reasoning, chunk.reasoning)
+                await asyncio.to_thread(terminal.write_aside, chunk.reasoning)
             if chunk.text:
                 if thinks:
                     thinks = False
-                    await asyncio.to_thread(_write_reasoning, "\n")
+                    await asyncio.to_thread(terminal.write_aside, "\n")
                 speaks = True
-                await asyncio.to_thread(_write, _for_terminal(chunk.text))
+                await asyncio.to_thread(terminal.write_text, chunk.text)
     except DiPeOLLMError:
         if thinks:
-            await asyncio.to_thread(_write_reasoning, "\n")
+            await asyncio.to_thread(terminal.write_aside, "\n")
         if speaks:  # the complaint has a line of its own
-            await asyncio.to_thread(_write, "\n")
+            await asyncio.to_thread(terminal.write, "\n")
         raise
 
 
@@ -241,13 +234,14 @@ def _show_rest(options: argparse.Namespace, result: "ChatResult") -> None:
     """Write what of an answer is not written yet, and say what is wrong with it."""
     outputs = result.tool_outputs or []
     if result.text or not outputs:
-        text = "" if _streams(options) else _for_terminal(result.text)
-        _write(text + "\n")
-    _write(_sources(outputs) + _saved(outputs))
+        terminal.write_text("\n" if _streams(options) else result.text + "\n")
+    terminal.write(_sources(outputs) + _saved(outputs))
     if result.refusal:
-        _complain(f"the model declined: {result.refusal}")
+        terminal.complain(f"the model declined: {result.refusal}")
     if result.finish_reason not in {"stop", None}:
-        _complain(f"the answer is not whole: it ended with {result.finish_reason!r}")
+        terminal.complain(
+            f"the answer is not whole: it ended with {result.finish_reason!r}"
+        )
 
 
 def _sources(outputs: "Sequence[ToolOutput]") -> str:
@@ -256,10 +250,9 @@ def _sources(outputs: "Sequence[ToolOutput]") -> str:
     for output in outputs:
         for page in output.result if isinstance(output.result, list) else ():
             found.setdefault(page.url, page.title)
-    lines = [
+    listed = terminal.lines(
         f"- {title}: {url}" if title else f"- {url}" for url, title in found.items()
-    ]
-    listed = "".join(f"{_one_line(line)}\n" for line in lines)
+    )
     return f"\nSources:\n{listed}" if listed else ""
 
 
@@ -270,7 +263,7 @@ def _saved(outputs: "Sequence[ToolOutput]") -> str:
     pictures = [
         o.result for o in outputs if isinstance(o.result, ImageGenerationResult)
     ]
-    return "".join(f"{_saved_picture(picture)}\n" for picture in pictures)
+    return terminal.lines(map(_saved_picture, pictures))
 
 
 def _saved_picture(picture: "ImageGenerationResult") -> str:
@@ -346,10 +339,10 @@ def models(options: argparse.Namespace) -> int:
         except DiPeOLLMError as exc:
             code = _failed(exc)
     if options.json:
-        _write_json(found)
+        terminal.write_json(found)
     else:
         names = (f"{provider}/{name}" for provider in found for name in found[provider])
-        _write("".join(_one_line(name) + "\n" for name in names))
+        terminal.write(terminal.lines(names))
     return code
 
 
@@ -361,7 +354,7 @@ async def _listed(options: argparse.Namespace, provider: str) -> list[str]:
 
 def provider(options: argparse.Namespace) -> int:
     """Print whose a model is."""
-    _write(_await(options, _provider_of(options.model)) + "\n")
+    terminal.write(_await(options, _provider_of(options.model)) + "\n")
     return Exit.OK
 
 
@@ -392,7 +385,7 @@ def _key_id(options: argparse.Namespace, provider: str) -> str:
             " give one, by StaticAPIKeys"
         )
     if owner.name != provider:
-        raise _UsageError(
+        raise UsageError(
             f"{key_id!r} names a key of {owner.name}, which is not sent to {provider}"
         )
     return key_id
@@ -401,7 +394,7 @@ def _key_id(options: argparse.Namespace, provider: str) -> str:
 def _reachable(options: argparse.Namespace) -> list[str]:
     """Name the providers that the environment holds a key or an address for."""
     if options.key_id or options.base_url:
-        raise _UsageError("--key-id and --base-url need a SERVICE")
+        raise UsageError("--key-id and --base-url need a SERVICE")
     listed = [row for row in providers.PROVIDERS if row.base_url]
     addressed = Settings.from_env().base_urls
     found = [
@@ -436,21 +429,9 @@ def _open(options: argparse.Namespace, provider: str) -> "LLMInfraService":
 # --- what goes in -------------------------------------------------------------------
 
 
-def _head(options: argparse.Namespace) -> list[dict[str, Any]]:
-    system = _system_prompt(options)
-    return [{"role": "system", "content": system}] if system else []
-
-
-def _question(options: argparse.Namespace) -> str | None:
-    question: str | None = options.prompt
-    return _stdin() if question == "-" else question
-
-
 def _asked(options: argparse.Namespace, question: str | None) -> dict[str, Any]:
     """Return the user's message: a question, and the pictures beside it."""
-    content: Any = question
-    if options.images:
-        content = [question, *options.images]
+    content = [question, *options.images] if options.images else question
     return {"role": "user", "content": content}
 
 
@@ -464,7 +445,7 @@ def _image(where: str) -> Any:
         open_regular(resolve_inside(path, Path.cwd(), allow_outside=False)).close()
     except (OSError, ValueError) as exc:
         why = exc.strerror if isinstance(exc, OSError) and exc.strerror else exc
-        raise _UsageError(
+        raise UsageError(
             f"the file {where!r} of --image cannot be used: {why}"
             " (it must lie in or below the working directory)"
         ) from None
@@ -491,20 +472,19 @@ def _schema(path: str) -> dict[str, Any]:
         why = f"it is not JSON: {exc}"
     else:
         return schema
-    raise _UsageError(f"the file {path!r} of --schema cannot be used: {why}")
+    raise UsageError(f"the file {path!r} of --schema cannot be used: {why}")
 
 
 def _line() -> str | None:
     """Read what the user says next; None at the end."""
-    typed = all(s is not None and s.isatty() for s in (sys.stdin, sys.stdout))
-    if not typed:
+    if not all(map(terminal.is_terminal, (sys.stdin, sys.stdout))):
         return _stdin(lambda file: file.readline()) or None
     with suppress(ImportError):
         import readline  # noqa: F401 - its import lets input() edit and remember lines
     try:
         return input("> ").encode("utf-8", "replace").decode() + "\n"
     except EOFError:
-        _write("\n")
+        terminal.write("\n")
         return None
 
 
@@ -527,9 +507,9 @@ def _system_prompt(options: argparse.Namespace) -> str | None:
     finally:
         log.removeFilter(hear)
     if reasons and prompt is None:
-        raise _UsageError(f"{reasons[0]} ({_PROMPT_FILE_RULES})")
+        raise UsageError(f"{reasons[0]} ({_PROMPT_FILE_RULES})")
     for reason in reasons:
-        _complain(reason)
+        terminal.complain(reason)
     return prompt or None
 
 
@@ -543,94 +523,27 @@ def _stdin(read: Callable[[BinaryIO], bytes] = lambda file: file.read()) -> str:
     try:
         return read(sys.stdin.buffer).decode()
     except UnicodeDecodeError as exc:
-        raise _UsageError(
+        raise UsageError(
             f"the prompt on stdin is not text in UTF-8: {exc.reason} at byte {exc.start}"
         ) from None
     except (AttributeError, OSError):  # None, or not open for reading
-        raise _UsageError("the prompt is to come from stdin, which is closed") from None
+        raise UsageError("the prompt is to come from stdin, which is closed") from None
 
 
-# --- what comes out -----------------------------------------------------------------
-
-# Control characters, which drive a terminal, and those that turn the order of text.
-_ESCAPED = {
-    code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
-    for code in (
-        *range(0x20),
-        *range(0x7F, 0xA0),
-        *range(0x202A, 0x202F),
-        *range(0x2066, 0x206A),
-    )
-}
-# A lone carriage return writes over a line.
-_TEXT = {**_ESCAPED, ord("\n"): "\n", ord("\t"): "\t", ord("\r"): None}
-_JSON = {code: f"\\u{code:04x}" for code in _ESCAPED if code != ord("\n")}
-
-
-def _for_terminal(text: str) -> str:
-    """Make a model's text harmless where it is shown; a file gets it as it came."""
-    shown = sys.stdout is not None and sys.stdout.isatty()
-    return text.translate(_TEXT) if shown else text
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split()).translate(_ESCAPED)
-
-
-def _write(text: str) -> None:
-    """Write to stdout, now; what its encoding lacks is escaped."""
-    if sys.stdout is None:
-        raise OSError("stdout is closed")
-    sys.stdout.write(_encodable(text, sys.stdout))
-    sys.stdout.flush()
-
-
-def _write_reasoning(text: str) -> None:
-    """Write what a model thinks to stderr: dim on a terminal."""
-    if sys.stderr is None:
-        return
-    if sys.stderr.isatty():
-        text = f"\x1b[2m{text.translate(_TEXT)}\x1b[0m"
-    with suppress(OSError):  # the answer is what counts
-        sys.stderr.write(_encodable(text, sys.stderr))
-        sys.stderr.flush()
-
-
-def _encodable(text: str, output: TextIO) -> str:
-    encoding = output.encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
-
-
-def _flush() -> None:
-    """Learn now, and not when Python ends, that nobody reads any more."""
-    if sys.stdout is not None:
-        sys.stdout.flush()
-
-
-def _write_json(value: Any) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
-    _write(text.translate(_JSON) + "\n")
-
-
-def _complain(message: str) -> None:
-    """Say what is wrong, in one line on stderr."""
-    with suppress(OSError):  # there is no other place to say it
-        print(f"dipeo-llm: {_one_line(message)}", file=sys.stderr, flush=True)
+# --- what is wrong ------------------------------------------------------------------
 
 
 def _failed(exc: Exception) -> Exit:
     """Say what an exception means to the user, and name the exit code for it."""
-    if isinstance(exc, _UsageError | SettingsError):
-        _complain(str(exc))
+    foreseen = isinstance(exc, UsageError | DiPeOLLMError | OSError)
+    said = f"{exc}{_circumstances(exc)}" if foreseen else f"{type(exc).__name__}: {exc}"
+    terminal.complain(said)
+    if isinstance(exc, UsageError | SettingsError):
         return Exit.USAGE
-    if isinstance(exc, DiPeOLLMError):
-        _complain(f"{exc}{_circumstances(exc)}")
-        return Exit.KEY if isinstance(exc, APIKeyError) else Exit.FAILED
-    _complain(str(exc) if isinstance(exc, OSError) else f"{type(exc).__name__}: {exc}")
-    return Exit.FAILED
+    return Exit.KEY if isinstance(exc, APIKeyError) else Exit.FAILED
 
 
-def _circumstances(exc: DiPeOLLMError) -> str:
+def _circumstances(exc: Exception) -> str:
     """Add what helps to decide what to do, as far as it is known."""
     attempts = getattr(exc, "attempts", 0)
     wait = getattr(exc, "retry_after", None)
@@ -641,346 +554,3 @@ def _circumstances(exc: DiPeOLLMError) -> str:
         f"request {request_id}" if request_id else "",
     ]
     return f" ({', '.join(filter(None, known))})" if any(known) else ""
-
-
-@contextmanager
-def _logging_to_stderr() -> Generator[None]:
-    """Show the package's warnings as lines of this command, and nobody else's."""
-
-    class Lines(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            _complain(record.getMessage())
-
-    added = (
-        (logging.getLogger("dipeo_llm"), Lines(logging.WARNING)),
-        # Without any handler Python prints the warnings of all, tracebacks included.
-        (logging.getLogger(), logging.NullHandler()),
-    )
-    for logger, handler in added:
-        logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        for logger, handler in added:
-            logger.removeHandler(handler)
-
-
-# --- the arguments ------------------------------------------------------------------
-
-_EPILOG = """\
-examples:
-  dipeo-llm chat gpt-4.1-nano "Name three rivers."
-  dipeo-llm chat claude-haiku-4-5 - < letter.txt --system "Answer in one sentence."
-  dipeo-llm chat claude-haiku-4-5 --interactive
-  dipeo-llm chat llama3.2:1b "Say hello." --base-url http://192.168.1.5:11434
-  dipeo-llm chat my-model "Hi" --service openai --base-url http://127.0.0.1:8000/v1
-  dipeo-llm models anthropic
-  dipeo-llm provider gemini-2.5-flash
-  dipeo-llm cassettes check tests/cassettes
-
-environment:
-  OPENAI_API_KEY, ANTHROPIC_API_KEY, GEMINI_API_KEY or GOOGLE_API_KEY
-                             the key of each provider; Ollama needs none
-  DIPEO_LLM_TIMEOUT          seconds for one attempt (default 300)
-  DIPEO_LLM_MAX_RETRIES      attempts after the first (default 3)
-  DIPEO_LLM_OPENAI_BASE_URL, DIPEO_LLM_ANTHROPIC_BASE_URL,
-  DIPEO_LLM_GOOGLE_BASE_URL, DIPEO_LLM_OLLAMA_BASE_URL (or OLLAMA_HOST)
-                             where a provider lives, if not at its own address
-  HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE
-                             as for other programs
-
-exit codes:
-  0    it worked
-  1    the call failed, or the model or its provider is unknown
-  2    a wrong argument, file or setting
-  3    a key is missing, or the provider refuses it
-  130  interrupted (Ctrl-C)
-  141  whoever read the output closed it
-"""
-
-_CHAT = """\
-Ask a model one question and print its answer, or talk with it (--interactive). The
-model's name tells the provider; where it does not, --service or a prefix
-(openai/my-model) does.
-"""
-
-_CHAT_EPILOG = """\
-examples:
-  dipeo-llm chat gpt-4.1-nano "Name three rivers."
-  git diff | dipeo-llm chat claude-haiku-4-5 - --system "Write a commit message."
-  dipeo-llm chat gemini-2.5-flash "Hello" --prompt-file prompts/optimist.md
-  dipeo-llm chat gpt-4.1-nano "Name a colour." --max-tokens 20 --json
-  dipeo-llm chat gpt-4.1-nano "What is this?" --image photo.jpg --image plan.png
-  dipeo-llm chat gemini-2.5-flash "Name two rivers." --schema rivers.schema.json
-  dipeo-llm chat claude-haiku-4-5 "Who won yesterday?" --tool web_search
-  dipeo-llm chat gpt-5 "Draw a river." --tool image_generation
-  dipeo-llm chat llama3.2:1b --interactive --system "Answer like a pirate."
-
-A schema file holds a JSON schema, such as
-  {"type": "object", "properties": {"names": {"type": "array"}}, "required": ["names"]}
-
-In a conversation each line is a question; /quit or Ctrl-D ends it. A question that
-fails is not remembered. An answer that breaks off is printed as far as it came, and the
-exit code is 1.
-
-On a terminal, control characters in an answer are shown as escapes (\\x1b).
-Variables and exit codes: dipeo-llm --help
-"""
-
-_MODELS = """\
-Print the models that a provider offers to your key, one on a line, in the form that
-`chat` takes. Without SERVICE: of every provider whose key is in the environment, and of
-Ollama if OLLAMA_HOST or DIPEO_LLM_OLLAMA_BASE_URL is set.
-"""
-
-_PROVIDER = """\
-Print the provider that a model name belongs to; exit with 1 if that is unknown.
-Most names are answered at once; for the others LiteLLM is asked, which takes seconds.
-"""
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            **options,
-        )
-
-    def error(self, message: str) -> NoReturn:
-        _complain(f"{message} (see {self.prog} --help)")
-        sys.exit(Exit.USAGE)
-
-
-class _Version(argparse.Action):
-    """Looks the versions up only when asked."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        from importlib.metadata import version
-
-        _write(f"dipeo-llm {version('dipeo-llm')} (LiteLLM {version('litellm')})\n")
-        parser.exit()
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Make the parser; what runs a command is in `options.command`: plain, or async."""
-    parser = _Parser(
-        prog="dipeo-llm",
-        description="Talk to OpenAI, Anthropic, Google Gemini and Ollama models.",
-        epilog=_EPILOG,
-    )
-    parser.add_argument(
-        "--version", action=_Version, nargs=0, help="print the version and exit"
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_chat(commands)
-    _add_models(commands)
-    _add_provider(commands)
-    cassette_cli.add_parser(commands)
-    return parser
-
-
-def _add_chat(commands: Any) -> None:
-    parser = commands.add_parser(
-        "chat", help="ask a model", description=_CHAT, epilog=_CHAT_EPILOG
-    )
-    parser.set_defaults(command=chat)
-    parser.add_argument("model", metavar="MODEL", help="such as gpt-4.1-nano")
-    prompt = parser.add_argument(
-        "prompt",
-        metavar="PROMPT",
-        type=_text,
-        help="the question; - reads it from stdin; with --interactive it may be left"
-        " out",
-    )
-    # nargs="?" would make argparse overlook a prompt that stands after an option.
-    prompt.required = False
-    parser.add_argument(
-        "--system",
-        dest="system_prompt",
-        metavar="TEXT",
-        type=_text,
-        help="what the model is told about its task",
-    )
-    parser.add_argument(
-        "--prompt-file",
-        metavar="FILE",
-        help="read that from a file in or below the working directory; --system stands"
-        " in if it cannot be used",
-    )
-    parser.add_argument(
-        "--service",
-        type=_service,
-        help="the provider (openai, anthropic, google, ollama, ...), where the model's"
-        " name does not tell it",
-    )
-    parser.add_argument(
-        "--temperature",
-        metavar="NUMBER",
-        type=_temperature,
-        help="how freely it speaks, from 0, often up to 2; left out for a model that"
-        " takes none",
-    )
-    parser.add_argument(
-        "--max-tokens",
-        metavar="TOKENS",
-        type=_count,
-        help="longest answer, in tokens (a token is about four letters of English)",
-    )
-    parser.add_argument(
-        "--image",
-        dest="images",
-        metavar="PATH_OR_URL",
-        action="append",
-        default=[],
-        type=_text,
-        help="a picture (or PDF, or sound) to look at, in or below the working"
-        " directory, or a picture's URL; may be given several times",
-    )
-    parser.add_argument(
-        "--tool",
-        dest="tools",
-        action="append",
-        default=[],
-        choices=["web_search", "image_generation"],
-        help="let the provider search, and list its sources; or let it draw, and save"
-        " the pictures as image-1.png and so on in the working directory",
-    )
-    parser.add_argument(
-        "--interactive",
-        action="store_true",
-        help="hold a conversation on stdin, until /quit or Ctrl-D",
-    )
-    parser.add_argument(
-        "--stream",
-        action=argparse.BooleanOptionalAction,
-        help="print the answer as it comes (default: on a terminal, and with"
-        " --interactive)",
-    )
-    parser.add_argument(
-        "--show-reasoning",
-        action="store_true",
-        help="print on stderr what the model thinks, where its provider shows it",
-    )
-    _add_connection(parser)
-    parser.add_argument(
-        "--schema",
-        metavar="FILE",
-        help="print JSON that follows the JSON schema in this file",
-    )
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="print the whole result as JSON: text, tokens, cost in USD, request id",
-    )
-
-
-def _add_models(commands: Any) -> None:
-    parser = commands.add_parser(
-        "models", help="list what a provider offers", description=_MODELS
-    )
-    parser.set_defaults(command=models)
-    parser.add_argument(
-        "service",
-        metavar="SERVICE",
-        nargs="?",
-        type=_service,
-        help="openai, anthropic, google or ollama",
-    )
-    _add_connection(parser)
-    parser.add_argument(
-        "--json", action="store_true", help="print {service: [model, ...]} as JSON"
-    )
-
-
-def _add_provider(commands: Any) -> None:
-    parser = commands.add_parser(
-        "provider", help="tell whose a model is", description=_PROVIDER
-    )
-    parser.set_defaults(command=provider)
-    parser.add_argument("model", metavar="NAME", help="such as gemini-2.5-flash")
-
-
-def _add_connection(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--key-id",
-        metavar="NAME",
-        type=_named_key,
-        help="where the key is: a variable such as GEMINI_API_KEY (default: the"
-        " provider's own)",
-    )
-    parser.add_argument(
-        "--base-url",
-        metavar="URL",
-        type=_url,
-        help="where the provider lives; your key is sent there",
-    )
-    parser.add_argument(
-        "--timeout",
-        metavar="SECONDS",
-        type=_seconds,
-        help="for one attempt (default: DIPEO_LLM_TIMEOUT, else 300)",
-    )
-
-
-def _text(argument: str) -> str:
-    try:
-        argument.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError("it is not text in UTF-8") from None
-    return argument
-
-
-def _service(argument: str) -> str:
-    try:
-        return providers.by_name(argument).name
-    except InvalidRequestError as exc:
-        raise argparse.ArgumentTypeError(str(exc)) from None
-
-
-def _named_key(argument: str) -> str:
-    if providers.of_key(argument) is None:
-        # Not repeated here: it may be the key itself.
-        raise argparse.ArgumentTypeError(
-            "it must be the name of a provider or of the variable that holds its key;"
-            " a key itself does not belong on a command line"
-        )
-    return argument
-
-
-def _url(argument: str) -> str:
-    try:
-        return http_url(argument)
-    except ValueError as exc:
-        raise argparse.ArgumentTypeError(str(exc)) from None
-
-
-def _number(argument: str) -> float:
-    try:
-        return float(argument)
-    except ValueError:
-        return math.nan
-
-
-def _temperature(argument: str) -> float:
-    value = _number(argument)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{argument!r} is not a number from 0")
-    return value
-
-
-def _seconds(argument: str) -> float:
-    value = _number(argument)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(
-            f"{argument!r} is not a number of seconds above 0"
-        )
-    return value
-
-
-def _count(argument: str) -> int:
-    if not (argument.isdecimal() and int(argument) > 0):
-        raise argparse.ArgumentTypeError(f"{argument!r} is not a whole number above 0")
-    return int(argument)

@@ -9,7 +9,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -33,40 +33,119 @@ _REQUEST_ID_HEADERS = ("x-request-id", "request-id", "x-goog-request-id")
 
 # Words of the providers' own messages, from real answers of each. Codes come first
 # where a provider has them; Anthropic, Google and Ollama have only words for these.
+# The last three lines are the servers' that run models at home, and xAI's: LM Studio
+# (github.com/lmstudio-ai/lmstudio-bug-tracker/issues/2322), llama.cpp, SGLang, vLLM and
+# text-generation-inference, read 2026-11-25.
 _TOO_LONG = re.compile(
-    r"context_length_exceeded|exceed_context_size|exceeds? the (?:available )?context"
-    r"|maximum context length|context window|prompt is too long|prompt too long"
-    r"|input token count.{0,60}exceeds|exceeded max context length|too many tokens",
+    r"context_length_exceeded|exceed_context_size|maximum context length|context window"
+    r"|exceeds? (?:the )?(?:available )?context|exceeded max context length"
+    r"|prompt is too long|prompt too long|input token count.{0,60}exceeds"
+    r"|too many tokens|context size has been exceeded|maximum prompt length is"
+    r"|(?:longer|greater) than the (?:model's |maximum )?(?:context|model) length"
+    r"|context length of only|n_keep.{0,12}>= n_ctx|`inputs` tokens \+",
     re.IGNORECASE,
 )
 _REFUSED = re.compile(
     r"content_policy_violation|content_filter|content management policy"
-    r"|content filtering policy|blocked by .{0,20}safety|moderation_blocked",
+    r"|content filtering policy|blocked by .{0,20}safety|moderation_blocked"
+    # OpenAI's invalid_prompt, a code that it has for other prompts too; DeepSeek.
+    r"|flagged as potentially violating|content exists risk",
     re.IGNORECASE,
 )
 _NO_MONEY = re.compile(
     r"insufficient_quota|credit balance is too low|billing_hard_limit_reached"
-    r"|billing_not_active|insufficient balance",
+    r"|billing_not_active|insufficient balance|credit_balance_exhausted"
+    # Limits of a month: https://developers.openai.com/api/docs/guides/error-codes, and
+    # https://platform.claude.com/docs/en/api/rate-limits, where one that the owner of
+    # the account has set is a 400. Both read 2026-11-25.
+    r"|spend_limit_(?:reached|exceeded)|organization_usage_limit_exceeded"
+    r"|reached your specified (?:workspace )?API usage limits",
     re.IGNORECASE,
 )
+# A model that the account has no quota for, in Gemini's words; 0.5 is a quota.
+_NO_QUOTA = re.compile(r"limit: 0(?!\.?\d)")
+_NO_MODEL = re.compile(
+    r"model_not_found|model not exist|is not a valid model ID", re.IGNORECASE
+)
+# OpenRouter's moderation, see `_reasons`.
+_FLAGGED = re.compile(r"flagged_input|content_policy_violation")
+_NO_COUNTRY = re.compile(r"unsupported_country_region_territory")
 _BAD_KEY = re.compile(r"API_KEY_INVALID|API key not valid|API key expired")
 _ECHOED_KEY = re.compile(r"(API key provided: )\S+?(?=\.?(?:\s|$))")
+# More than a minute's tokens in one request: no wait makes it fit.
+_TOO_LARGE = re.compile(r"tokens must be reduced in order to run")
 
-_TIMEOUT = frozenset({408})
+# What words make of a status, the first row that fits; then what it is without words.
+_BY_WORDS: tuple[tuple[frozenset[int], re.Pattern[str], type[CallError]], ...] = (
+    (frozenset({400, 403, 429}), _NO_MONEY, QuotaExceededError),
+    (frozenset({429}), _NO_QUOTA, QuotaExceededError),
+    (frozenset({400}), _BAD_KEY, APIKeyError),
+    # llama.cpp says it with 500 (github.com/ggml-org/llama.cpp/pull/15780).
+    (frozenset({400, 413, 422, 500}), _TOO_LONG, ContextWindowError),
+    (frozenset({400, 422}), _REFUSED, ContentFilterError),
+    # OpenAI says 403 for a model that is closed to a project, and on its Responses
+    # endpoint 400 for one that it does not know; so do DeepSeek and OpenRouter.
+    (frozenset({400, 403}), _NO_MODEL, ModelNotFoundError),
+    (frozenset({403}), _FLAGGED, ContentFilterError),
+    (frozenset({403}), _NO_COUNTRY, LLMServiceError),
+)
+_BY_STATUS: Mapping[int, type[CallError]] = {
+    400: InvalidRequestError,
+    401: APIKeyError,
+    402: QuotaExceededError,
+    403: APIKeyError,
+    404: ModelNotFoundError,
+    408: LLMTimeoutError,
+    413: InvalidRequestError,
+    422: InvalidRequestError,
+    429: RateLimitError,
+}
 _TRY_AGAIN = frozenset({409, 425})
-_BY_TYPE = {
+
+# What the codes, types and states of errors stand for that come with 200, in lower
+# case: Anthropic's types, OpenAI's codes
+# (openai-python, src/openai/types/responses/response_error.py, 2026-11-25) and Google's
+# states (google/rpc/code.proto).
+_BY_NAME: Mapping[str, int] = {
     "invalid_request_error": 400,
+    "invalid_prompt": 400,
+    "invalid_image": 400,
+    "invalid_image_format": 400,
+    "invalid_base64_image": 400,
+    "invalid_image_url": 400,
+    "invalid_image_mode": 400,
+    "image_too_large": 400,
+    "image_too_small": 400,
+    "image_parse_error": 400,
+    "image_content_policy_violation": 400,
+    "image_file_too_large": 400,
+    "image_file_not_found": 400,
+    "empty_image_file": 400,
+    "unsupported_image_media_type": 400,
+    "invalid_argument": 400,
+    "failed_precondition": 400,
+    "out_of_range": 400,
     "authentication_error": 401,
+    "invalid_api_key": 401,
+    "unauthenticated": 401,
     "billing_error": 402,
     "permission_error": 403,
+    "permission_denied": 403,
     "not_found_error": 404,
+    "model_not_found": 404,
+    "not_found": 404,
     "request_too_large": 413,
     "rate_limit_error": 429,
     "rate_limit_exceeded": 429,
     "insufficient_quota": 429,
+    "resource_exhausted": 429,
+    "cancelled": 499,
+    "unavailable": 503,
     "timeout_error": 504,
+    "deadline_exceeded": 504,
     "overloaded_error": 529,
 }
+_STATUS = re.compile(r"[45]\d\d")
 
 
 def from_answer(
@@ -77,7 +156,6 @@ def from_answer(
     service: str,
     model: str | None = None,
     secret: str = "",
-    effective_status: int | None = None,
 ) -> CallError:
     """Make the error for an answer of a provider.
 
@@ -88,20 +166,17 @@ def from_answer(
         service: The provider.
         model: The model that was asked for.
         secret: The key, to be taken out of what the provider says.
-        effective_status: What the answer means, where the status does not say it: an
-            error that came with 200.
     """
     error = _error_object(body)
-    message = clean(error.get("message") or _excerpt(body), secret)
-    code = error.get("code") if isinstance(error.get("code"), str) else None
-    kind = error.get("type") or error.get("status")
-    meaning = effective_status or _meaning(status, error)
-    text = f"{code} {kind} {message} {error.get('reasons', '')}"
-    cls, retryable = _classify(meaning, text[:_LOOKED_AT])
+    said = error["message"] or _excerpt(body)
+    words = {name: value for name, value in error.items() if isinstance(value, str)}
+    code, kind = words.get("code"), words.get("type") or words.get("status")
+    text = f"{code} {kind} {error['reasons']} {said}"[:_LOOKED_AT]
+    cls, retryable = _classify(_meaning(status, error, text), text)
     if _header(headers, "x-should-retry") == "false":
         retryable = False
     return cls(
-        f"{service} answered {status}: {message}"
+        f"{service} answered {status}: {clean(said, secret)}"
         + (_REDIRECT if 300 <= status < 400 else ""),
         service=service,
         model=model,
@@ -113,45 +188,35 @@ def from_answer(
     )
 
 
-_REDIRECT = " (a redirect is never followed: mend the base URL)"
+_REDIRECT = " (a redirect is never followed: fix the base URL)"
 
 
-def _meaning(status: int, error: Mapping[str, Any]) -> int:
+def _meaning(status: int, error: Mapping[str, Any], text: str) -> int:
     """Find what an error that came with a 2xx stands for; else it is the status."""
     if status >= 300:
         return status
-    code = error.get("code")
-    if isinstance(code, int) and 400 <= code < 600:
-        return code
-    for name in (error.get("type"), code):
-        if isinstance(name, str) and name in _BY_TYPE:
-            return _BY_TYPE[name]
-    return 500
+    # The code is nearer to the point: rate_limit_exceeded has invalid_request_error for
+    # its type.
+    for name in (error.get("code"), error.get("type"), error.get("status")):
+        if not isinstance(name, str | int):
+            continue
+        if _STATUS.fullmatch(str(name)):
+            return int(name)
+        if found := _BY_NAME.get(str(name).lower()):
+            return found
+    return 400 if _TOO_LONG.search(text) or _REFUSED.search(text) else 500
 
 
 def _classify(status: int, text: str) -> tuple[type[CallError], bool]:
     """Name the class for a status and the provider's words, and whether to try again."""
-    cls: type[CallError] = LLMServiceError
-    if status == 402 or (status in {400, 403, 429} and _NO_MONEY.search(text)):
-        cls = QuotaExceededError
-    elif status in {401, 403} or (status == 400 and _BAD_KEY.search(text)):
-        cls = APIKeyError
-    elif status == 429:
-        cls = RateLimitError
-    elif status == 404:
-        cls = ModelNotFoundError
-    elif status in {400, 413, 422} and _TOO_LONG.search(text):
-        cls = ContextWindowError
-    elif status in {400, 422} and _REFUSED.search(text):
-        cls = ContentFilterError
-    elif status in {400, 413, 422}:
-        # OpenAI's Responses endpoint answers 400 for a model that it does not know.
-        cls = ModelNotFoundError if "model_not_found" in text else InvalidRequestError
-    elif status in _TIMEOUT:
-        cls = LLMTimeoutError
-    elif status >= 500:
-        cls = ServiceUnavailableError
-    return cls, cls.default_retryable or status in _TRY_AGAIN
+    cls = next(
+        (c for statuses, w, c in _BY_WORDS if status in statuses and w.search(text)),
+        _BY_STATUS.get(
+            status, ServiceUnavailableError if status >= 500 else LLMServiceError
+        ),
+    )
+    again = cls.default_retryable or status in _TRY_AGAIN
+    return cls, again and not _TOO_LARGE.search(text)
 
 
 def loads(data: bytes) -> Any:
@@ -194,7 +259,9 @@ def answer_in(
         return {}, f"its body is {what}: {_excerpt(body)}"
     if not isinstance(data, dict):
         return {}, "its body is not a JSON object"
-    if wire_format is None or data.get("error") or _ANSWERS[wire_format](data):
+    if error := error_in(data):
+        return {**data, "error": error}, None
+    if wire_format is None or _ANSWERS[wire_format](data):
         return data, None
     return data, f"it holds no answer, only {', '.join(sorted(data)[:8]) or 'nothing'}"
 
@@ -205,7 +272,13 @@ def _has_openai_answer(data: Mapping[str, Any]) -> bool:
         isinstance(choices, list)
         and bool(choices)
         and all(
-            isinstance(c, dict) and isinstance(c.get("message"), dict) for c in choices
+            isinstance(c, dict)
+            # Azure leaves the message out where it has filtered all of it.
+            and (
+                isinstance(c.get("message"), dict)
+                or c.get("finish_reason") == "content_filter"
+            )
+            for c in choices
         )
     )
 
@@ -334,26 +407,62 @@ def _object(body: bytes) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _error_object(body: bytes) -> dict[str, Any]:
-    """Return the error of any provider's body, with `reasons` from Google's details."""
-    data = _object(body)
-    error = data.get("error", data)
-    if isinstance(error, str):
-        return {"message": error}
-    if not isinstance(error, dict):
-        return {}
-    details = error.get("details")
-    reasons = (
-        " ".join(str(d.get("reason", "")) for d in details if isinstance(d, dict))
-        if isinstance(details, list)
-        else ""
+def error_in(data: Mapping[str, Any]) -> Any:
+    """Return what an answer or an event says went wrong; nothing that is true if nothing.
+
+    OpenRouter puts it into the choice where it has begun to answer
+    (https://openrouter.ai/docs/api/reference/errors-and-debugging, 2026-11-25); an answer
+    of OpenAI's Responses may have failed without a word why.
+    """
+    choices, state = data.get("choices"), data.get("status")
+    first = choices[0] if isinstance(choices, list) and choices else None
+    return (
+        data.get("error")
+        or (isinstance(first, dict) and first.get("error"))
+        or (state in ("failed", "cancelled") and {"status": state})
     )
-    message = error.get("message")
+
+
+def _error_object(body: bytes) -> dict[str, Any]:
+    """Return the error of any provider's body, with its `message` and `reasons` as text."""
+    data = _object(body)
+    error = error_in(data) or data
+    if not isinstance(error, dict):
+        error = {"message": error}
+    metadata = error.get("metadata")
+    metadata = metadata if isinstance(metadata, dict) else {}
+    said = error.get("message")
+    # OpenRouter: "Provider returned error", and in `raw` what the provider said.
+    told = [said if isinstance(said, str) else "", _as_text(metadata.get("raw"))]
     return {
         **error,
-        "message": message if isinstance(message, str) else "",
-        "reasons": reasons,
+        "message": ": ".join(filter(None, told)),
+        "reasons": " ".join(
+            reason
+            for reason in _reasons(error.get("details"), metadata)
+            if isinstance(reason, str)
+        ),
     }
+
+
+def _reasons(details: Any, metadata: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield the codes that are told deeper in an error than its own."""
+    if isinstance(details, list):  # Google's
+        yield from (d.get("reason") for d in details if isinstance(d, dict))
+    elif isinstance(details, dict):  # Anthropic's
+        yield details.get("error_code")
+    yield metadata.get("error_type")  # OpenRouter's
+    if metadata.get("flagged_input") or metadata.get("reasons"):
+        yield "flagged_input"
+
+
+def _as_text(value: Any) -> str:
+    if not value or isinstance(value, str):
+        return value or ""
+    try:
+        return json.dumps(value)
+    except RecursionError:
+        return ""
 
 
 def _excerpt(body: bytes) -> str:

@@ -3,10 +3,8 @@
 Pure. Every provider's own words for the same numbers are listed here and nowhere else.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from pydantic import BaseModel
 
 from dipeo_llm.domain import RateLimits, TokenUsage
 from dipeo_llm.failures import seconds_until
@@ -17,9 +15,10 @@ def token_usage(usage: Any) -> TokenUsage | None:
 
     Tokens from a cache count as input: OpenAI and Google say so already, Anthropic
     counts them apart
-    (https://docs.anthropic.com/en/docs/build-with-claude/prompt-caching, 2026-11-23).
-    Thoughts count as output: Google counts them apart, and its OpenAI-compatible
-    endpoint in the total only.
+    (https://docs.anthropic.com/en/docs/build-with-claude/prompt-caching, 2026-11-23),
+    and so does Bedrock's Converse. Thoughts count as output: Google counts them apart,
+    its OpenAI-compatible endpoint in the total only, and xAI in both
+    (https://docs.x.ai/docs/key-information/consumption-and-rate-limits, 2026-11-25).
 
     Returns:
         None where *usage* holds no number of tokens.
@@ -40,7 +39,7 @@ def token_usage(usage: Any) -> TokenUsage | None:
         output += reasoning
     elif "prompt_tokens" in counts:
         untold = counts.get("total_tokens", 0) - read - output
-        if untold > 0 and not reasoning:
+        if untold > 0 and (not reasoning or untold == reasoning):
             reasoning = untold
             output += untold
     elif (
@@ -88,28 +87,88 @@ _REASONING = (
 )
 
 
+# Other names of the same: of the Python SDKs for Gemini, and of Bedrock's Converse
+# (https://docs.aws.amazon.com/bedrock/latest/APIReference/API_runtime_TokenUsage.html,
+# 2026-11-25).
+_SAME = {
+    "prompt_token_count": "promptTokenCount",
+    "candidates_token_count": "candidatesTokenCount",
+    "cached_content_token_count": "cachedContentTokenCount",
+    "thoughts_token_count": "thoughtsTokenCount",
+    "tool_use_prompt_token_count": "toolUsePromptTokenCount",
+    "inputTokens": "input_tokens",
+    "outputTokens": "output_tokens",
+    "cacheReadInputTokens": "cache_read_input_tokens",
+    "cacheWriteInputTokens": "cache_creation_input_tokens",
+}
+_NAMES = (
+    *(*_SAME, *_INPUT, *_OUTPUT, *_CACHED, *_REASONING),
+    *("total_tokens", "cache_creation_input_tokens", "toolUsePromptTokenCount"),
+)
+
+# What `token_usage` counts in with the rest though it has a price of its own: sound in
+# and out, pictures out, and what Anthropic's cache keeps for an hour, told by Anthropic
+# and by LiteLLM.
+_PRICED_APART = (
+    "prompt_tokens_details.audio_tokens",
+    "input_tokens_details.audio_tokens",
+    "completion_tokens_details.audio_tokens",
+    "completion_tokens_details.image_tokens",
+    "output_tokens_details.audio_tokens",
+    "output_tokens_details.image_tokens",
+    "cache_creation.ephemeral_1h_input_tokens",
+    "prompt_tokens_details.cache_creation_token_details.ephemeral_1h_input_tokens",
+)
+# The same in lists: what a row's kind is called, which kinds it is, and its number.
+_ROWS_PRICED_APART = (
+    ("promptTokensDetails", "modality", {"AUDIO"}, "tokenCount"),
+    ("prompt_tokens_details", "modality", {"AUDIO"}, "token_count"),
+    ("candidatesTokensDetails", "modality", {"AUDIO", "IMAGE"}, "tokenCount"),
+    ("candidates_tokens_details", "modality", {"AUDIO", "IMAGE"}, "token_count"),
+    ("cacheDetails", "ttl", {"1h"}, "inputTokens"),
+)
+
+
+def priced_apart(usage: Any) -> bool:
+    """Say whether a record counts tokens whose own price `token_usage` cannot tell."""
+    rows = (
+        _count(row, number)
+        for name, kind, kinds, number in _ROWS_PRICED_APART
+        if isinstance(found := _value(usage, name), Sequence)
+        for row in found
+        # An SDK has an enum of strings.
+        if str(getattr(said := _value(row, kind), "value", said)) in kinds
+    )
+    return any(_count(usage, name) for name in _PRICED_APART) or any(rows)
+
+
 _MOST = 2**63
 
 
 def _counts(usage: Any) -> dict[str, int]:
-    """Return the numbers of a record, those of its details as "details.number"."""
-    counts: dict[str, int] = {}
-    for name, value in _items(usage):
-        if isinstance(value, int | float):
-            # False for NaN and infinity too.
-            if not isinstance(value, bool) and abs(value) < _MOST:
-                counts[name] = int(value)
-        elif name.endswith("_details") and value is not None:
-            counts.update((f"{name}.{k}", v) for k, v in _counts(value).items())
-    return counts
+    """Return the numbers of a record that are known here, under one name each."""
+    found = ((_SAME.get(name, name), _count(usage, name)) for name in _NAMES)
+    return {name: count for name, count in found if count is not None}
 
 
-def _items(record: Any) -> Iterable[tuple[str, Any]]:
-    if isinstance(record, Mapping):
-        return record.items()
-    if isinstance(record, BaseModel):
-        return record.model_dump().items()
-    return getattr(record, "__dict__", {}).items()
+def _count(record: Any, name: str) -> int | None:
+    """Return a number of a record, one of its details by "details.number"."""
+    value = _value(record, name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    # False for NaN and infinity too.
+    return int(value) if abs(value) < _MOST else None
+
+
+# What a record mostly is stands first: asking after Mapping takes its time.
+_MAPPINGS = (dict, Mapping)
+
+
+def _value(record: Any, name: str) -> Any:
+    name, _, rest = name.partition(".")
+    mapping = isinstance(record, _MAPPINGS)
+    value = record.get(name) if mapping else getattr(record, name, None)
+    return _value(value, rest) if rest and value is not None else value
 
 
 def _first(counts: Mapping[str, int], names: Sequence[str]) -> int | None:

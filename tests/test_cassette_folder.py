@@ -1,16 +1,22 @@
 """Looking after cassettes: what is in a folder, how old it is, and what must not be."""
 
-import argparse
-import asyncio
+import json
+import os
+import pty
 import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 import yaml
 
-from dipeo_llm import cassette_cli
 from dipeo_llm.cassette_folder import check, entries, list_table
+from dipeo_llm.cli import main
 
 OURS = Path(__file__).parent.parent / "cassettes"
 HEAD = """\
@@ -50,11 +56,18 @@ def write(
 
 
 def run(*arguments: str) -> int:
-    """Run `dipeo-llm cassettes …`, the part that is this module's."""
-    parser = argparse.ArgumentParser(prog="dipeo-llm")
-    cassette_cli.add_parser(parser.add_subparsers(required=True))
-    options = parser.parse_args(["cassettes", *arguments])
-    return int(asyncio.run(options.command(options)))
+    """Run `dipeo-llm cassettes …` in this process."""
+    return main(["cassettes", *arguments])
+
+
+def writing_end(pipe: Path) -> int:
+    """Open a named pipe as soon as somebody reads from it."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with suppress(OSError):
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        time.sleep(0.01)
+    pytest.fail("nobody reads from the pipe")
 
 
 KEY = "sk-abcdefghijklmnop1234"
@@ -139,10 +152,68 @@ def test_the_command_tells_a_script_by_its_exit_code(
     ]
 
 
-def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+def test_one_problem_is_counted_as_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The verdict is a sentence, whatever the number."""
+    write(tmp_path / "a.yaml", sent=KEY)
+
+    run("check", str(tmp_path))
+
+    assert capsys.readouterr().err == "dipeo-llm: 1 cassette, 1 problem\n"
+
+
+@pytest.mark.parametrize("action", ["check", "list"])
+def test_a_folder_that_is_not_there_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], action: str
+) -> None:
     """A misspelt path does not pass as a clean folder."""
-    with pytest.raises(FileNotFoundError, match="there is no folder"):
-        run("check", str(tmp_path / "nothing"))
+    code = run(action, str(tmp_path / "nothing"))
+
+    assert code == 1
+    assert capsys.readouterr().err.startswith("dipeo-llm: there is no folder ")
+
+
+def test_without_vcrpy_the_command_says_what_to_install(tmp_path: Path) -> None:
+    """Who installed the package alone learns what is missing, and is shown no traceback."""
+    program = (
+        "import sys; sys.modules['vcr'] = None; from dipeo_llm.cli import main;"
+        " sys.exit(main(['cassettes', 'check', sys.argv[1]]))"
+    )
+
+    ended = subprocess.run(
+        [sys.executable, "-c", program, tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    said = (
+        "dipeo-llm: cassettes need vcrpy and pytest: pip install 'dipeo-llm[testing]'\n"
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", said)
+
+
+def test_ctrl_c_ends_a_check_at_once(tmp_path: Path) -> None:
+    """A folder that takes long to read need not be read to its end."""
+    slow = tmp_path / "slow.yaml"
+    os.mkfifo(slow)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dipeo_llm", "cassettes", "check", tmp_path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    writing = writing_end(slow)
+
+    process.send_signal(signal.SIGINT)
+    try:
+        got = process.communicate(timeout=20)
+    finally:
+        os.close(writing)
+        process.kill()
+        process.communicate()
+
+    assert (process.returncode, *got) == (130, b"", b"")
 
 
 def test_the_table_shows_what_is_oldest_first(
@@ -185,6 +256,61 @@ def test_a_file_that_cannot_be_listed_is_named(
 
     assert code == 1
     assert "a.yaml is no cassette" in capsys.readouterr().err
+
+
+def test_a_table_cannot_drive_the_terminal(tmp_path: Path) -> None:
+    """The name of a model is shown, not obeyed, whoever made it up."""
+    sent = json.dumps({"model": "a\x1b]0;mine\x07b\x9b31m"})
+    write(tmp_path / "a.yaml", sent=sent)
+    screen, terminal = pty.openpty()
+
+    ended = subprocess.run(
+        [sys.executable, "-m", "dipeo_llm", "cassettes", "list", tmp_path],
+        stdout=terminal,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+
+    shown = os.read(screen, 4096).decode()
+    os.close(terminal)
+    os.close(screen)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert r"a\x1b]0;mine\x07b\x9b31m" in shown
+    assert {c for c in shown if not c.isprintable()} == {"\r", "\n"}
+
+
+@pytest.mark.parametrize("action", ["check", "list"])
+def test_an_output_that_is_closed_is_a_failure_in_one_line(
+    tmp_path: Path, action: str
+) -> None:
+    """What could not be said is not a success."""
+    write(tmp_path / "a.yaml", sent=KEY)
+    command = 'exec "$0" -m dipeo_llm cassettes "$1" "$2" >&-'
+
+    ended = subprocess.run(
+        ["sh", "-c", command, sys.executable, action, tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (ended.returncode, ended.stderr) == (1, "dipeo-llm: stdout is closed\n")
+
+
+def test_a_verdict_that_nobody_can_hear_is_told_by_the_exit_code(
+    tmp_path: Path,
+) -> None:
+    """With stderr closed, a clean folder is still clean."""
+    write(tmp_path / "a.yaml")
+    command = 'exec "$0" -m dipeo_llm cassettes check "$1" 2>&-'
+
+    ended = subprocess.run(
+        ["sh", "-c", command, sys.executable, tmp_path],
+        stdout=subprocess.PIPE,
+        check=False,
+    )
+
+    assert (ended.returncode, ended.stdout) == (0, b"")
 
 
 def test_the_projects_own_cassettes_can_be_listed() -> None:

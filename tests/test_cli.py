@@ -1078,7 +1078,7 @@ async def test_a_missing_key_is_asked_for_by_the_name_of_its_variable(
 async def test_a_setting_that_cannot_be_read_is_named(
     run: Run, monkeypatch: pytest.MonkeyPatch, command: list[str]
 ) -> None:
-    """A variable with a slip in it is a mistake to mend, not a failed call."""
+    """A variable with a slip in it is a mistake to fix, not a failed call."""
     monkeypatch.setenv("DIPEO_LLM_TIMEOUT", "soon")
 
     code, out, said = await run(*command)
@@ -1254,6 +1254,16 @@ async def test_an_output_that_is_closed_is_a_failure_in_one_line(
     assert (code, said) == (1, f"dipeo-llm: {complaint}\n")
 
 
+async def test_a_complaint_that_nobody_can_hear_is_no_output() -> None:
+    """With stderr closed, what is wrong is not mixed with the answer."""
+    command = 'exec "$0" -m dipeo_llm provider "" 2>&-'
+    process = await create_subprocess_exec(
+        *("sh", "-c", command, sys.executable), stdout=PIPE
+    )
+
+    assert await finish(process) == (1, "", "")
+
+
 async def test_only_warnings_of_this_package_are_shown_and_without_a_traceback() -> (
     None
 ):
@@ -1298,6 +1308,10 @@ sys.exit(main(["chat", "", "-"]))
             ["chat", "--help"],
             ["--temperature NUMBER", "--timeout SECONDS", "in tokens", "/quit", "URL"],
         ),
+        (
+            ["chat", "--help"],
+            ["sampling temperature, 0 or above", "the system prompt"],
+        ),
         (["models", "--help"], ["SERVICE", "--json"]),
         (["provider", "--help"], ["NAME"]),
     ],
@@ -1312,6 +1326,19 @@ async def test_help_tells_units_variables_and_exit_codes(
     assert (code, complaint) == (0, "")
     assert [word for word in words if word not in out] == []
     assert max(map(len, out.splitlines())) <= 88
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["chat", "--help"]])
+async def test_help_that_cannot_be_printed_is_a_failure(
+    run: Run, monkeypatch: pytest.MonkeyPatch, argv: list[str]
+) -> None:
+    """What was asked for on stdout does not turn up on stderr, as if it were there."""
+    with monkeypatch.context() as closed:
+        closed.setattr(sys, "stdout", None)
+
+        code, _, said = await run(*argv)
+
+    assert (code, said) == (1, "dipeo-llm: stdout is closed\n")
 
 
 async def test_version_names_the_package_and_litellm(run: Run) -> None:

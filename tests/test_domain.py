@@ -590,6 +590,7 @@ def test_a_person_survives_as_json() -> None:
     again = Person.model_validate_json(ada.model_dump_json())
 
     assert again == ada
+    assert again.llm_config is not None
     assert again.llm_config.service is LLMService.OPENAI
     assert again.get_messages() == [heard]
 

@@ -376,7 +376,7 @@ ON_THE_WIRE: list[tuple[str, dict[str, Any], list[str]]] = [
             "seed": 7,
             "reasoning_effort": "low",
         },
-        ["temperature", "top_p", "stop"],
+        ["stop", "temperature", "top_p"],
     ),
     (
         "google/gemini-2.5-pro",
