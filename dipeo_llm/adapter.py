@@ -372,10 +372,15 @@ class LiteLLMAdapter(BaseLLMAdapter):
             return self._failure(call, exc)
         return LLMTimeoutError(
             f"{self.provider.name} {what}",
-            status_code=call.exchange.status,
-            request_id=failures.request_id(call.exchange.headers),
-            **self._fields(),
+            **self._seen_fields(call),
         )
+
+    def _seen_fields(self, call: _Call) -> dict[str, Any]:
+        """Return what every error of an attempt says, once there is an answer."""
+        return self._fields() | {
+            "status_code": call.exchange.status,
+            "request_id": failures.request_id(call.exchange.headers),
+        }
 
     async def _call(self, request: ChatRequest, *, stream: bool) -> _Call:
         litellm = await load_litellm()
@@ -511,7 +516,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
         if call.format is not None:
             exchange.on_piece = lambda piece: chunks.extend(reader.feed(piece))
         response: Any = None
-        failed: Exception | None = None
+        failed: tuple[Exception, Exception | None] | None = None
         try:
             response = await self._begun(call, arguments)
             items = aiter(response)
@@ -527,14 +532,9 @@ class LiteLLMAdapter(BaseLLMAdapter):
             if call.format is None:
                 reader.take_end()
             elif not (reader.ended or exchange.whole):
-                # It stops at the finish reason, with the end mark still to come.
-                content = exchange.response.content
-                if content.exception() is None:  # or it has hung up
-                    async for piece in content.iter_any():
-                        chunks += reader.feed(piece)
-                    exchange.whole = True
+                chunks += await self._rest(exchange, reader)
         except Exception as exc:  # noqa: BLE001 - judged below, by what the wire saw
-            failed = exc
+            failed = self._failure(call, exc), self._cause(call, exc)
         finally:
             # LiteLLM does not close an Anthropic stream that is left early.
             if exchange.response is not None:
@@ -551,9 +551,20 @@ class LiteLLMAdapter(BaseLLMAdapter):
             isinstance(exchange.error, LLMServiceError)
             or (reader.error is None and not reader.ended)
         ):
-            raise self._failure(call, failed) from self._cause(call, failed)
+            raise failed[0] from failed[1]
         for chunk in chunks:
             yield chunk
+
+    @staticmethod
+    async def _rest(exchange: Exchange, reader: StreamReader) -> list[StreamChunk]:
+        """Read on where LiteLLM stops: at the finish reason, before the end mark."""
+        chunks: list[StreamChunk] = []
+        content = exchange.response.content
+        if content.exception() is None:  # or it has hung up
+            async for piece in content.iter_any():
+                chunks += reader.feed(piece)
+            exchange.whole = True
+        return chunks
 
     async def _begun(self, call: _Call, arguments: dict[str, Any]) -> Any:
         """Begin LiteLLM's call in a task of its own.
@@ -575,7 +586,10 @@ class LiteLLMAdapter(BaseLLMAdapter):
             exchange.abandoned = True
             await asyncio.wait([task])
             raise
-        return task.result()
+        try:
+            return task.result()
+        finally:
+            del task  # its repr has LiteLLM's exception in it, and that the answer
 
     @staticmethod
     def _cause(call: _Call, exc: Exception) -> Exception | None:
@@ -644,10 +658,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
         why = failures.blocked(data)
         if reason is None and not why:
             return data, None
-        fields = self._fields() | {
-            "status_code": exchange.status,
-            "request_id": failures.request_id(exchange.headers),
-        }
+        fields = self._seen_fields(call)
         name = self.provider.name
         if reason is not None:
             what = failures.clean(reason, self.endpoint.secret.get_secret_value())
@@ -663,10 +674,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
         if reader.error is not None:
             call.exchange.body = bytearray(reader.error)
             raise self._refusal(call)
-        fields = self._fields() | {
-            "status_code": call.exchange.status,
-            "request_id": failures.request_id(call.exchange.headers),
-        }
+        fields = self._seen_fields(call)
         if not reader.ended:
             what = (
                 "the stream ended without its end mark"
@@ -685,9 +693,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
         return ServiceUnavailableError(
             f"{self.provider.name} sent what is no event of a stream:"
             f" {failures.clean(str(exc), secret)}",
-            status_code=call.exchange.status,
-            request_id=failures.request_id(call.exchange.headers),
-            **self._fields(),
+            **self._seen_fields(call),
         )
 
     def _failure(self, call: _Call, exc: Exception) -> Exception:
@@ -699,12 +705,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
             if isinstance(cause, MalformedStreamError):
                 return self._malformed(call, cause)
         if exchange.error is not None:
-            return wire.from_transport(
-                exchange.error,
-                status_code=exchange.status,
-                request_id=failures.request_id(exchange.headers),
-                **self._fields(),
-            )
+            return wire.from_transport(exchange.error, **self._seen_fields(call))
         if exchange.status is not None and exchange.status >= 300:
             return self._refusal(call)
         if exchange.status is not None:
@@ -713,9 +714,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
             return LLMServiceError(
                 f"LiteLLM could not read the answer of {self.provider.name}:"
                 f" {failures.clean(str(exc))}",
-                status_code=exchange.status,
-                request_id=failures.request_id(exchange.headers),
-                **self._fields(),
+                **self._seen_fields(call),
             )
         status = getattr(exc, "status_code", None)
         text = failures.clean(str(exc))
@@ -770,9 +769,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
         return ServiceUnavailableError(
             f"{self.provider.name} answered {call.exchange.status}, but in a form that"
             f" cannot be read: {failures.clean(repr(exc))}",
-            status_code=call.exchange.status,
-            request_id=failures.request_id(call.exchange.headers),
-            **self._fields(),
+            **self._seen_fields(call),
         )
 
     def _read(self, call: _Call, body: dict[str, Any]) -> ChatResult:

@@ -130,7 +130,7 @@ def list_table(folder: str | os.PathLike[str]) -> str:
     root = Path(folder)
     now = datetime.now(UTC)
     head = ("cassette", "calls", "model", "from", "recorded", "days", "by")
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     never = datetime.min.replace(tzinfo=UTC)
     for entry in sorted(entries(root), key=lambda e: (e.recorded_at or never, e.path)):
         at = entry.recorded_at
@@ -147,5 +147,7 @@ def list_table(folder: str | os.PathLike[str]) -> str:
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    # A name that somebody recorded may hold a line's end.
+    rows = [tuple(" ".join(cell.split()) for cell in row) for row in rows]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
     return "".join(f"{line}\n" for line in lines)

@@ -20,6 +20,7 @@ from dipeo_llm import (
     LLMInfraService,
     Settings,
     cli,
+    cli_arguments,
 )
 from dipeo_llm.providers import PROVIDERS
 from tests.conftest import PROVIDERS as SERVED
@@ -181,7 +182,7 @@ def test_a_page_links_to_what_is_there(page: Path) -> None:
 def test_the_commands_of_the_readme_and_the_help_are_ones_that_exist() -> None:
     """A command that is copied from the README or the help is understood."""
     parser = cli.build_parser()
-    texts = [*TEXTS.values(), parser.format_help(), cli._CHAT_EPILOG]
+    texts = [*TEXTS.values(), parser.format_help(), cli_arguments._CHAT_EPILOG]
     line = r"^ *(?:[^`|\n]*\| )?dipeo-llm (.+)$"
     lines = re.findall(line, "\n".join(texts), re.MULTILINE)
     commands = [re.sub(r"< \S+", "", rest) for rest in lines if rest[0] != "-"]
