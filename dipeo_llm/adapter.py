@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
@@ -286,6 +287,15 @@ class _Call:
     exchange: Exchange
     stream: bool
     queued: float = 0.0
+    ends: float = math.inf
+    """When the next piece of an answer must have come, on the event loop's clock."""
+    late: str = ""
+    """What to say if it has not."""
+
+    def allow(self, seconds: float, late: str) -> None:
+        """Give the next piece this long, from now."""
+        self.ends = asyncio.get_running_loop().time() + seconds
+        self.late = f"{late} {seconds:g} s"
 
     @property
     def format(self) -> str | None:
@@ -306,18 +316,17 @@ class LiteLLMAdapter(BaseLLMAdapter):
         """Make one attempt at a request."""
         request = self.request(request)
         call = await self._call(request, stream=False)
-        limit = asyncio.timeout(request.timeout)
         async with self._turn(call) as client:
+            call.allow(request.timeout, "did not answer within")
             try:
-                async with limit:
+                async with asyncio.timeout_at(call.ends):
                     if self._direct(call):
                         await self._send(call, client)
                         body = self._checked(call)
                     else:
                         body = await self._through_litellm(call, client)
             except TimeoutError as exc:
-                what = f"did not answer within {request.timeout:g} s"
-                raise self._timed_out(call, limit, exc, what) from exc
+                raise self._failure(call, exc) from exc
         self._log_left_out(call)
         return self._result(call, body)
 
@@ -327,22 +336,14 @@ class LiteLLMAdapter(BaseLLMAdapter):
         call = await self._call(request, stream=True)
         reader = answers.STREAMS[call.format or "openai"]()
         pieces = self._direct_pieces if self._direct(call) else self._litellm_pieces
-        limit = asyncio.timeout(request.timeout)
         idle = request.idle_timeout or request.timeout
-        late = f"did not answer within {request.timeout:g} s"
-        silent = f"sent nothing for {idle:g} s"
         async with self._turn(call) as client:
+            call.allow(request.timeout, "did not answer within")
             chunks = pieces(call, client, reader)
             try:
-                while True:
-                    async with limit:
-                        chunk = await anext(chunks, None)
-                    if chunk is None:
-                        break
+                async for chunk in chunks:
                     yield chunk
-                    limit, late = asyncio.timeout(idle), silent
-            except TimeoutError as exc:
-                raise self._timed_out(call, limit, exc, late) from exc
+                    call.allow(idle, "sent nothing for")
             finally:
                 await chunks.aclose()
         try:
@@ -363,17 +364,6 @@ class LiteLLMAdapter(BaseLLMAdapter):
                 if call.queued:
                     exc.details["queued"] = call.queued
                 raise
-
-    def _timed_out(
-        self, call: "_Call", limit: asyncio.Timeout, exc: TimeoutError, what: str
-    ) -> Exception:
-        """Tell the attempt's own limits from a silence that the wire has noticed."""
-        if not limit.expired():
-            return self._failure(call, exc)
-        return LLMTimeoutError(
-            f"{self.provider.name} {what}",
-            **self._seen_fields(call),
-        )
 
     def _seen_fields(self, call: _Call) -> dict[str, Any]:
         """Return what every error of an attempt says, once there is an answer."""
@@ -442,10 +432,27 @@ class LiteLLMAdapter(BaseLLMAdapter):
     async def _direct_pieces(
         self, call: _Call, client: Client, reader: StreamReader
     ) -> AsyncGenerator[StreamChunk, None]:
-        response = await self._send(call, client)
+        try:
+            async with asyncio.timeout_at(call.ends):
+                response = await self._send(call, client)
+        except TimeoutError as exc:
+            raise self._failure(call, exc) from exc
         pieces = client.pieces(response, call.exchange, keep=False)
         try:
-            while (piece := await self._piece(pieces, reader)) is not None:
+            while reader.error is None:
+                if reader.ended:
+                    call.allow(_AFTER_THE_END, "sent no end of its stream for")
+                # Only a wait for the network costs a timer; many chunks come in one
+                # piece.
+                try:
+                    async with asyncio.timeout_at(call.ends):
+                        piece = await anext(pieces, None)
+                except TimeoutError:
+                    if not reader.ended:
+                        raise
+                    piece = None  # it has said all, and keeps the connection open
+                if piece is None:
+                    break
                 for chunk in reader.feed(piece):
                     yield chunk
             for chunk in reader.close():
@@ -455,24 +462,6 @@ class LiteLLMAdapter(BaseLLMAdapter):
         finally:
             await pieces.aclose()
             response.close()
-
-    @staticmethod
-    async def _piece(
-        pieces: AsyncGenerator[bytes, None], reader: StreamReader
-    ) -> bytes | None:
-        """Read on, unless the stream has said all, whatever the connection does.
-
-        What follows the end mark is waited for a moment only: the end of the body, most
-        often, which leaves the connection to the next call.
-        """
-        if reader.error is not None:
-            return None
-        if not reader.ended:
-            return await anext(pieces, None)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_AFTER_THE_END):
-                return await anext(pieces, None)
-        return None
 
     # The other engine: the whole call is LiteLLM's, over our client.
 
@@ -518,10 +507,12 @@ class LiteLLMAdapter(BaseLLMAdapter):
         response: Any = None
         failed: tuple[Exception, Exception | None] | None = None
         try:
-            response = await self._begun(call, arguments)
+            async with asyncio.timeout_at(call.ends):
+                response = await self._begun(call, arguments)
             items = aiter(response)
             while True:
-                item = await self._seen(exchange, lambda: anext(items, None))
+                async with asyncio.timeout_at(call.ends):
+                    item = await self._seen(exchange, lambda: anext(items, None))
                 if item is None:
                     break
                 self._check_seen(call)
@@ -532,7 +523,8 @@ class LiteLLMAdapter(BaseLLMAdapter):
             if call.format is None:
                 reader.take_end()
             elif not (reader.ended or exchange.whole):
-                chunks += await self._rest(exchange, reader)
+                async with asyncio.timeout_at(call.ends):
+                    chunks += await self._rest(exchange, reader)
         except Exception as exc:  # noqa: BLE001 - judged below, by what the wire saw
             failed = self._failure(call, exc), self._cause(call, exc)
         finally:
@@ -700,6 +692,11 @@ class LiteLLMAdapter(BaseLLMAdapter):
         """Say what went wrong by what the wire saw, not by what LiteLLM raised."""
         if isinstance(exc, CallError):
             return wire.from_transport(exc, **self._fields())
+        now = asyncio.get_running_loop().time()
+        if isinstance(exc, TimeoutError) and now >= call.ends:
+            return LLMTimeoutError(
+                f"{self.provider.name} {call.late}", **self._seen_fields(call)
+            )
         exchange = call.exchange
         for cause in (exc, exchange.error):
             if isinstance(cause, MalformedStreamError):

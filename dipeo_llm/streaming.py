@@ -146,12 +146,13 @@ class ChatStream:
             raise RuntimeError(
                 "the stream is not open: read it inside `async with`, before its end"
             )
-        limit = asyncio.timeout_at(self._ends)
         try:
-            async with limit:
+            if self._ends is None:
+                return await anext(self._items)
+            async with asyncio.timeout_at(self._ends):
                 return await anext(self._items)
         except TimeoutError as exc:
-            if not limit.expired():
+            if self._deadline is None:
                 raise
             what = f"the deadline of {self._deadline:g} s has passed"
             late = LLMTimeoutError(what, service=self._service, model=self._model)
