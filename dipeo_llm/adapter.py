@@ -7,13 +7,14 @@ persons, prompts or retries.
 """
 
 import asyncio
-import contextlib
 import json
 import logging
 import math
 import os
+import re
+import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
@@ -42,6 +43,7 @@ from dipeo_llm.errors import (
     ServiceUnavailableError,
 )
 from dipeo_llm.failures import CallError
+from dipeo_llm.keys import fits_a_header
 from dipeo_llm.litellm_gate import load_litellm
 from dipeo_llm.message_formatter import checked
 from dipeo_llm.pool import Lease, Pool
@@ -86,13 +88,21 @@ class BaseLLMAdapter(ABC):
         self.provider = provider
         self.model_name = model_name
         self.settings = settings or Settings()
-        secret = api_key if isinstance(api_key, SecretStr) else SecretStr(api_key or "")
-        if provider.needs_key and not secret.get_secret_value():
+        _check_model(provider, model_name)
+        if not isinstance(api_key, SecretStr):
+            api_key = SecretStr((api_key or "").strip())
+        if provider.needs_key and not api_key:
             raise APIKeyNotFoundError(
                 f"{provider.name} needs a key", service=provider.name, model=model_name
             )
+        if not fits_a_header(api_key):
+            raise APIKeyError(
+                "the key holds a character that no header can carry",
+                service=provider.name,
+                model=model_name,
+            )
         self.endpoint = Endpoint(
-            provider, _base_url(provider, base_url, self.settings), secret
+            provider, _base_url(provider, base_url, self.settings), api_key
         )
         self._pool = pool if pool is not None else new_pool(self.settings)
         self._owns_pool = pool is None
@@ -172,52 +182,77 @@ class BaseLLMAdapter(ABC):
         Raises:
             APIKeyError, LLMServiceError: As the provider answers.
         """
-        fields: dict[str, Any] = {
-            "service": self.provider.name,
-            "model": self.model_name or None,
-        }
         exchange = Exchange()
         asked = {"accept": "application/json", **(headers or {})}
         if self.provider.format == "anthropic":
             asked["anthropic-version"] = "2023-06-01"
+        try:
+            data = None if body is None else to_json(body)
+        except ValueError as exc:
+            raise InvalidRequestError(
+                f"the request cannot be made, nothing was sent: {exc}", **self._fields()
+            ) from None
+        method = "GET" if data is None else "POST"
         limit = asyncio.timeout(self.settings.timeout)
         try:
             async with limit, await self.client() as client:
-                response = await client.send(
-                    "GET" if body is None else "POST",
-                    f"{self.endpoint.base_url}{path}",
-                    asked,
-                    None if body is None else to_json(body),
-                    exchange=exchange,
+                url = f"{self.endpoint.base_url}{path}"
+                await client.read(
+                    await client.send(method, url, asked, data, exchange=exchange),
+                    exchange,
                 )
-                await client.read(response, exchange)
-        except TimeoutError as exc:
-            if not limit.expired():
-                raise wire.from_transport(exc, **fields) from exc
-            raise LLMTimeoutError(
-                f"{self.provider.name} did not answer within"
-                f" {self.settings.timeout:g} s",
-                **fields,
-            ) from None
-        except Exception as exc:
-            raise wire.from_transport(exc, **fields) from exc
-        answer = bytes(exchange.body)
-        found, reason = failures.answer_in(None, "", answer)
-        if response.status != 200 or found.get("error"):
-            raise failures.from_answer(
-                response.status,
-                response.headers,
-                answer,
-                secret=self.endpoint.secret.get_secret_value(),
-                **fields,
-            )
-        if reason is not None:
-            raise ServiceUnavailableError(
-                f"{self.provider.name} answered 200, but {failures.clean(reason)}",
-                status_code=response.status,
-                **fields,
-            )
+        except Exception as exc:  # noqa: BLE001 - mapped
+            error = self._from_transport(exc, exchange)
+            if isinstance(exc, TimeoutError) and limit.expired():
+                error = LLMTimeoutError(
+                    f"{self.provider.name} did not answer within"
+                    f" {self.settings.timeout:g} s",
+                    **self._fields(),
+                )
+            raise error from _os_error(exc, exchange)
+        found, refusal = self._asked(exchange)
+        if refusal is not None:
+            raise refusal  # here, where no local holds what came
         return found
+
+    def _asked(self, exchange: Exchange) -> tuple[Mapping[str, Any], CallError | None]:
+        """Return the JSON object of an answer, or what it is in place of one."""
+        found, reason = failures.answer_in(None, "", bytes(exchange.body))
+        if exchange.status != 200 or found.get("error"):
+            return {}, self._refused(exchange)
+        if reason is None:
+            return found, None
+        return {}, ServiceUnavailableError(
+            f"{self.provider.name} answered 200, but {self._clean(reason)}",
+            **self._seen_fields(exchange),
+        )
+
+    def _clean(self, text: str) -> str:
+        """Take the key, and what is not printable, out of somebody else's words."""
+        return failures.clean(text, self.endpoint.secret.get_secret_value())
+
+    def _seen_fields(self, exchange: Exchange) -> dict[str, Any]:
+        """Return what every error of an attempt says, once there is an answer."""
+        return self._fields() | {
+            "status_code": exchange.status,
+            "request_id": failures.request_id(exchange.headers),
+        }
+
+    def _refused(self, exchange: Exchange) -> CallError:
+        return failures.from_answer(
+            exchange.status or 0,
+            exchange.headers,
+            bytes(exchange.body),
+            secret=self.endpoint.secret.get_secret_value(),
+            **self._fields(),
+        )
+
+    def _from_transport(self, exc: Exception, exchange: Exchange) -> Exception:
+        return wire.from_transport(
+            exc,
+            secret=self.endpoint.secret.get_secret_value(),
+            **self._seen_fields(exchange),
+        )
 
     def common_parameters(self, request: ChatRequest) -> dict[str, Any]:
         """Return the options of a request under OpenAI's names, for this model."""
@@ -242,11 +277,15 @@ class BaseLLMAdapter(ABC):
             await self._pool.aclose()
 
     async def _open(self) -> Client:
+        await litellm_gate.environment_is_whole()
         tls = await wire.tls_context(self.endpoint, self.settings)
-        return Client(self.endpoint, self.settings, tls)
+        limit = self.settings.max_concurrency
+        key = _pool_key(self.endpoint)
+        turns = None if limit is None else self._pool.turns(key, limit)
+        return Client(self.endpoint, self.settings, tls, turns)
 
     def _fields(self) -> dict[str, Any]:
-        return {"service": self.provider.name, "model": self.model_name}
+        return {"service": self.provider.name, "model": self.model_name or None}
 
 
 def create_adapter(
@@ -277,6 +316,34 @@ def create_adapter(
     )
 
 
+def _check_model(provider: Provider, model: str) -> None:
+    """Refuse a name that would be more than a name in a URL.
+
+    Google's has it in the path, and of the providers that LiteLLM alone knows nobody
+    knows where they have it.
+    """
+    in_a_url = provider.format in {"google", None}
+    parts = r"[?#%\\\s]|(^|/)\.\.?(/|$)"
+    if not model.isprintable() or (in_a_url and re.search(parts, model)):
+        raise InvalidRequestError(
+            f"{model[:80]!r} is not the name of a model", service=provider.name
+        )
+
+
+def _os_error(exc: Exception, exchange: Exchange) -> Exception | None:
+    """Return what an error may be chained to: the system's words, or LiteLLM's refusal.
+
+    Anything else that was raised once a request had gone out may hold what the peer
+    said, with a key in it if the peer echoes one.
+    """
+    if not exchange.requests:
+        return exc
+    for cause in (exc, exchange.error):
+        if isinstance(cause, OSError | TimeoutError):
+            return cause
+    return None
+
+
 @dataclass(slots=True)
 class _Call:
     """One attempt: what is asked, and what the wire has seen of it."""
@@ -303,6 +370,38 @@ class _Call:
         return self.shape.format
 
 
+class _Turn:
+    """The client of an adapter, and a turn on it, for one attempt.
+
+    A turn is waited for first come first served; who is cancelled meanwhile takes none.
+    """
+
+    def __init__(self, adapter: BaseLLMAdapter, call: _Call) -> None:
+        self._adapter = adapter
+        self._call = call
+        self._lease: Lease[Client]
+
+    async def __aenter__(self) -> Client:
+        self._lease = await self._adapter.client()
+        client = self._lease.client
+        if client.turns is not None:
+            came = time.monotonic()
+            try:
+                await client.turns.acquire()
+            except BaseException:
+                await self._lease.release()
+                raise
+            self._call.queued = time.monotonic() - came
+        return client
+
+    async def __aexit__(self, kind: object, exc: object, trace: object) -> None:
+        if self._lease.client.turns is not None:
+            self._lease.client.turns.release()
+        if self._call.queued and isinstance(exc, LLMServiceError | APIKeyError):
+            exc.details["queued"] = self._call.queued
+        await self._lease.release()
+
+
 class LiteLLMAdapter(BaseLLMAdapter):
     """Reaches a model with LiteLLM's translation, by either engine.
 
@@ -316,7 +415,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
         """Make one attempt at a request."""
         request = self.request(request)
         call = await self._call(request, stream=False)
-        async with self._turn(call) as client:
+        async with _Turn(self, call) as client:
             call.allow(request.timeout, "did not answer within")
             try:
                 async with asyncio.timeout_at(call.ends):
@@ -326,7 +425,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
                     else:
                         body = await self._through_litellm(call, client)
             except TimeoutError as exc:
-                raise self._failure(call, exc) from exc
+                raise self._failure(call, exc) from _os_error(exc, call.exchange)
         self._log_left_out(call)
         return self._result(call, body)
 
@@ -337,7 +436,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
         reader = answers.STREAMS[call.format or "openai"]()
         pieces = self._direct_pieces if self._direct(call) else self._litellm_pieces
         idle = request.idle_timeout or request.timeout
-        async with self._turn(call) as client:
+        async with _Turn(self, call) as client:
             call.allow(request.timeout, "did not answer within")
             chunks = pieces(call, client, reader)
             try:
@@ -349,28 +448,10 @@ class LiteLLMAdapter(BaseLLMAdapter):
         try:
             body = reader.body()
         except _UNREADABLE as exc:
-            raise self._unreadable(call, exc) from exc
+            raise self._unreadable(call, exc) from None
         self._check_end(call, reader, body)
         self._log_left_out(call)
         yield self._result(call, body)
-
-    @contextlib.asynccontextmanager
-    async def _turn(self, call: "_Call") -> AsyncIterator[Client]:
-        """Lease the client and wait for a turn; a failure says how long that took."""
-        async with await self.client() as client, client.turn() as call.queued:
-            try:
-                yield client
-            except (LLMServiceError, APIKeyError) as exc:
-                if call.queued:
-                    exc.details["queued"] = call.queued
-                raise
-
-    def _seen_fields(self, call: _Call) -> dict[str, Any]:
-        """Return what every error of an attempt says, once there is an answer."""
-        return self._fields() | {
-            "status_code": call.exchange.status,
-            "request_id": failures.request_id(call.exchange.headers),
-        }
 
     async def _call(self, request: ChatRequest, *, stream: bool) -> _Call:
         litellm = await load_litellm()
@@ -411,10 +492,11 @@ class LiteLLMAdapter(BaseLLMAdapter):
             )
             if not (call.stream and response.status == 200):
                 await client.read(response, exchange)
-        except Exception as exc:
-            raise self._failure(call, exc) from exc
-        if response.status != 200:
-            raise self._refusal(call)
+        except Exception as exc:  # noqa: BLE001 - mapped
+            raise self._failure(call, exc) from _os_error(exc, call.exchange)
+        if exchange.status != 200:
+            del response  # its repr shows the answer's headers
+            raise self._refused(exchange)
         return response
 
     def _translated(self, call: _Call) -> translation.Outgoing:
@@ -426,8 +508,8 @@ class LiteLLMAdapter(BaseLLMAdapter):
                 call.shape,
                 stream=call.stream,
             )
-        except Exception as exc:
-            raise self._failure(call, exc) from exc
+        except Exception as exc:  # noqa: BLE001 - mapped
+            raise self._failure(call, exc) from _os_error(exc, call.exchange)
 
     async def _direct_pieces(
         self, call: _Call, client: Client, reader: StreamReader
@@ -436,7 +518,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
             async with asyncio.timeout_at(call.ends):
                 response = await self._send(call, client)
         except TimeoutError as exc:
-            raise self._failure(call, exc) from exc
+            raise self._failure(call, exc) from _os_error(exc, call.exchange)
         pieces = client.pieces(response, call.exchange, keep=False)
         try:
             while reader.error is None:
@@ -457,8 +539,8 @@ class LiteLLMAdapter(BaseLLMAdapter):
                     yield chunk
             for chunk in reader.close():
                 yield chunk
-        except Exception as exc:
-            raise self._failure(call, exc) from exc
+        except Exception as exc:  # noqa: BLE001 - mapped
+            raise self._failure(call, exc) from _os_error(exc, call.exchange)
         finally:
             await pieces.aclose()
             response.close()
@@ -472,7 +554,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
         try:
             response = await self._begun(call, arguments)
         except Exception as exc:  # noqa: BLE001 - mapped
-            failed = self._failure(call, exc), self._cause(call, exc)
+            failed = self._failure(call, exc), _os_error(exc, call.exchange)
         if failed is not None:
             # Here, and not in the block above, which would hang LiteLLM's exception on
             # it: that one's frames hold what the provider echoed.
@@ -526,7 +608,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
                 async with asyncio.timeout_at(call.ends):
                     chunks += await self._rest(exchange, reader)
         except Exception as exc:  # noqa: BLE001 - judged below, by what the wire saw
-            failed = self._failure(call, exc), self._cause(call, exc)
+            failed = self._failure(call, exc), _os_error(exc, call.exchange)
         finally:
             # LiteLLM does not close an Anthropic stream that is left early.
             if exchange.response is not None:
@@ -584,14 +666,6 @@ class LiteLLMAdapter(BaseLLMAdapter):
             del task  # its repr has LiteLLM's exception in it, and that the answer
 
     @staticmethod
-    def _cause(call: _Call, exc: Exception) -> Exception | None:
-        """Return what to chain an error to: not LiteLLM's if the wire has spoken.
-
-        Its text is the provider's, with a key in it if the provider echoes one.
-        """
-        return exc if call.exchange.status is None else call.exchange.error
-
-    @staticmethod
     async def _seen(exchange: Exchange, step: Callable[[], Any]) -> Any:
         """Await a step of LiteLLM's with the exchange as the current one."""
         token = wire.current.set(exchange)
@@ -601,7 +675,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
             wire.current.reset(token)
 
     def _arguments(self, call: _Call, client: Client) -> dict[str, Any]:
-        litellm_gate.without_its_proxy()
+        litellm_gate.without_reroutes()
         litellm_gate.know_model(call.litellm, self.provider, self.model_name)
         shaped = call.shape
         if self.provider.litellm == "openai":
@@ -646,18 +720,20 @@ class LiteLLMAdapter(BaseLLMAdapter):
             call.format, content_type, bytes(exchange.body)
         )
         if data.get("error"):
-            return {}, self._refusal(call)
+            return {}, self._refused(call.exchange)
         why = failures.blocked(data)
         if reason is None and not why:
             return data, None
-        fields = self._seen_fields(call)
+        fields = self._seen_fields(call.exchange)
         name = self.provider.name
         if reason is not None:
-            what = failures.clean(reason, self.endpoint.secret.get_secret_value())
             return {}, ServiceUnavailableError(
-                f"{name} answered {exchange.status}, but {what}", **fields
+                f"{name} answered {exchange.status}, but {self._clean(reason)}",
+                **fields,
             )
-        return {}, ContentFilterError(f"{name} refused the prompt: {why}", **fields)
+        return {}, ContentFilterError(
+            f"{name} refused the prompt: {self._clean(why or '')}", **fields
+        )
 
     def _check_end(
         self, call: _Call, reader: StreamReader, body: Mapping[str, Any]
@@ -665,8 +741,8 @@ class LiteLLMAdapter(BaseLLMAdapter):
         """Raise what kept a stream from its end, if anything did."""
         if reader.error is not None:
             call.exchange.body = bytearray(reader.error)
-            raise self._refusal(call)
-        fields = self._seen_fields(call)
+            raise self._refused(call.exchange)
+        fields = self._seen_fields(call.exchange)
         if not reader.ended:
             what = (
                 "the stream ended without its end mark"
@@ -676,45 +752,44 @@ class LiteLLMAdapter(BaseLLMAdapter):
             raise ServiceUnavailableError(f"{self.provider.name}: {what}", **fields)
         if why := failures.blocked(body):
             raise ContentFilterError(
-                f"{self.provider.name} refused the prompt: {why}", **fields
+                f"{self.provider.name} refused the prompt: {self._clean(why)}", **fields
             )
 
     def _malformed(self, call: _Call, exc: Exception) -> Exception:
         call.exchange.body = bytearray(str(exc).encode())
-        secret = self.endpoint.secret.get_secret_value()
         return ServiceUnavailableError(
             f"{self.provider.name} sent what is no event of a stream:"
-            f" {failures.clean(str(exc), secret)}",
-            **self._seen_fields(call),
+            f" {self._clean(str(exc))}",
+            **self._seen_fields(call.exchange),
         )
 
     def _failure(self, call: _Call, exc: Exception) -> Exception:
         """Say what went wrong by what the wire saw, not by what LiteLLM raised."""
         if isinstance(exc, CallError):
-            return wire.from_transport(exc, **self._fields())
+            return self._from_transport(exc, call.exchange)
         now = asyncio.get_running_loop().time()
         if isinstance(exc, TimeoutError) and now >= call.ends:
             return LLMTimeoutError(
-                f"{self.provider.name} {call.late}", **self._seen_fields(call)
+                f"{self.provider.name} {call.late}", **self._seen_fields(call.exchange)
             )
         exchange = call.exchange
         for cause in (exc, exchange.error):
             if isinstance(cause, MalformedStreamError):
                 return self._malformed(call, cause)
         if exchange.error is not None:
-            return wire.from_transport(exchange.error, **self._seen_fields(call))
+            return self._from_transport(exchange.error, exchange)
         if exchange.status is not None and exchange.status >= 300:
-            return self._refusal(call)
+            return self._refused(call.exchange)
         if exchange.status is not None:
             if not call.stream and (error := self._judged(call)[1]) is not None:
                 return error
             return LLMServiceError(
                 f"LiteLLM could not read the answer of {self.provider.name}:"
-                f" {failures.clean(str(exc))}",
-                **self._seen_fields(call),
+                f" {self._clean(str(exc))}",
+                **self._seen_fields(call.exchange),
             )
         status = getattr(exc, "status_code", None)
-        text = failures.clean(str(exc))
+        text = self._clean(str(exc))
         if status in {400, 404, 422} or "surrogates not allowed" in text:
             return InvalidRequestError(
                 f"the request cannot be made, nothing was sent: {text}",
@@ -722,16 +797,6 @@ class LiteLLMAdapter(BaseLLMAdapter):
             )
         return LLMServiceError(
             f"LiteLLM failed at the request, nothing was sent: {text}", **self._fields()
-        )
-
-    def _refusal(self, call: _Call) -> CallError:
-        exchange = call.exchange
-        return failures.from_answer(
-            exchange.status or 0,
-            exchange.headers,
-            bytes(exchange.body),
-            secret=self.endpoint.secret.get_secret_value(),
-            **self._fields(),
         )
 
     def _log_left_out(self, call: _Call) -> None:
@@ -760,13 +825,13 @@ class LiteLLMAdapter(BaseLLMAdapter):
         try:
             return self._read(call, body)
         except _UNREADABLE as exc:
-            raise self._unreadable(call, exc) from exc
+            raise self._unreadable(call, exc) from None
 
     def _unreadable(self, call: _Call, exc: Exception) -> ServiceUnavailableError:
         return ServiceUnavailableError(
             f"{self.provider.name} answered {call.exchange.status}, but in a form that"
-            f" cannot be read: {failures.clean(repr(exc))}",
-            **self._seen_fields(call),
+            f" cannot be read: {self._clean(repr(exc))}",
+            **self._seen_fields(call.exchange),
         )
 
     def _read(self, call: _Call, body: dict[str, Any]) -> ChatResult:

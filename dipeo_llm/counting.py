@@ -5,6 +5,7 @@ Knows the providers' counting endpoints; an adapter asks them.
 
 from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import quote
 
 from dipeo_llm import litellm_gate, translation
 from dipeo_llm.adapter import BaseLLMAdapter
@@ -87,7 +88,7 @@ async def _asked(
     if endpoint.format == "google" and set(body) > {"contents"}:
         # A system prompt and tools count only inside a whole request.
         body = {"generateContentRequest": {"model": f"models/{model}", **body}}
-    path = endpoint.path.format(model=model)
+    path = endpoint.path.format(model=quote(model, safe="/"))
     try:
         return (await adapter.ask(path, body, outgoing.headers)).get(endpoint.answer)
     except LLMServiceError as exc:

@@ -81,7 +81,7 @@ def _check(key: Key, api_key_id: str, service: str | None, *, needed: bool) -> N
         )
     if needed and not key.secret:
         raise APIKeyNotFoundError(f"key {api_key_id!r} is empty", service=service)
-    if not _FIT_FOR_A_HEADER.fullmatch(key.secret.get_secret_value()):
+    if not fits_a_header(key.secret):
         # It would break the header that carries it, in an error that shows it.
         raise APIKeyError(
             f"key {api_key_id!r} holds a character that no header can carry",
@@ -89,25 +89,31 @@ def _check(key: Key, api_key_id: str, service: str | None, *, needed: bool) -> N
         )
 
 
-_FIT_FOR_A_HEADER = re.compile(r"[\x21-\x7e]*")
+def fits_a_header(secret: SecretStr) -> bool:
+    """Say whether a key can travel in a header."""
+    return re.fullmatch(r"[\x21-\x7e]*", secret.get_secret_value()) is not None
 
 
 async def _read(port: APIKeyPort, api_key_id: str) -> Key:
     """Read a record and wrap its key, so that no other frame ever holds it bare."""
     found = port.get_api_key(api_key_id)
     record = await found if inspect.isawaitable(found) else found
-    # A port of the application's may return anything.
-    secret: Any = dict(record).get("key") or "" if hasattr(record, "keys") else None
+    # A port of the application's may return anything, a row of a database among it.
+    if not hasattr(record, "keys"):
+        return Key(None)
+    fields: dict[str, Any] = dict(record)
+    named = fields.get("service")
+    return Key(
+        _wrapped(fields.pop("key", None) or ""),
+        service=str(getattr(named, "value", named)) if named else None,
+        base_url=fields.get("base_url") or None,
+    )
+
+
+def _wrapped(secret: Any) -> SecretStr | None:
     if isinstance(secret, SecretStr):
         secret = secret.get_secret_value()
-    if not isinstance(secret, str):
-        return Key(None)
-    named = record.get("service")
-    return Key(
-        SecretStr(secret.strip()),
-        service=str(getattr(named, "value", named)) if named else None,
-        base_url=record.get("base_url") or None,
-    )
+    return SecretStr(secret.strip()) if isinstance(secret, str) else None
 
 
 def _is_key_error(exc: Exception) -> bool:
@@ -188,5 +194,7 @@ class StaticAPIKeys:
 def _shown(api_key_id: Any) -> str:
     """Return an id for a message, unless somebody gave the key in place of its id."""
     text = str(api_key_id)
-    is_key = re.match(r"sk-|AIza|gsk_|xai-|key-", text) or len(text) > 64
+    is_key = len(text) > 64 or re.search(
+        r"\b(?:sk-|AIza|AQ\.|gsk_|xai-|key-|hf_|pplx-|r8_|nvapi-)|[0-9a-f]{32}", text
+    )
     return "what looks like a key, not the id of one," if is_key else repr(text)

@@ -12,6 +12,7 @@ import re
 import sys
 import threading
 from collections.abc import Mapping
+from concurrent.futures import Future
 from functools import lru_cache
 from typing import Any
 
@@ -20,16 +21,23 @@ from dipeo_llm.providers import Provider, by_name
 
 _log = logging.getLogger("dipeo_llm")
 _lock = threading.Lock()
+_lock_of_thread = threading.Lock()
 _litellm: Any = None
+_importing: Future[Any] | None = None
 
 # In force while it is imported, then put back; None takes a variable away. Without the
 # first three it fetches a price table over the network, reads a .env file from any
-# folder above, and logs to stderr. The others go into HTTP clients that it makes for
-# itself then, and that we never use: a bad value there would break the import.
+# folder above, and logs to stderr. The fourth keeps it from hanging a filter on the
+# loggers of others, such as asyncio's and uvicorn's: the filter imports more of it at the
+# next log line, on whichever thread writes one, in the middle of this import. The rest
+# goes into HTTP clients that it makes for itself then, and that we never use: a bad value
+# there would break the import.
 _WHILE_IMPORTING: Mapping[str, str | None] = {
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
     "LITELLM_MODE": "PRODUCTION",
     "LITELLM_LOG": "ERROR",
+    "LITELLM_DISABLE_REDACT_SECRETS": "true",
+    "REQUEST_TIMEOUT": None,
     **dict.fromkeys(
         [
             "SSL_CERTIFICATE",
@@ -43,11 +51,15 @@ _WHILE_IMPORTING: Mapping[str, str | None] = {
         ]
     ),
 }
-# The first is read at the first Anthropic call that needs a beta header; with the second
-# set, LiteLLM takes every provider for its proxy.
+# Its own numbers, such as how many tokens Anthropic may answer: they would travel.
+_ITS_PREFIXES = ("DEFAULT_", "LITELLM_")
+# Read at each call: with the first, LiteLLM takes every provider for its proxy; with the
+# second, it sends OpenAI's calls through a client of its own.
+_REROUTES = ("USE_LITELLM_PROXY", "EXPERIMENTAL_OPENAI_BASE_LLM_HTTP_HANDLER")
+# The first is read at the first Anthropic call that needs a beta header.
 _FROM_NOW_ON: Mapping[str, str | None] = {
     "LITELLM_LOCAL_ANTHROPIC_BETA_HEADERS": "True",
-    "USE_LITELLM_PROXY": None,
+    **dict.fromkeys(_REROUTES),
 }
 
 
@@ -60,8 +72,36 @@ def _set(variables: Mapping[str, str | None]) -> None:
 
 
 async def load_litellm() -> Any:
-    """Return the litellm module, imported in a thread at the first call."""
-    return _litellm if _litellm is not None else await asyncio.to_thread(import_litellm)
+    """Return the litellm module, imported in a thread at the first call.
+
+    One thread of its own, however many wait: it leaves the loop's other threads, which
+    look names up, to the rest of the application.
+    """
+    global _importing  # noqa: PLW0603 - a module is imported once
+    if _litellm is not None:
+        return _litellm
+    with _lock_of_thread:
+        if _importing is None or (_importing.done() and _importing.exception()):
+            _importing = Future()
+            # So that a caller who is cancelled cancels nobody else's wait.
+            _importing.set_running_or_notify_cancel()
+            threading.Thread(
+                target=_import_for, args=(_importing,), name="dipeo-llm-import"
+            ).start()
+    return await asyncio.wrap_future(_importing)
+
+
+def _import_for(waiting: Future[Any]) -> None:
+    try:
+        waiting.set_result(import_litellm())
+    except BaseException as exc:  # noqa: BLE001 - raised by everyone who waits for it
+        waiting.set_exception(exc)
+
+
+async def environment_is_whole() -> None:
+    """Wait for an import that is under way, as it takes variables away meanwhile."""
+    if _importing is not None and not _importing.done():
+        await asyncio.wrap_future(_importing)
 
 
 def import_litellm() -> Any:
@@ -70,10 +110,13 @@ def import_litellm() -> Any:
     with _lock:
         if _litellm is not None:
             return _litellm
-        before = {name: os.environ.get(name) for name in _WHILE_IMPORTING}
+        its_own = [name for name in os.environ if name.startswith(_ITS_PREFIXES)]
+        changed = {**dict.fromkeys(its_own), **_WHILE_IMPORTING, **_FROM_NOW_ON}
+        before = {name: os.environ.get(name) for name in changed}
         httpx_level = logging.getLogger("httpx").level
-        _set(_WHILE_IMPORTING)
-        _set(_FROM_NOW_ON)
+        # What is garbage now would be kept for good by the freeze below.
+        gc.collect()
+        _set(changed)
         collects = gc.isenabled()
         # A third of the import is collections that find nothing; and each later one of
         # all generations would walk its million objects, for 0.2 s, on the event loop.
@@ -87,6 +130,7 @@ def import_litellm() -> Any:
             if collects:
                 gc.enable()
             _set(before)
+            _set(_FROM_NOW_ON)
         logging.getLogger("httpx").setLevel(httpx_level)
         for name in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy"):
             logger = logging.getLogger(name)
@@ -130,12 +174,13 @@ def _keep_off_localhost() -> None:
             setattr(common_utils.OllamaModelInfo, name, runtime_info)
 
 
-def without_its_proxy() -> None:
-    """Take USE_LITELLM_PROXY away for good: it would make every call the proxy's.
+def without_reroutes() -> None:
+    """Take away for good what would lead every call elsewhere.
 
     LiteLLM reads it at each call, and calls overlap, so it cannot be put back after one.
     """
-    os.environ.pop("USE_LITELLM_PROXY", None)
+    for name in _REROUTES:
+        os.environ.pop(name, None)
 
 
 @lru_cache(maxsize=1024)
@@ -229,7 +274,12 @@ async def count_tokens(
     litellm = await load_litellm()
     return int(
         await asyncio.to_thread(
-            litellm.token_counter, model=model, messages=messages, tools=tools
+            litellm.token_counter,
+            model=model,
+            messages=messages,
+            tools=tools,
+            # Else it fetches a picture, to see how large it is.
+            use_default_image_token_count=True,
         )
     )
 

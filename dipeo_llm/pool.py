@@ -10,11 +10,13 @@ import contextlib
 import contextvars
 import itertools
 import logging
+import os
 import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 from dipeo_llm.errors import ServiceUnavailableError
 
@@ -114,6 +116,15 @@ class Pool(Generic[C]):
             clients = await self._open_loop()
         return await clients.lease(key, make)
 
+    def turns(self, key: Hashable, limit: int) -> asyncio.Semaphore:
+        """Return what the clients of *key* on this loop share: *limit* turns.
+
+        A client that has left the pool keeps its calls, so one that takes its place
+        must count them.
+        """
+        shared = self._loops[asyncio.get_running_loop()].turns
+        return shared.setdefault(key, asyncio.Semaphore(limit))
+
     async def _open_loop(self) -> "_LoopClients[C]":
         loop = asyncio.get_running_loop()
         clients: _LoopClients[C] = _LoopClients(self._ttl, self._max_clients)
@@ -161,6 +172,8 @@ class Pool(Generic[C]):
         ours = loops.pop(here, None)
         running = []
         for loop, clients in loops.items():
+            if clients.process != os.getpid():
+                continue  # a fork took it along, and the parent runs it
             with contextlib.suppress(RuntimeError):  # it has closed meanwhile
                 loop.call_soon_threadsafe(clients.start_aclose, grace)
                 if loop.is_running():
@@ -204,6 +217,10 @@ class _LoopClients(Generic[C]):
         self._closed = False
         self._out_of_grace = False
         self._acloser: asyncio.Task[None] | None = None
+        self.process = os.getpid()
+        self.turns: WeakValueDictionary[Hashable, asyncio.Semaphore] = (
+            WeakValueDictionary()
+        )
         self.slots: set[_Slot[C]] = set()
         self.keeper: AsyncGenerator[None, None] | None = None
         self.ended = False

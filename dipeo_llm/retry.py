@@ -1,15 +1,77 @@
-"""What is worth another try, and when. Pure, but for the clock that it is given.
+"""What is worth another try, when, and until when.
 
 The only place that decides on a retry: LiteLLM and the SDKs below it are told to make
 none. stamina drives the loop and sleeps; this module answers its question.
 """
 
+import asyncio
 import math
-import time
 from collections.abc import Callable
+from types import TracebackType
+from typing import Self
 
 from dipeo_llm.errors import DiPeOLLMError, LLMTimeoutError
 from dipeo_llm.settings import Settings
+
+
+class Deadline:
+    """The end of a whole call: key, prompt, media, attempts and waits together.
+
+    As an async context manager it ends what it stands around in time.
+
+    Args:
+        seconds: From now, which must be on an event loop; None is no deadline.
+    """
+
+    def __init__(self, seconds: float | None = None) -> None:
+        now = asyncio.get_running_loop().time()
+        self.seconds = seconds
+        self.ends = None if seconds is None else now + seconds
+        """On the event loop's clock."""
+        self.service: str | None = None
+        self.model: str | None = None
+        self.attempts = 0
+        """How many were begun."""
+        self.last: DiPeOLLMError | None = None
+        """What the attempt before failed with."""
+        self._limit = asyncio.timeout_at(self.ends)
+
+    async def __aenter__(self) -> Self:
+        await self._limit.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        last, self.last = self.last, None
+        try:
+            await self._limit.__aexit__(kind, exc, trace)
+        except TimeoutError:
+            self.last = last
+            raise self.error() from last
+
+    def left(self) -> float:
+        """Return the seconds that are left."""
+        if self.ends is None:
+            return math.inf
+        return self.ends - asyncio.get_running_loop().time()
+
+    def error(self) -> LLMTimeoutError:
+        """Make the error for a call that took longer."""
+        after = f"; the attempt before failed with: {self.last}" if self.last else ""
+        asked = (
+            f"{self.service} did not answer" if self.attempts else "nothing was sent"
+        )
+        return LLMTimeoutError(
+            f"{asked} within the deadline of {self.seconds:g} s{after}",
+            service=self.service,
+            model=self.model,
+            attempts=self.attempts,
+            retryable=False,
+        )
 
 
 class RetryDecision:
@@ -17,19 +79,16 @@ class RetryDecision:
 
     Args:
         settings: The waits and their limits.
-        deadline: When the whole call must be over, on *clock*.
-        clock: Seconds that only go forward.
+        left: Returns the seconds that the whole call still has.
     """
 
     def __init__(
         self,
         settings: Settings,
-        deadline: float = math.inf,
-        clock: Callable[[], float] = time.monotonic,
+        left: Callable[[], float],
     ) -> None:
         self._settings = settings
-        self._deadline = deadline
-        self._clock = clock
+        self._left = left
 
     def __call__(self, error: Exception) -> bool | float:
         """Return False to give up, True to back off, or the seconds to wait.
@@ -41,28 +100,8 @@ class RetryDecision:
         if not getattr(error, "retryable", False):
             return False
         wait = getattr(error, "retry_after", None)
-        if self._deadline - self._clock() <= (wait or 0.0):
+        if self._left() <= (wait or 0.0):
             return False
         if wait is None:
             return True
         return False if wait > self._settings.retry_after_max else float(wait)
-
-
-def past_deadline(
-    deadline: float, last: DiPeOLLMError | None, *, service: str, model: str
-) -> LLMTimeoutError:
-    """Make the error for a call whose deadline has passed.
-
-    Args:
-        deadline: Its length in seconds.
-        last: What the attempt before it failed with, if there was one.
-        service: The provider.
-        model: The model.
-    """
-    after = f"; the attempt before failed with: {last}" if last else ""
-    return LLMTimeoutError(
-        f"{service} did not answer within the deadline of {deadline:g} s{after}",
-        service=service,
-        model=model,
-        retryable=False,
-    )

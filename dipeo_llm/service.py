@@ -5,8 +5,6 @@ written out here in the order in which they happen.
 """
 
 import asyncio
-import math
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self, TypeVar
@@ -18,7 +16,6 @@ from dipeo_llm.domain import (
     Capabilities,
     ChatRequest,
     ChatResult,
-    StreamChunk,
     TokenCount,
     TokenUsage,
     request_from_options,
@@ -35,9 +32,9 @@ from dipeo_llm.litellm_gate import capabilities_of, infer_provider, load_litellm
 from dipeo_llm.message_formatter import MessageFormatter, checked
 from dipeo_llm.ports import APIKeyPort, LLMDomainService
 from dipeo_llm.providers import Provider
-from dipeo_llm.retry import RetryDecision, past_deadline
+from dipeo_llm.retry import Deadline, RetryDecision
 from dipeo_llm.settings import Settings
-from dipeo_llm.streaming import ChatStream, Items, Opened, Start
+from dipeo_llm.streaming import ChatStream, Opened, Start
 from dipeo_llm.structured import form_of, parse
 from dipeo_llm.system_prompt_handler import SystemPromptHandler
 from dipeo_llm.usage import token_usage
@@ -144,15 +141,9 @@ class LLMInfraService:
         """
         service = _service(options, service)
         request = self._request(options, messages=checked(messages))
-        adapter = await self._adapter(model, service, api_key_id)
-        prepared = self._prepared(request, adapter)
-
-        async def attempt() -> ChatResult:
-            return await adapter.complete(await prepared())
-
-        result, attempts = await self._retried(adapter, attempt, request.deadline)
-        result.attempts = attempts
-        return _finished(request, result, adapter.model_name)
+        async with Deadline(request.deadline) as deadline:
+            result = await self._answer(request, model, service, api_key_id, deadline)
+        return _finished(request, result, deadline)
 
     async def complete_with_person(
         self,
@@ -175,14 +166,13 @@ class LLMInfraService:
         A prompt file is read in a thread. Cancelling is as for `complete`.
         """
         service = _service(options) or getattr(llm_config, "service", None)
-        messages = await self._compose(person_messages, person_id, llm_config)
-        return await self.complete(
-            messages,
-            llm_config.model,
-            llm_config.api_key_id,
-            service=service,
-            **options,
-        )
+        request = self._request(options)
+        model, api_key_id = llm_config.model, llm_config.api_key_id
+        async with Deadline(request.deadline) as deadline:
+            messages = await self._compose(person_messages, person_id, llm_config)
+            request = replace(request, messages=checked(messages))
+            result = await self._answer(request, model, service, api_key_id, deadline)
+        return _finished(request, result, deadline)
 
     def stream(
         self,
@@ -215,9 +205,8 @@ class LLMInfraService:
         service = _service(options, service)
         request = self._request(options, messages=checked(messages))
 
-        async def start() -> Opened:
-            adapter = await self._adapter(model, service, api_key_id)
-            return await self._open(adapter, request)
+        async def start(deadline: Deadline) -> Opened:
+            return await self._open(request, model, service, api_key_id, deadline)
 
         return self._stream(start, request)
 
@@ -235,15 +224,13 @@ class LLMInfraService:
         service = _service(options) or getattr(llm_config, "service", None)
         request = self._request(options)
 
-        async def start() -> Opened:
+        model, api_key_id = llm_config.model, llm_config.api_key_id
+
+        async def start(deadline: Deadline) -> Opened:
             # Composed when it is entered, as that may read a file.
-            messages = checked(
-                await self._compose(person_messages, person_id, llm_config)
-            )
-            adapter = await self._adapter(
-                llm_config.model, service, llm_config.api_key_id
-            )
-            return await self._open(adapter, replace(request, messages=messages))
+            messages = await self._compose(person_messages, person_id, llm_config)
+            whole = replace(request, messages=checked(messages))
+            return await self._open(whole, model, service, api_key_id, deadline)
 
         return self._stream(start, request)
 
@@ -279,7 +266,7 @@ class LLMInfraService:
         async def attempt() -> TokenCount:
             return await counting.count(adapter, await prepared())
 
-        return (await self._retried(adapter, attempt))[0]
+        return await self._retried(adapter, attempt, Deadline())
 
     def capabilities(self, model: str, *, service: Any = None) -> Capabilities:
         """Say what a model takes and costs, by LiteLLM's table.
@@ -306,7 +293,7 @@ class LLMInfraService:
         Every page of the provider's own list is read.
         """
         adapter = await self._key_adapter(api_key_id, None)
-        return (await self._retried(adapter, lambda: listing.models(adapter)))[0]
+        return await self._retried(adapter, lambda: listing.models(adapter), Deadline())
 
     async def validate_api_key(
         self, api_key_id: str, provider: str | None = None
@@ -326,7 +313,9 @@ class LLMInfraService:
         """
         adapter = await self._key_adapter(api_key_id, provider)
         try:
-            await self._retried(adapter, lambda: listing.models(adapter, pages=1))
+            await self._retried(
+                adapter, lambda: listing.models(adapter, pages=1), Deadline()
+            )
         except APIKeyError:
             return False
         return True
@@ -434,26 +423,48 @@ class LLMInfraService:
     def _stream(self, start: Start, request: ChatRequest) -> ChatStream:
         return ChatStream(
             start,
-            lambda result, model: _finished(request, result, model),
+            lambda result, deadline: _finished(request, result, deadline),
             deadline=request.deadline,
         )
 
-    async def _open(self, adapter: BaseLLMAdapter, request: ChatRequest) -> Opened:
-        """Open a stream and read its first chunk, trying again if need be."""
+    async def _answer(
+        self,
+        request: ChatRequest,
+        model: str,
+        service: Any,
+        api_key_id: str | None,
+        deadline: Deadline,
+    ) -> ChatResult:
+        """Place the model, find the key, load the media, and try until it answers."""
+        adapter = await self._adapter(model, service, api_key_id)
         prepared = self._prepared(request, adapter)
 
-        async def attempt() -> tuple[Items, StreamChunk | ChatResult]:
+        async def attempt() -> ChatResult:
+            return await adapter.complete(await prepared())
+
+        return await self._retried(adapter, attempt, deadline)
+
+    async def _open(
+        self,
+        request: ChatRequest,
+        model: str,
+        service: Any,
+        api_key_id: str | None,
+        deadline: Deadline,
+    ) -> Opened:
+        """Do the same for a stream, until its first chunk is there."""
+        adapter = await self._adapter(model, service, api_key_id)
+        prepared = self._prepared(request, adapter)
+
+        async def attempt() -> Opened:
             items = adapter.stream(await prepared())
             try:
-                return items, await anext(items)
+                return Opened(items, await anext(items))
             except BaseException:
                 await items.aclose()
                 raise
 
-        (items, first), attempts = await self._retried(
-            adapter, attempt, request.deadline
-        )
-        return Opened(items, first, attempts, adapter.provider.name, adapter.model_name)
+        return await self._retried(adapter, attempt, deadline)
 
     async def _key_adapter(
         self, api_key_id: str, provider: str | None
@@ -475,60 +486,49 @@ class LLMInfraService:
         self,
         adapter: BaseLLMAdapter,
         attempt: Callable[[], Awaitable[_T]],
-        deadline: float | None = None,
-    ) -> tuple[_T, int]:
+        deadline: Deadline,
+    ) -> _T:
         """Make attempts until one succeeds or no other is worth it.
 
-        N retries are N + 1 attempts, and an attempt is at most one request.
-
-        Returns:
-            What the last attempt gave, and how many were made. An error carries the
-            number in `attempts`.
+        N retries are N + 1 attempts, and an attempt is at most one request. The deadline
+        counts them; an error carries their number in `attempts`.
         """
         settings = self.settings
-        ends = math.inf if deadline is None else time.monotonic() + deadline
-        made = 1
-        last: DiPeOLLMError | None = None
+        deadline.service, deadline.model = adapter.provider.name, adapter.model_name
+        decision = RetryDecision(settings, deadline.left)
+        deadline.attempts = 1
         try:
-            async with asyncio.timeout(deadline):
-                # The first attempt is made outside stamina's loop, which costs more
-                # than all else here; a failure is then told to it as its first.
-                try:
-                    return await attempt(), made
-                except DiPeOLLMError as exc:
-                    last = exc
-                import stamina
+            # The first attempt is made outside stamina's loop, which costs more than all
+            # else here; a failure is then told to it as its first.
+            try:
+                return await attempt()
+            except DiPeOLLMError as exc:
+                if settings.max_retries == 0 or decision(exc) is False:
+                    raise
+                deadline.last = exc
+            import stamina
 
-                async for step in stamina.retry_context(
-                    on=RetryDecision(settings, ends),
-                    attempts=settings.max_retries + 1,
-                    timeout=None,
-                    wait_initial=settings.retry_wait,
-                    wait_max=settings.retry_wait_max,
-                    wait_jitter=settings.retry_wait,
-                ):
-                    with step:
-                        if step.num == 1:
-                            raise last
-                        made += 1
-                        try:
-                            return await attempt(), made
-                        except DiPeOLLMError as exc:
-                            last = exc
-                            raise
+            async for step in stamina.retry_context(
+                on=decision,
+                attempts=settings.max_retries + 1,
+                timeout=None,
+                wait_initial=settings.retry_wait,
+                wait_max=settings.retry_wait_max,
+                wait_jitter=settings.retry_wait,
+            ):
+                with step:
+                    if step.num == 1:
+                        raise deadline.last
+                    deadline.attempts += 1
+                    try:
+                        return await attempt()
+                    except DiPeOLLMError as exc:
+                        deadline.last = exc
+                        raise
         except (LLMServiceError, APIKeyError) as exc:
             unsent = isinstance(exc, InvalidRequestError) and exc.status_code is None
-            exc.attempts = made - 1 if unsent else made
+            exc.attempts = deadline.attempts - unsent
             raise
-        except TimeoutError:
-            error = past_deadline(
-                deadline or 0.0,
-                last,
-                service=adapter.provider.name,
-                model=adapter.model_name,
-            )
-            error.attempts = made
-            raise error from last
         raise AssertionError("stamina makes at least one attempt")  # pragma: no cover
 
 
@@ -547,11 +547,14 @@ def _is_text(request: ChatRequest) -> bool:
     return all(isinstance(m.get("content"), str | None) for m in request.messages)
 
 
-def _finished(request: ChatRequest, result: ChatResult, model: str) -> ChatResult:
-    """Complete a result with what the request asked to be made of it.
+def _finished(
+    request: ChatRequest, result: ChatResult, deadline: Deadline
+) -> ChatResult:
+    """Complete a result with what the call knows, and with what was asked of it.
 
     A turn that calls tools is not the answer yet, and has no form.
     """
+    result.attempts = deadline.attempts
     form = request.response_format
     if form is None or not form.is_json:
         return result
@@ -559,7 +562,7 @@ def _finished(request: ChatRequest, result: ChatResult, model: str) -> ChatResul
         try:
             result.parsed = parse(form, result)
         except StructuredOutputError as exc:
-            exc.model, exc.attempts = model, result.attempts
+            exc.model, exc.attempts = deadline.model, deadline.attempts
             raise
     return result
 

@@ -85,6 +85,14 @@ class Settings:
                     raise SettingsError(
                         f"{name}={value!r} must be {kinds[-1].__name__}, {least} or more"
                     )
+        for provider, url in self.base_urls.items():
+            try:
+                http_url(url)
+            except ValueError as exc:
+                # Not shown: it may hold a password.
+                raise SettingsError(
+                    f"base_urls[{str(provider)!r}] cannot be used: {exc}"
+                ) from None
         if self.engine not in get_args(Engine):
             raise SettingsError(
                 f"engine={self.engine!r} must be one of {', '.join(get_args(Engine))}"

@@ -12,9 +12,10 @@ from dipeo_llm.domain import ChatResult, StreamChunk
 from dipeo_llm.errors import (
     APIKeyError,
     LLMServiceError,
-    LLMTimeoutError,
+    ServiceUnavailableError,
     StreamInterruptedError,
 )
+from dipeo_llm.retry import Deadline
 
 Items = AsyncGenerator[StreamChunk | ChatResult, None]
 """What an adapter's `stream` gives: chunks, and as the last item the result."""
@@ -26,14 +27,10 @@ class Opened(NamedTuple):
     items: Items
     first: StreamChunk | ChatResult
     """The first of its items, already taken from them."""
-    attempts: int
-    """How many it took to come that far."""
-    service: str
-    model: str
 
 
-Start = Callable[[], Awaitable[Opened]]
-"""Opens a stream, trying again if need be."""
+Start = Callable[[Deadline], Awaitable[Opened]]
+"""Opens a stream before a deadline, trying again if need be."""
 
 
 class ChatStream:
@@ -41,34 +38,33 @@ class ChatStream:
 
     Leaving the block, by its end, `break`, an error or cancellation, closes the
     connection at once, as does dropping the stream. A slow reader slows the provider
-    down: nothing is read ahead but a socket's buffer.
+    down: nothing is read ahead but a socket's buffer. One task reads it; any other may
+    close it.
 
     Args:
         start: Opens the stream, with retries.
-        finish: Completes the result of a model, such as by parsing it.
+        finish: Completes the result, such as by parsing it.
         deadline: Seconds for the whole stream, from opening it.
     """
 
     def __init__(
         self,
         start: Start,
-        finish: Callable[[ChatResult, str], ChatResult],
+        finish: Callable[[ChatResult, Deadline], ChatResult],
         *,
         deadline: float | None = None,
     ) -> None:
         self._start = start
         self._finish = finish
-        self._deadline = deadline
-        self._ends: float | None = None
-        self._opened = False
+        self._seconds = deadline
+        self._deadline: Deadline | None = None
         self._items: Items | None = None
         self._next: StreamChunk | ChatResult | None = None
         self._text: list[str] = []
-        self._attempts = 0
-        self._service = ""
-        self._model = ""
         self._result: ChatResult | None = None
-        self._error: Exception | None = None
+        self._error: StreamInterruptedError | None = None
+        self._reader: asyncio.Task[object] | None = None
+        self._left_alone: asyncio.Future[None] | None = None
 
     async def __aenter__(self) -> Self:
         """Open the stream and wait for its first chunk.
@@ -77,13 +73,11 @@ class ChatStream:
             DiPeOLLMError: As `LLMInfraService.complete`.
             RuntimeError: It was opened before; ask the service for another.
         """
-        if self._opened:
-            raise RuntimeError("a stream is opened once: ask the service for another")
-        self._opened = True
         if self._deadline is not None:
-            self._ends = asyncio.get_running_loop().time() + self._deadline
-        opened = await self._start()
-        self._items, self._next, self._attempts, self._service, self._model = opened
+            raise RuntimeError("a stream is opened once: ask the service for another")
+        self._deadline = Deadline(self._seconds)
+        async with self._deadline:
+            self._items, self._next = await self._start(self._deadline)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -103,7 +97,6 @@ class ChatStream:
         else:
             item = await self._pull()
         if isinstance(item, ChatResult):
-            item.attempts = self._attempts
             self._result = item
             raise StopAsyncIteration
         if item.text:
@@ -126,55 +119,90 @@ class ChatStream:
                 await anext(self)
             except StopAsyncIteration:
                 break
-        if self._result is None:
+        if self._result is None or self._deadline is None:
             raise RuntimeError("the stream was left before its end: no whole result")
-        return self._finish(self._result, self._model)
+        return self._finish(self._result, self._deadline)
 
     async def aclose(self) -> None:
-        """Close the connection. May be called twice."""
+        """Close the connection. May be called twice, and by any task of the loop.
+
+        A task that waits for the next chunk meanwhile gets a StreamInterruptedError.
+        """
+        reader = self._reader
+        if reader is not None and reader is not asyncio.current_task():
+            if self._left_alone is None:
+                self._left_alone = asyncio.get_running_loop().create_future()
+                reader.cancel()
+            await asyncio.wait([self._left_alone])
         items, self._items = self._items, None
         self._next = None
         if items is not None:
             await items.aclose()
 
     async def _pull(self) -> StreamChunk | ChatResult:
+        """Take the next item, in time."""
         if self._error is not None:
             raise self._error
         if self._result is not None:
             raise StopAsyncIteration
-        if self._items is None:
+        if self._items is None or self._deadline is None:
             raise RuntimeError(
                 "the stream is not open: read it inside `async with`, before its end"
             )
+        self._reader = asyncio.current_task()
+        cancelled = self._reader.cancelling() if self._reader is not None else 0
         try:
-            if self._ends is None:
+            if self._deadline.ends is None:
                 return await anext(self._items)
-            async with asyncio.timeout_at(self._ends):
+            async with asyncio.timeout_at(self._deadline.ends):
                 return await anext(self._items)
-        except TimeoutError as exc:
-            if self._deadline is None:
-                raise
-            what = f"the deadline of {self._deadline:g} s has passed"
-            late = LLMTimeoutError(what, service=self._service, model=self._model)
-            raise await self._interrupted(late) from exc
-        except (LLMServiceError, APIKeyError) as exc:
-            raise await self._interrupted(exc) from exc
+        except asyncio.CancelledError:
+            self._cancelled(self._reader, cancelled)
+            raise
+        except (StopAsyncIteration, TimeoutError, LLMServiceError, APIKeyError) as exc:
+            raise await self._interrupted(exc, self._deadline) from exc
+        finally:
+            self._reader = None
+            if self._left_alone is not None and not self._left_alone.done():
+                self._left_alone.set_result(None)
 
-    async def _interrupted(
-        self, cause: LLMServiceError | APIKeyError
-    ) -> StreamInterruptedError:
-        """Make the error of a broken stream, and remember it for whoever asks again."""
+    def _cancelled(self, reader: "asyncio.Task[object] | None", before: int) -> None:
+        """Note that a stream cannot be read on: what waited for the chunk is gone.
+
+        Raises:
+            StreamInterruptedError: It was `aclose` that cancelled the read, in another
+                task, and nobody else.
+        """
+        if self._left_alone is None or reader is None:
+            self._error = self._broken(LLMServiceError("its reading was cancelled"))
+            return
+        self._error = self._broken(LLMServiceError("it was closed while it was read"))
+        if reader.uncancel() <= before:
+            raise self._error from None
+
+    async def _interrupted(self, exc: Exception, deadline: Deadline) -> Exception:
+        """Close a broken stream; make its error, and remember it for who asks again."""
         await self.aclose()
-        self._error = error = StreamInterruptedError(
+        if isinstance(exc, TimeoutError):
+            if deadline.left() > 0:
+                return exc  # somebody else's
+            exc = deadline.error()
+        if not isinstance(exc, LLMServiceError | APIKeyError):
+            exc = ServiceUnavailableError("it ended without a result")
+        self._error = self._broken(exc)
+        return self._error
+
+    def _broken(self, cause: LLMServiceError | APIKeyError) -> StreamInterruptedError:
+        deadline = self._deadline
+        return StreamInterruptedError(
             f"the stream broke off after {sum(map(len, self._text))} characters:"
             f" {cause}",
             partial_text="".join(self._text),
-            service=cause.service,
-            model=cause.model,
+            service=cause.service or (deadline.service if deadline else None),
+            model=cause.model or (deadline.model if deadline else None),
             status_code=cause.status_code,
             retry_after=cause.retry_after,
             request_id=cause.request_id,
-            attempts=self._attempts,
+            attempts=deadline.attempts if deadline else 0,
             details={"cause": type(cause).__name__, **cause.details},
         )
-        return error

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from dipeo_llm.domain import ChatRequest
 from dipeo_llm.litellm_gate import know_model
@@ -221,7 +222,7 @@ def _google(
         cached_content=None,
     )
     verb = "streamGenerateContent?alt=sse" if stream else "generateContent"
-    return Outgoing(f"/models/{model}:{verb}", _JSON, body)
+    return Outgoing(f"/models/{quote(model, safe='/')}:{verb}", _JSON, body)
 
 
 def _ollama(

@@ -13,10 +13,8 @@ import ipaddress
 import json
 import os
 import ssl
-import time
 import urllib.request
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -25,6 +23,7 @@ from urllib.parse import urlsplit
 from pydantic import SecretStr
 from pydantic_core import to_json
 
+from dipeo_llm import failures
 from dipeo_llm.errors import (
     LLMServiceError,
     LLMTimeoutError,
@@ -104,10 +103,16 @@ class Client:
         endpoint: Where it goes.
         settings: Limits, proxy, TLS and extra headers.
         tls: What a https endpoint is checked against; see `tls_context`.
+        turns: One for each request that may be in flight, first come first served;
+            None is no limit. Taken and given back by the adapter.
     """
 
     def __init__(
-        self, endpoint: Endpoint, settings: Settings, tls: ssl.SSLContext | None
+        self,
+        endpoint: Endpoint,
+        settings: Settings,
+        tls: ssl.SSLContext | None = None,
+        turns: asyncio.Semaphore | None = None,
     ) -> None:
         import aiohttp
 
@@ -130,24 +135,9 @@ class Client:
             headers={"User-Agent": USER_AGENT},
             skip_auto_headers=("Accept",),
         )
-        limit = settings.max_concurrency
-        self._turns = asyncio.Semaphore(limit) if limit is not None else None
+        self.turns = turns
         self.sdk: Any = None
         """What LiteLLM takes as `client=`; made by the adapter."""
-
-    @asynccontextmanager
-    async def turn(self) -> AsyncIterator[float]:
-        """Wait for a turn, first come first served; give it back at the end.
-
-        Yields:
-            Seconds waited. A caller that is cancelled while it waits takes no turn.
-        """
-        if self._turns is None:
-            yield 0.0
-            return
-        came = time.monotonic()
-        async with self._turns:
-            yield time.monotonic() - came
 
     async def send(
         self,
@@ -180,6 +170,8 @@ class Client:
         exchange = exchange or current.get()
         if exchange is not None and exchange.abandoned:
             raise asyncio.CancelledError
+        task = asyncio.current_task()
+        cancelled = task.cancelling() if task is not None else 0
         try:
             self._check(url, exchange)
             if exchange is not None:
@@ -206,8 +198,7 @@ class Client:
             )
         except asyncio.CancelledError as exc:
             # aiohttp cancels what waits for a connection when the session is closed.
-            task = asyncio.current_task()
-            if not self.session.closed or task is None or task.cancelling():
+            if task is None or task.cancelling() > cancelled or not self.session.closed:
                 raise
             self._note(RuntimeError("the session is closed"), exchange)
             raise AssertionError("noting it raises") from exc  # pragma: no cover
@@ -398,7 +389,9 @@ def httpx_client(client: Client) -> "httpx.AsyncClient":
     )
 
 
-def from_transport(exc: Exception, *, service: str, **fields: Any) -> Exception:
+def from_transport(
+    exc: Exception, *, service: str, secret: str, **fields: Any
+) -> Exception:
     """Return the error for a failure below HTTP, or at the fence.
 
     What is no failure of a network is returned as it is.
@@ -406,6 +399,7 @@ def from_transport(exc: Exception, *, service: str, **fields: Any) -> Exception:
     Args:
         exc: What failed.
         service: The provider.
+        secret: The key: a broken answer's words are in aiohttp's, and may echo it.
         **fields: What else is known, as on every LLMServiceError.
     """
     import aiohttp
@@ -415,18 +409,23 @@ def from_transport(exc: Exception, *, service: str, **fields: Any) -> Exception:
         exc.model = exc.model or fields.get("model")
         return exc
     fields["service"] = service
+    if isinstance(exc, aiohttp.ClientResponseError):
+        what = f"{exc.status} {exc.message}"  # not its URL: a proxy's has a password
+    elif isinstance(exc, aiohttp.InvalidURL):
+        what = "a URL on the way there, such as a proxy's, is none"
+    else:
+        what = str(exc) or type(exc).__name__
+    what = failures.clean(what, secret)
     if isinstance(exc, TimeoutError):
-        what = str(exc) or "timed out"
         return LLMTimeoutError(f"{service} fell silent: {what}", **fields)
     if isinstance(exc, aiohttp.ClientSSLError | ssl.SSLError):
         return ServiceUnavailableError(
-            f"no trusted connection to {service}: {exc}. A private authority's"
+            f"no trusted connection to {service}: {what}. A private authority's"
             " certificates are named by ca_bundle or SSL_CERT_FILE",
             retryable=False,
             **fields,
         )
     if isinstance(exc, aiohttp.ClientError | OSError | EOFError):
-        what = str(exc) or type(exc).__name__
         return ServiceUnavailableError(f"no answer from {service}: {what}", **fields)
     # Not the network's: a test's guard, a bug of ours. It is nobody else's error.
     return exc
@@ -488,13 +487,18 @@ def _load_tls(
 
     try:
         if bundle or cert_file:
-            return ssl.create_default_context(cafile=bundle or cert_file)
-        if cert_dir:
-            return ssl.create_default_context(capath=cert_dir)
-        return ssl.create_default_context(cafile=certifi.where())
+            context = ssl.create_default_context(cafile=bundle or cert_file)
+        elif cert_dir:
+            context = ssl.create_default_context(capath=cert_dir)
+        else:
+            context = ssl.create_default_context(cafile=certifi.where())
     except (OSError, ssl.SSLError) as exc:
         name = "ca_bundle" if bundle else "SSL_CERT_FILE or SSL_CERT_DIR"
         raise SettingsError(f"{name} cannot be read: {exc}") from None
+    # SSLKEYLOGFILE would have the secrets of each connection written to a file. (The
+    # standard library's own value for none is None, whatever its type stubs say.)
+    context.keylog_filename = None  # type: ignore[assignment]
+    return context
 
 
 def _origin(url: str) -> str:
