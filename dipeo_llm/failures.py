@@ -204,7 +204,7 @@ def _meaning(status: int, error: Mapping[str, Any], text: str) -> int:
             return int(name)
         if found := _BY_NAME.get(str(name).lower()):
             return found
-    return 400 if _TOO_LONG.search(text) or _REFUSED.search(text) else 500
+    return 400 if _REFUSED.search(text) else 500
 
 
 def _classify(status: int, text: str) -> tuple[type[CallError], bool]:
@@ -419,7 +419,7 @@ def error_in(data: Mapping[str, Any]) -> Any:
     return (
         data.get("error")
         or (isinstance(first, dict) and first.get("error"))
-        or (state in ("failed", "cancelled") and {"status": state})
+        or (state in ("failed", "cancelled") and data)
     )
 
 

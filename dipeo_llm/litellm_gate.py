@@ -137,6 +137,8 @@ def import_litellm() -> Any:
             logger.handlers.clear()
             # Else warnings reach stderr by logging's last resort.
             logger.addHandler(logging.NullHandler())
+        # Now that it is whole, its filter may take keys out of log lines.
+        litellm._logging._ENABLE_SECRET_REDACTION = True  # noqa: SLF001
         # It prints "Give Feedback / Get Help" to stdout on each error otherwise.
         litellm.suppress_debug_info = True
         # It breaks off a stream that says the same thing a hundred times.

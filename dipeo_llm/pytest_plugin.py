@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="none",
         help="what llm_cassette records: nothing (default, and always where CI is set);"
         " tests without a cassette (once); requests that a cassette does not answer, and"
-        " drop those that it answers in vain (new); everything (all)",
+        " drop recorded exchanges no request uses (new); everything (all)",
     )
     group.addoption(
         "--llm-max-age",

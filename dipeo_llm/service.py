@@ -7,7 +7,7 @@ written out here in the order in which they happen.
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 from dipeo_llm import adapter as adapters
 from dipeo_llm import counting, listing, media, providers
@@ -496,40 +496,49 @@ class LLMInfraService:
         settings = self.settings
         deadline.service, deadline.model = adapter.provider.name, adapter.model_name
         decision = RetryDecision(settings, deadline.left)
+
+        def is_last(exc: DiPeOLLMError) -> bool:
+            deadline.last = exc
+            made = deadline.attempts
+            if isinstance(exc, LLMServiceError | APIKeyError):
+                unsent = isinstance(exc, InvalidRequestError) and not exc.status_code
+                exc.attempts = made - unsent
+            return made > settings.max_retries or decision(exc) is False
+
+        # The first attempt is made outside stamina's loop, which costs more than all
+        # else here; a failure is then told to it as its first. The last failure is not
+        # told to it: it would keep it, and with it the conversation, in a cycle.
         deadline.attempts = 1
         try:
-            # The first attempt is made outside stamina's loop, which costs more than all
-            # else here; a failure is then told to it as its first.
-            try:
-                return await attempt()
-            except DiPeOLLMError as exc:
-                if settings.max_retries == 0 or decision(exc) is False:
-                    raise
-                deadline.last = exc
-            import stamina
+            return await attempt()
+        except DiPeOLLMError as exc:
+            if is_last(exc):
+                raise
+        import stamina
 
-            async for step in stamina.retry_context(
-                on=decision,
-                attempts=settings.max_retries + 1,
-                timeout=None,
-                wait_initial=settings.retry_wait,
-                wait_max=settings.retry_wait_max,
-                wait_jitter=settings.retry_wait,
-            ):
-                with step:
-                    if step.num == 1:
-                        raise deadline.last
-                    deadline.attempts += 1
-                    try:
-                        return await attempt()
-                    except DiPeOLLMError as exc:
-                        deadline.last = exc
-                        raise
-        except (LLMServiceError, APIKeyError) as exc:
-            unsent = isinstance(exc, InvalidRequestError) and exc.status_code is None
-            exc.attempts = deadline.attempts - unsent
-            raise
-        raise AssertionError("stamina makes at least one attempt")  # pragma: no cover
+        async for step in stamina.retry_context(
+            on=decision,
+            attempts=settings.max_retries + 1,
+            timeout=None,
+            wait_initial=settings.retry_wait,
+            wait_max=settings.retry_wait_max,
+            wait_jitter=settings.retry_wait,
+        ):
+            with step:
+                if step.num == 1:
+                    raise cast("DiPeOLLMError", deadline.last)
+                deadline.attempts += 1
+                try:
+                    return await attempt()
+                except DiPeOLLMError as exc:
+                    if is_last(exc):
+                        break
+                    raise
+        del step
+        try:
+            raise cast("DiPeOLLMError", deadline.last)
+        finally:
+            deadline.last = None
 
 
 def _placed(model: str, service: Any) -> tuple[Provider, str]:

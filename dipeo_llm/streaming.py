@@ -6,7 +6,7 @@ that ends with the first chunk.
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from dipeo_llm.domain import ChatResult, StreamChunk
 from dipeo_llm.errors import (
@@ -62,7 +62,9 @@ class ChatStream:
         self._next: StreamChunk | ChatResult | None = None
         self._text: list[str] = []
         self._result: ChatResult | None = None
-        self._error: StreamInterruptedError | None = None
+        # What to make the error of, anew for each who asks: one that is kept would keep
+        # the frames that it passed, and they this stream.
+        self._broken: dict[str, Any] | None = None
         self._reader: asyncio.Task[object] | None = None
         self._left_alone: asyncio.Future[None] | None = None
 
@@ -141,8 +143,8 @@ class ChatStream:
 
     async def _pull(self) -> StreamChunk | ChatResult:
         """Take the next item, in time."""
-        if self._error is not None:
-            raise self._error
+        if self._broken is not None:
+            raise StreamInterruptedError(**self._broken)
         if self._result is not None:
             raise StopAsyncIteration
         if self._items is None or self._deadline is None:
@@ -174,11 +176,11 @@ class ChatStream:
                 task, and nobody else.
         """
         if self._left_alone is None or reader is None:
-            self._error = self._broken(LLMServiceError("its reading was cancelled"))
+            self._break(LLMServiceError("its reading was cancelled"))
             return
-        self._error = self._broken(LLMServiceError("it was closed while it was read"))
+        error = self._break(LLMServiceError("it was closed while it was read"))
         if reader.uncancel() <= before:
-            raise self._error from None
+            raise error from None
 
     async def _interrupted(self, exc: Exception, deadline: Deadline) -> Exception:
         """Close a broken stream; make its error, and remember it for who asks again."""
@@ -189,20 +191,20 @@ class ChatStream:
             exc = deadline.error()
         if not isinstance(exc, LLMServiceError | APIKeyError):
             exc = ServiceUnavailableError("it ended without a result")
-        self._error = self._broken(exc)
-        return self._error
+        return self._break(exc)
 
-    def _broken(self, cause: LLMServiceError | APIKeyError) -> StreamInterruptedError:
+    def _break(self, cause: LLMServiceError | APIKeyError) -> StreamInterruptedError:
         deadline = self._deadline
-        return StreamInterruptedError(
-            f"the stream broke off after {sum(map(len, self._text))} characters:"
+        self._broken = {
+            "message": f"the stream broke off after {sum(map(len, self._text))} characters:"
             f" {cause}",
-            partial_text="".join(self._text),
-            service=cause.service or (deadline.service if deadline else None),
-            model=cause.model or (deadline.model if deadline else None),
-            status_code=cause.status_code,
-            retry_after=cause.retry_after,
-            request_id=cause.request_id,
-            attempts=deadline.attempts if deadline else 0,
-            details={"cause": type(cause).__name__, **cause.details},
-        )
+            "partial_text": "".join(self._text),
+            "service": cause.service or (deadline.service if deadline else None),
+            "model": cause.model or (deadline.model if deadline else None),
+            "status_code": cause.status_code,
+            "retry_after": cause.retry_after,
+            "request_id": cause.request_id,
+            "attempts": deadline.attempts if deadline else 0,
+            "details": {"cause": type(cause).__name__, **cause.details},
+        }
+        return StreamInterruptedError(**self._broken)

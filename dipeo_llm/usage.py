@@ -136,8 +136,8 @@ def priced_apart(usage: Any) -> bool:
         for name, kind, kinds, number in _ROWS_PRICED_APART
         if isinstance(found := _value(usage, name), Sequence)
         for row in found
-        # An SDK has an enum of strings.
-        if str(getattr(said := _value(row, kind), "value", said)) in kinds
+        # An SDK has an enum in place of a text.
+        if str(getattr(said := _value(row, kind), "name", said)) in kinds
     )
     return any(_count(usage, name) for name in _PRICED_APART) or any(rows)
 

@@ -179,6 +179,21 @@ def test_a_page_links_to_what_is_there(page: Path) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_tests_that_a_page_names_exist(page: Path) -> None:
+    """Who looks for the test of a claim finds it, in the module that is named."""
+    tests = {p.stem: p.read_text("utf-8") for p in (ROOT / "tests").glob("*.py")}
+    module = "\n".join(tests.values())
+    missing = []
+    for name in re.findall(r"`(?:tests/)?(test_\w+)(?:\.py)?`", TEXTS[page]):
+        if name in tests:
+            module = tests[name]
+        elif f"def {name}(" not in module:
+            missing.append(name)
+
+    assert missing == []
+
+
 def test_the_commands_of_the_readme_and_the_help_are_ones_that_exist() -> None:
     """A command that is copied from the README or the help is understood."""
     parser = cli.build_parser()

@@ -213,6 +213,14 @@ def test_every_recorded_error_is_in_the_table() -> None:
         (529, {}, ServiceUnavailableError),
         (599, {}, ServiceUnavailableError),
         (307, {}, LLMServiceError),
+        # Not every 500 that speaks of a context is for its length.
+        (500, {"message": "context canceled"}, ServiceUnavailableError),
+        (503, {"message": "exceeds the context"}, ServiceUnavailableError),
+        # Not every 403 is for the key, but most are.
+        (403, {"message": "Not allowed", "metadata": {}}, APIKeyError),
+        (403, {"message": "x", "metadata": {"reasons": []}}, APIKeyError),
+        (429, {"message": "quota, limit: 0.5, model: x"}, RateLimitError),
+        (429, {"message": "quota, limit: 05, model: x"}, RateLimitError),
     ],
 )
 def test_class_of_an_error(
@@ -224,6 +232,303 @@ def test_class_of_an_error(
     )
 
     assert type(got) is cls
+
+
+_QUOTA, _FILTER = QuotaExceededError, ContentFilterError
+_OPENROUTER = "Provider returned error"
+# What servers were seen to say, in the forms that they say it in: the status, the error,
+# and what it is. The sources stand beside the patterns in `failures`.
+SAID: dict[str, tuple[int, Any, type[CallError]]] = {
+    "Anthropic, with max_tokens": (
+        400,
+        {
+            "type": "invalid_request_error",
+            "message": "input length and `max_tokens` exceed context limit: 178959 +"
+            " 64000 > 200000, decrease input length or `max_tokens` and try again",
+        },
+        _LONG,
+    ),
+    "SGLang": (
+        400,
+        {
+            "message": "The input (61709 tokens) is longer than the model's context"
+            " length (32768 tokens).",
+            "type": "BadRequestError",
+            "code": 400,
+        },
+        _LONG,
+    ),
+    "vLLM": (
+        400,
+        {
+            "message": "The decoder prompt (length 10127) is longer than the maximum"
+            " model length of 8192. Make sure that `max_model_len` is no smaller than"
+            " the number of text tokens.",
+            "type": "BadRequestError",
+            "code": 400,
+        },
+        _LONG,
+    ),
+    "LM Studio": (
+        400,
+        (
+            "The number of tokens to keep from the initial prompt is greater than the"
+            " context length. Try to load the model with a"
+            " larger context length, or provide a shorter input."
+        ),
+        _LONG,
+    ),
+    "LM Studio, older": (
+        400,
+        (
+            "Trying to keep the first 15857 tokens when context the overflows. However, the"
+            " model is loaded with context length of only 4096 tokens, which is not enough."
+        ),
+        _LONG,
+    ),
+    "LM Studio, newer": (
+        400,
+        "Cannot truncate prompt with n_keep (15028) >= n_ctx (7424)",
+        _LONG,
+    ),
+    "xAI": (
+        400,
+        (
+            "This model's maximum prompt length is 131072 but the request contains 151312"
+            " tokens."
+        ),
+        _LONG,
+    ),
+    "text-generation-inference": (
+        422,
+        (
+            "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 4096."
+            " Given: 4000 `inputs` tokens and 1024 `max_new_tokens`"
+        ),
+        _LONG,
+    ),
+    "llama.cpp": (
+        500,
+        {
+            "code": 500,
+            "message": "Context size has been exceeded.",
+            "type": "server_error",
+        },
+        _LONG,
+    ),
+    "llama.cpp, by its type": (
+        500,
+        {
+            "code": 500,
+            "message": "the request is too large. try increasing the context size",
+            "type": "exceed_context_size_error",
+            "n_prompt_tokens": 1407,
+            "n_ctx": 256,
+        },
+        _LONG,
+    ),
+    "OpenRouter, of its provider": (
+        400,
+        {
+            "message": _OPENROUTER,
+            "code": 400,
+            "metadata": {
+                "raw": '{"error":{"message":"This model\'s maximum context length is'
+                ' 131072 tokens."}}',
+                "provider_name": "Novita",
+            },
+        },
+        _LONG,
+    ),
+    "OpenRouter, of its provider, as an object": (
+        400,
+        {
+            "message": _OPENROUTER,
+            "code": 400,
+            "metadata": {"raw": {"code": "context_length_exceeded"}},
+        },
+        _LONG,
+    ),
+    "OpenRouter, by its type": (
+        400,
+        {"message": "x", "metadata": {"error_type": "context_length_exceeded"}},
+        _LONG,
+    ),
+    "OpenRouter, moderation": (
+        403,
+        {
+            "message": "Your chosen model requires moderation and your input was flagged",
+            "code": 403,
+            "metadata": {
+                "reasons": ["violence"],
+                "flagged_input": "my insufficient balance…",
+                "provider_name": "OpenAI",
+            },
+        },
+        _FILTER,
+    ),
+    "OpenRouter, moderation without the input": (
+        403,
+        {"message": "flagged", "code": 403, "metadata": {"reasons": ["violence"]}},
+        _FILTER,
+    ),
+    "OpenRouter, a provider's filter": (
+        403,
+        {"message": "x", "metadata": {"error_type": "content_policy_violation"}},
+        _FILTER,
+    ),
+    "OpenAI, a prompt": (
+        400,
+        {
+            "message": "Invalid prompt: your prompt was flagged as potentially violating"
+            " our usage policy. Please try again with a different prompt:"
+            " https://platform.openai.com/docs/guides/reasoning#advice-on-prompting",
+            "type": "invalid_request_error",
+            "param": None,
+            "code": "invalid_prompt",
+        },
+        _FILTER,
+    ),
+    "OpenRouter, a prompt of another shape": (
+        400,
+        {"code": "invalid_prompt", "message": "Invalid Responses API request"},
+        _ASK,
+    ),
+    "DeepSeek, a prompt": (
+        400,
+        {
+            "message": "Content Exists Risk",
+            "type": "invalid_request_error",
+            "param": None,
+            "code": "invalid_request_error",
+        },
+        _FILTER,
+    ),
+    "OpenAI, a model that is closed to a project": (
+        403,
+        {
+            "message": "Project `proj_x` does not have access to model `gpt-4o`",
+            "type": "invalid_request_error",
+            "param": None,
+            "code": "model_not_found",
+        },
+        _MODEL,
+    ),
+    "DeepSeek, a model": (
+        400,
+        {
+            "message": "Model Not Exist",
+            "type": "invalid_request_error",
+            "param": None,
+            "code": "invalid_request_error",
+        },
+        _MODEL,
+    ),
+    "OpenRouter, a model": (
+        400,
+        {"message": "openrouter/foo is not a valid model ID", "code": 400},
+        _MODEL,
+    ),
+    "OpenAI, a country": (
+        403,
+        {
+            "code": "unsupported_country_region_territory",
+            "message": "Country, region, or territory not supported",
+            "param": None,
+            "type": "request_forbidden",
+        },
+        LLMServiceError,
+    ),
+    "Anthropic, a limit of the account's owner": (
+        400,
+        {
+            "type": "invalid_request_error",
+            "message": "You have reached your specified API usage limits. You will regain"
+            " access on 2026-04-01 at 00:00 UTC.",
+        },
+        _QUOTA,
+    ),
+    "Anthropic, a limit of its own": (
+        429,
+        {
+            "type": "rate_limit_error",
+            "message": "You have reached your API usage limits: your organization has"
+            " crossed its monthly API usage threshold, set based on your organization's"
+            " API tier. You will regain access on 2026-09-01 at 00:00 UTC.",
+            "details": {"error_code": "enforced_spend_limit_reached"},
+        },
+        _QUOTA,
+    ),
+    "OpenAI, a limit of the project": (
+        429,
+        {"code": "project_spend_limit_exceeded", "message": "x"},
+        _QUOTA,
+    ),
+    "OpenAI, no credits": (
+        429,
+        {"code": "credit_balance_exhausted", "message": "x"},
+        _QUOTA,
+    ),
+    "Gemini, a model that has no free quota": (
+        429,
+        {
+            "code": 429,
+            "message": "You exceeded your current quota, please check your plan and"
+            " billing details. For more information on this error, head to:"
+            " https://ai.google.dev/gemini-api/docs/rate-limits.\n* Quota exceeded for"
+            " metric: generativelanguage.googleapis.com/generate_content_free_tier_requests"
+            ", limit: 0, model: gemini-2.5-pro\nPlease retry in 48.1s.",
+            "status": "RESOURCE_EXHAUSTED",
+        },
+        _QUOTA,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SAID)
+def test_what_a_server_was_seen_to_say(kind: str) -> None:
+    """Its words tell what no status tells, and none of it is tried again."""
+    status, error, cls = SAID[kind]
+
+    got = from_answer(status, {}, json.dumps({"error": error}).encode(), service="x")
+
+    assert type(got) is cls
+    assert not got.retryable
+    assert got.status_code == status
+
+
+def test_a_request_that_is_larger_than_a_minutes_tokens() -> None:
+    """OpenAI's limit for a minute may be less than one request: then no wait helps."""
+    error = {
+        "message": "Request too large for gpt-4o in organization org-x on tokens per min"
+        " (TPM): Limit 30000, Requested 45411. The input or output tokens must be reduced"
+        " in order to run successfully.",
+        "type": "tokens",
+        "param": None,
+        "code": "rate_limit_exceeded",
+    }
+
+    got = from_answer(429, {}, json.dumps({"error": error}).encode(), service="openai")
+
+    assert type(got) is RateLimitError
+    assert not got.retryable
+
+
+def test_the_words_of_the_provider_behind_a_provider() -> None:
+    """What OpenRouter's own provider said is shown, without the key and not in full."""
+    raw = "bad key sk-secret-1 " + "x" * 1000
+    error = {"message": _OPENROUTER, "code": 400, "metadata": {"raw": raw}}
+
+    got = from_answer(
+        400,
+        {},
+        json.dumps({"error": error}).encode(),
+        service="openrouter",
+        secret="sk-secret-1",
+    )
+
+    assert f"{_OPENROUTER}: bad key [key] xxx" in str(got)
+    assert len(str(got)) < 650
 
 
 @pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 502, 503, 504, 529])
@@ -274,6 +579,25 @@ def test_a_body_of_any_form(status: int, body: bytes) -> None:
     assert got.status_code == status
     assert got.retryable is (status >= 429)
     assert str(got).isprintable()
+
+
+def test_an_error_that_is_the_whole_body() -> None:
+    """Not each server wraps its error; a state of failure beside it hides none of it."""
+    body = b'{"status": "failed", "code": "c", "message": "the whole is the error"}'
+
+    got = from_answer(400, {}, body, service="x")
+
+    assert str(got) == "x answered 400: the whole is the error"
+    assert got.details == {"code": "c", "type": "failed"}
+
+
+def test_a_redirect_says_what_to_do() -> None:
+    """Where it leads is not followed; the base URL is wrong."""
+    got = from_answer(307, {}, b"Moved", service="x")
+
+    assert str(got) == (
+        "x answered 307: Moved (a redirect is never followed: fix the base URL)"
+    )
 
 
 def test_what_an_error_keeps() -> None:
@@ -507,7 +831,7 @@ async def test_a_rate_limit_that_says_when(
 async def test_an_empty_account_is_not_asked_again(
     once: LLMInfraService, server: ProviderServer
 ) -> None:
-    """OpenAI's 429 insufficient_quota is a RateLimitError that waiting does not mend."""
+    """OpenAI's 429 insufficient_quota is a RateLimitError that waiting does not fix."""
     server.default = error("openai", 429, code="insufficient_quota")
 
     got = await fails(once, "openai")
@@ -650,6 +974,43 @@ async def test_a_200_that_is_no_answer(
             RateLimitError,
         ),
         ("ollama", {"error": "llama runner terminated"}, ServiceUnavailableError),
+        # The code is nearer to the point than the type.
+        (
+            "openai",
+            {
+                "type": "error",
+                "error": {
+                    "type": "invalid_request_error",
+                    "code": "rate_limit_exceeded",
+                    "message": "x",
+                },
+            },
+            RateLimitError,
+        ),
+        ("openai", {"error": {"message": "x", "code": "429"}}, RateLimitError),
+        ("openai", {"error": {"message": "x", "code": "999"}}, ServiceUnavailableError),
+        ("openai", {"error": {"message": "x", "code": True}}, ServiceUnavailableError),
+        ("openai", {"error": {"message": "x", "code": "invalid_api_key"}}, APIKeyError),
+        ("openai", {"error": {"message": "x", "code": "invalid_image_url"}}, _ASK),
+        (
+            "openai",
+            {"error": {"message": "x", "code": "image_content_policy_violation"}},
+            _FILTER,
+        ),
+        ("openai", {"error": {"message": "x", "code": "content_filter"}}, _FILTER),
+        ("openai", {"error": {"message": "x", "code": "model_not_found"}}, _MODEL),
+        ("google", {"error": {"message": "x", "status": "INVALID_ARGUMENT"}}, _ASK),
+        ("google", {"error": {"message": "x", "status": "RESOURCE_EXHAUSTED"}}, _RATE),
+        ("google", {"error": {"message": "x", "status": "UNAVAILABLE"}}, _DOWN),
+        (
+            "google",
+            {"error": {"message": "x", "status": "CANCELLED"}},
+            LLMServiceError,
+        ),
+        # LM Studio's, and Ollama's
+        ("openai", {"error": {"message": SAID["LM Studio"][1]}}, _LONG),
+        ("openai", {"error": "Context size has been exceeded."}, _LONG),
+        ("ollama", {"error": "the input length exceeds the context length"}, _LONG),
     ],
 )
 async def test_a_200_that_is_an_error(

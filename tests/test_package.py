@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from dipeo_llm import (
 
 HEAVY = ["aiohttp", "httpx", "litellm", "openai", "opentelemetry", "pytest", "redis"]
 FOLDER = Path(str(resources.files("dipeo_llm")))
+ROOT = Path(__file__).parent.parent
 # These stand on pytest and vcrpy, or run as they are imported; `testing` is not one.
 ON_TOP = {"__main__", "cassette_file", "cassette_folder", "cassettes", "pytest_plugin"}
 MODULES = sorted({path.stem for path in FOLDER.glob("*.py")} - ON_TOP)
@@ -180,20 +182,27 @@ def test_type_checkers_are_told_that_the_package_is_typed() -> None:
     assert (FOLDER / "py.typed").is_file()
 
 
-class _Everything:
-    """Has every method that any port asks for."""
+def test_the_source_distribution_holds_what_is_read_beside_the_package() -> None:
+    """The tests and the nox sessions run from it; a misspelt path is left out unseen."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    include = set(project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"])
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return lambda *args, **options: None
+    assert [name for name in include if not (ROOT / name[1:]).exists()] == []
+    read = {"tests", "docs", "cassettes", "prompts", "examples", "benchmarks"}
+    read |= {"noxfile.py", "requirements.lock", "requirements-hashed.lock"}
+    assert {f"/{name}" for name in read} - include == set()
 
 
 @pytest.mark.parametrize("port", [APIKeyPort, LLMDomainService, LLMServicePort])
 def test_a_port_can_be_asked_for_at_run_time(port: Any) -> None:
     """An isinstance check tells what fits a port from what does not."""
-    assert isinstance(_Everything(), port)
-    assert not isinstance(object(), port)
+    members = [name for name in vars(port) if not name.startswith("_")]
+    fits = type("Fits", (), dict.fromkeys(members, print))
+    lacks = type("Lacks", (), dict.fromkeys(members[1:], print))
+
+    assert members
+    assert isinstance(fits(), port)
+    assert not isinstance(lacks(), port)
 
 
 def test_what_the_package_offers_fits_its_own_ports() -> None:

@@ -160,7 +160,7 @@ def test_a_base_url_is_read(provider: str, text: str, url: str) -> None:
 def test_a_value_that_cannot_be_read_names_its_variable(
     variable: str, text: str
 ) -> None:
-    """Whoever set a bad value learns at the start which variable to mend."""
+    """Whoever set a bad value learns at the start which variable to fix."""
     with pytest.raises(SettingsError) as caught:
         Settings.from_env({variable: text})
 

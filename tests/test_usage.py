@@ -1,14 +1,18 @@
 """Tokens and limits, counted alike for every provider."""
 
+import enum
 import json
+from collections import namedtuple
+from dataclasses import make_dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import create_model
 
 from dipeo_llm import LLMInfraService, RateLimits, Settings, StaticAPIKeys, TokenUsage
-from dipeo_llm.usage import rate_limits, token_usage
+from dipeo_llm.usage import priced_apart, rate_limits, token_usage
 
 RECORDINGS = Path(__file__).resolve().parents[2] / "shared" / "recordings"
 
@@ -88,6 +92,71 @@ USAGES: dict[str, tuple[dict[str, Any], TokenUsage]] = {
         },
         TokenUsage(input=59, output=1, total=60),
     ),
+    # Of google-genai and of Vertex's SDK.
+    "google, in Python": (
+        {
+            "prompt_token_count": 100,
+            "candidates_token_count": 20,
+            "thoughts_token_count": 10,
+            "cached_content_token_count": 40,
+            "tool_use_prompt_token_count": None,
+            "total_token_count": 130,
+        },
+        TokenUsage(input=100, output=30, cached=40, total=130, reasoning=10),
+    ),
+    "google, in Python, with a tool's pages": (
+        {
+            "prompt_token_count": 9,
+            "tool_use_prompt_token_count": 50,
+            "candidates_token_count": 1,
+        },
+        TokenUsage(input=59, output=1, total=60),
+    ),
+    "google, in Python, bare": (
+        {
+            "prompt_token_count": 9,
+            "candidates_token_count": 2,
+            "total_token_count": 11,
+            "cached_content_token_count": None,
+        },
+        TokenUsage(input=9, output=2, total=11),
+    ),
+    "bedrock, bare": (
+        {"inputTokens": 9, "outputTokens": 2, "totalTokens": 11},
+        TokenUsage(input=9, output=2, total=11),
+    ),
+    # Converse's inputTokens are those that no cache knows, as Anthropic's are.
+    "bedrock": (
+        {
+            "inputTokens": 40,
+            "outputTokens": 30,
+            "totalTokens": 130,
+            "cacheReadInputTokens": 40,
+            "cacheWriteInputTokens": 20,
+        },
+        TokenUsage(input=100, output=30, cached=40, total=130, cache_written=20),
+    ),
+    # xAI's completion holds no thoughts, its total does.
+    "xai": (
+        {
+            "prompt_tokens": 32,
+            "completion_tokens": 9,
+            "total_tokens": 135,
+            "prompt_tokens_details": {"text_tokens": 32, "cached_tokens": 6},
+            "completion_tokens_details": {"reasoning_tokens": 94},
+        },
+        TokenUsage(input=32, output=103, cached=6, total=135, reasoning=94),
+    ),
+    # A total that is more than both for another reason tells nothing of thoughts.
+    "a total of its own": (
+        {
+            "prompt_tokens": 32,
+            "completion_tokens": 100,
+            "total_tokens": 150,
+            "completion_tokens_details": {"reasoning_tokens": 94},
+        },
+        TokenUsage(input=32, output=100, total=132, reasoning=94),
+    ),
     "ollama": (
         {"model": "m", "done": True, "prompt_eval_count": 100, "eval_count": 30},
         TokenUsage(input=100, output=30, total=130),
@@ -122,8 +191,48 @@ def _as_object(value: Any) -> Any:
     return SimpleNamespace(**{name: _as_object(item) for name, item in value.items()})
 
 
+def _as_slots(value: Any) -> Any:
+    """Make an object that has no `__dict__`."""
+    if not isinstance(value, dict):
+        return value
+    record = make_dataclass("Record", value, slots=True, frozen=True)
+    return record(**{name: _as_slots(item) for name, item in value.items()})
+
+
+def _as_tuple(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    record: Any = namedtuple("Record", value)  # type: ignore[misc] # noqa: PYI024
+    return record(*map(_as_tuple, value.values()))
+
+
+def _as_properties(value: Any) -> Any:
+    """Make an object whose `__dict__` is empty, as a protocol buffer's is."""
+    if not isinstance(value, dict):
+        return value
+    read = {
+        name: property(lambda _, item=item: _as_properties(item))  # type: ignore[misc]
+        for name, item in value.items()
+    }
+    return type("Record", (), read)()
+
+
+def _as_model(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    fields: dict[str, Any] = dict.fromkeys(value, (Any, ...))
+    record = create_model("Record", **fields)
+    return record(**{name: _as_model(item) for name, item in value.items()})
+
+
+FORMS = [
+    *(dict, MappingProxyType, _as_object),
+    *(_as_slots, _as_tuple, _as_properties, _as_model),
+]
+
+
 @pytest.mark.parametrize("kind", USAGES)
-@pytest.mark.parametrize("form", [dict, _as_object])
+@pytest.mark.parametrize("form", FORMS)
 def test_any_providers_usage(kind: str, form: Any) -> None:
     """The same numbers come of a mapping and of an SDK's object."""
     record, usage = USAGES[kind]
@@ -175,6 +284,8 @@ def test_a_number_that_is_none(number: float) -> None:
         ("anthropic", "anthropic"),
         ("google", "google"),
         ("gemini", "google"),
+        ("google", "google, in Python"),
+        ("bedrock", "bedrock"),
         ("ollama", "ollama"),
         ("unheard-of", "openai"),
     ],
@@ -187,6 +298,113 @@ def test_get_token_counts(client_name: str, kind: str) -> None:
     assert service.get_token_counts(client_name, record) == usage
     assert service.get_token_counts(client_name, _as_object(record)) == usage
     assert service.get_token_counts(client_name, None) == TokenUsage()
+
+
+class _Modality(str, enum.Enum):  # noqa: UP042 - as google-genai writes it
+    AUDIO = "AUDIO"
+
+
+class _Number(enum.IntEnum):
+    """As Vertex's SDK has it, of a protocol buffer."""
+
+    AUDIO = 4
+
+
+PRICED_APART: dict[str, dict[str, Any]] = {
+    "openai, sound in": {"prompt_tokens_details": {"audio_tokens": 9}},
+    "openai, sound out": {"completion_tokens_details": {"audio_tokens": 9}},
+    "openrouter, a picture out": {"completion_tokens_details": {"image_tokens": 9}},
+    "responses, sound in": {"input_tokens_details": {"audio_tokens": 9}},
+    "responses, sound out": {"output_tokens_details": {"audio_tokens": 9}},
+    "responses, a picture out": {"output_tokens_details": {"image_tokens": 9}},
+    "anthropic, an hour's cache": {
+        "cache_creation_input_tokens": 15,
+        "cache_creation": {
+            "ephemeral_5m_input_tokens": 6,
+            "ephemeral_1h_input_tokens": 9,
+        },
+    },
+    "litellm, an hour's cache": {
+        "prompt_tokens_details": {
+            "cache_creation_token_details": {"ephemeral_1h_input_tokens": 9}
+        }
+    },
+    "bedrock, an hour's cache": {
+        "cacheDetails": [
+            {"ttl": "1h", "inputTokens": 9},
+            {"ttl": "5m", "inputTokens": 6},
+        ]
+    },
+    "google, sound in": {
+        "promptTokensDetails": [
+            {"modality": "TEXT", "tokenCount": 6},
+            {"modality": "AUDIO", "tokenCount": 9},
+        ]
+    },
+    "google, sound out": {
+        "candidatesTokensDetails": [{"modality": "AUDIO", "tokenCount": 9}]
+    },
+    "google, a picture out": {
+        "candidatesTokensDetails": [{"modality": "IMAGE", "tokenCount": 9}]
+    },
+    "google, in Python, sound in": {
+        "prompt_tokens_details": [{"modality": _Modality.AUDIO, "token_count": 9}]
+    },
+    "google, in Vertex's SDK, sound in": {
+        "prompt_tokens_details": [{"modality": _Number.AUDIO, "token_count": 9}]
+    },
+    "google, in Python, a picture out": {
+        "candidates_tokens_details": [{"modality": "IMAGE", "token_count": 9}]
+    },
+}
+NOT_APART: dict[str, Any] = {
+    **{kind: record for kind, (record, _) in USAGES.items()},
+    "nothing": None,
+    "a text": "usage",
+    "no details": {"prompt_tokens_details": None, "promptTokensDetails": None},
+    "odd details": {
+        "promptTokensDetails": [
+            "AUDIO",
+            None,
+            {"modality": ["AUDIO"], "tokenCount": 9},
+        ],
+        "candidatesTokensDetails": {"modality": "AUDIO", "tokenCount": 9},
+        "cacheDetails": "1h",
+        "prompt_tokens_details": {"audio_tokens": "many"},
+    },
+    "none of them": {
+        "prompt_tokens_details": {"audio_tokens": 0},
+        "completion_tokens_details": {"audio_tokens": 0, "image_tokens": None},
+        "cache_creation": {
+            "ephemeral_5m_input_tokens": 6,
+            "ephemeral_1h_input_tokens": 0,
+        },
+        "cacheDetails": [{"ttl": "5m", "inputTokens": 6}],
+    },
+    # Pictures that are read cost what text does.
+    "google, a picture in": {
+        "promptTokensDetails": [
+            {"modality": "TEXT", "tokenCount": 6},
+            {"modality": "IMAGE", "tokenCount": 258},
+            {"modality": "AUDIO", "tokenCount": 0},
+        ],
+        "candidatesTokensDetails": [{"modality": "TEXT", "tokenCount": 6}],
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", PRICED_APART)
+def test_tokens_that_have_a_price_of_their_own(kind: str, form: Any) -> None:
+    """Sound, pictures made and an hour in the cache are not lost without a word."""
+    assert priced_apart(form(PRICED_APART[kind]))
+
+
+@pytest.mark.parametrize("form", [lambda record: record, _as_object])
+@pytest.mark.parametrize("kind", NOT_APART)
+def test_tokens_that_have_none(kind: str, form: Any) -> None:
+    """Any other record can be priced by `token_usage` alone."""
+    assert not priced_apart(form(NOT_APART[kind]))
 
 
 def _answers() -> list[tuple[str, dict[str, Any], int]]:
