@@ -47,7 +47,7 @@ from dipeo_llm.keys import fits_a_header
 from dipeo_llm.litellm_gate import load_litellm
 from dipeo_llm.message_formatter import checked
 from dipeo_llm.pool import Lease, Pool
-from dipeo_llm.providers import Provider, by_name
+from dipeo_llm.providers import Provider, by_name, check_reach
 from dipeo_llm.settings import Settings, http_url
 from dipeo_llm.shape import Shape, shape
 from dipeo_llm.streaming import Items
@@ -88,6 +88,7 @@ class BaseLLMAdapter(ABC):
         self.provider = provider
         self.model_name = model_name
         self.settings = settings or Settings()
+        check_reach(provider)
         _check_model(provider, model_name)
         if not isinstance(api_key, SecretStr):
             api_key = SecretStr((api_key or "").strip())
@@ -808,8 +809,10 @@ class LiteLLMAdapter(BaseLLMAdapter):
                 f"the request cannot be made, nothing was sent: {text}",
                 **self._fields(),
             )
+        # A provider without a format of ours may have been reached by LiteLLM itself.
+        sent = ", nothing was sent" if self.provider.format is not None else ""
         return LLMServiceError(
-            f"LiteLLM failed at the request, nothing was sent: {text}", **self._fields()
+            f"LiteLLM failed at the request{sent}: {text}", **self._fields()
         )
 
     def _log_left_out(self, call: _Call) -> None:

@@ -126,6 +126,24 @@ _BY_NAME = {
     name: row for row in PROVIDERS for name in (row.name, row.litellm, *row.aliases)
 }
 
+# What LiteLLM reaches through the client that it is given, tried on 1.105.3 with a call
+# and a stream each: tests/test_providers.py tries them again. Others it would reach with
+# a client of its own, outside the fence, or not at all without an SDK's client.
+_REACHED = frozenset(
+    {
+        *(row.name for row in PROVIDERS),
+        "azure_ai",
+        "databricks",
+        "fireworks_ai",
+        "groq",
+        "hosted_vllm",
+        "mistral",
+        "openrouter",
+        "together_ai",
+        "xai",
+    }
+)
+
 # `name:tag` is how Ollama writes a model, and `hf.co/user/repo` how it names a GGUF file
 # on a hub. Only asked after every row and LiteLLM have declined.
 _OLLAMA_TAG = re.compile(
@@ -137,8 +155,8 @@ _OLLAMA_TAG = re.compile(
 def by_name(service: Any) -> Provider:
     """Find a provider by the name of a service: a string, or an enum of strings.
 
-    A name that no row has is passed on as LiteLLM's own name for a provider, so that
-    `service="groq"` reaches what LiteLLM can reach.
+    A name that no row has is passed on as LiteLLM's own name for a provider, such as
+    `service="groq"`.
 
     Raises:
         InvalidRequestError: *service* is not a name at all.
@@ -147,6 +165,21 @@ def by_name(service: Any) -> Provider:
     if not re.fullmatch(r"[a-z][a-z0-9_-]*", name):
         raise InvalidRequestError(f"{service!r} is not the name of a service")
     return _BY_NAME.get(name) or Provider(name=name, litellm=name)
+
+
+def check_reach(provider: Provider) -> None:
+    """Refuse a provider that LiteLLM knows, but would not reach over our client.
+
+    Raises:
+        InvalidRequestError: It says which are reached, and how others may be.
+    """
+    if provider.name not in _REACHED:
+        raise InvalidRequestError(
+            f"{provider.name} is not reached from here, only"
+            f" {', '.join(sorted(_REACHED))}. A server that speaks OpenAI's format is"
+            " reached as service='openai', with its base_url in the key's record",
+            service=provider.name,
+        )
 
 
 def of_key(api_key_id: Any) -> Provider | None:

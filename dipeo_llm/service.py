@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self, TypeVar, cast
+from weakref import WeakSet
 
 from dipeo_llm import adapter as adapters
 from dipeo_llm import counting, listing, media, providers
@@ -25,6 +26,7 @@ from dipeo_llm.errors import (
     DiPeOLLMError,
     InvalidRequestError,
     LLMServiceError,
+    ServiceUnavailableError,
     StructuredOutputError,
 )
 from dipeo_llm.keys import find_key
@@ -80,6 +82,8 @@ class LLMInfraService:
         self._formatter = MessageFormatter()
         self._create_adapter = adapter_factory or adapters.create_adapter
         self._pool = adapters.new_pool(self.settings)
+        self._loading: set[asyncio.Task[Any]] = set()
+        self._ended: WeakSet[asyncio.Task[Any]] = WeakSet()
         self._closed = False
 
     async def __aenter__(self) -> Self:
@@ -104,7 +108,8 @@ class LLMInfraService:
         connection is closed and they raise ServiceUnavailableError.
         """
         self._closed = True
-        await self._pool.aclose(self.settings.close_grace)
+        grace = self.settings.close_grace
+        await asyncio.gather(self._pool.aclose(grace), self._end_loading(grace))
 
     async def complete(
         self,
@@ -408,17 +413,45 @@ class LLMInfraService:
 
         async def prepared() -> ChatRequest:
             if not loaded:
-                messages = await media.prepare(
+                # Its import takes the proxy's variables away for a while.
+                await load_litellm()
+                preparing = media.prepare(
                     request.messages,
                     adapter.provider,
                     base_dir=self._prompts.base_dir,
                     settings=self.settings,
                     allow_outside_base_dir=self._prompts.allow_outside_base_dir,
                 )
+                messages = await self._loaded(asyncio.create_task(preparing))
                 loaded.append(replace(request, messages=messages))
             return loaded[0]
 
         return prepared
+
+    async def _loaded(self, task: asyncio.Task[_T]) -> _T:
+        """Wait for a task that `aclose` may end."""
+        self._loading.add(task)
+        task.add_done_callback(self._loading.discard)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if task not in self._ended:
+                raise
+            raise ServiceUnavailableError(
+                "the service was closed while the call was under way", retryable=False
+            ) from None
+
+    async def _end_loading(self, grace: float) -> None:
+        """End what loads media when the grace is over."""
+        here = asyncio.get_running_loop()
+        ours = [task for task in self._loading if task.get_loop() is here]
+        if ours:
+            await asyncio.wait(ours, timeout=grace)
+        for task in list(self._loading):
+            self._ended.add(task)
+            task.get_loop().call_soon_threadsafe(task.cancel)
+        if ours:
+            await asyncio.wait(ours)
 
     def _stream(self, start: Start, request: ChatRequest) -> ChatStream:
         return ChatStream(

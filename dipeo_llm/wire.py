@@ -304,7 +304,7 @@ class Client:
             headers = {
                 k: v.replace(PLACEHOLDER, secret)
                 for k, v in asked.items()
-                if k.lower() not in _TRANSPORT_HEADERS
+                if k.lower() not in _NOT_FORWARDED
             }
         else:
             headers = {k: v for k, v in asked.items() if k.lower() in _HEADERS}
@@ -324,7 +324,18 @@ def _closed_under() -> ServiceUnavailableError:
     )
 
 
-_TRANSPORT_HEADERS = frozenset({"host", "content-length", "connection", "user-agent"})
+# The first four are the transport's; LiteLLM takes the others from the environment.
+_NOT_FORWARDED = frozenset(
+    {
+        "host",
+        "content-length",
+        "connection",
+        "user-agent",
+        "http-referer",
+        "x-title",
+        "request-source",
+    }
+)
 
 
 def merge(body: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
