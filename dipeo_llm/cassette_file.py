@@ -4,6 +4,7 @@ An answer may hold two things that vcrpy does not know, and leaves alone: `recor
 (when, and by what) and a stream's `pieces`.
 """
 
+import contextlib
 import itertools
 import json
 import re
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from vcr.request import Request as VcrRequest
 from vcr.serialize import deserialize, serialize
-from vcr.serializers import yamlserializer
+from vcr.serializers import jsonserializer, yamlserializer
 
 from dipeo_llm.interception import Answer, Request, pieces_of, unpack, with_pieces
 from dipeo_llm.scrubbing import (
@@ -67,7 +68,8 @@ def read(path: Path) -> list[Exchange]:
         CassetteError: It cannot be read.
     """
     try:
-        found = deserialize(path.read_text(encoding="utf-8"), yamlserializer)
+        serializer = jsonserializer if path.suffix == ".json" else yamlserializer
+        found = deserialize(path.read_text(encoding="utf-8"), serializer)
         pairs = list(zip(found[0], found[1], strict=True))
         return [_exchange(request, answer) for request, answer in pairs]
     except Exception as exc:
@@ -138,16 +140,29 @@ def scrubbed(exchange: Exchange, secrets: Secrets) -> Exchange:
 def secrets_in(exchange: Exchange, secrets: Secrets) -> list[str]:
     """Say where an exchange holds a secret, without its value."""
     request, answer = exchange.request, exchange.answer
-    sent = request.body.decode(errors="backslashreplace")
-    came = (answer["body"].get("string") or b"").decode(errors="backslashreplace")
+    sent = _plain(request.body)
+    came = _plain(answer["body"].get("string") or b"")
     values = [(f"request header {k}", v) for k, v in request.headers.items()]
     values += [(f"header {k}", v) for k, vs in answer["headers"].items() for v in vs]
-    places = [("URL", request.uri), ("request", sent), *values, ("answer", came)]
+    places = [
+        ("method", request.method),
+        ("URL", request.uri),
+        ("request", sent),
+        *values,
+        ("status", str(answer["status"].get("message"))),
+        ("answer", came),
+        ("recorded", exchange.recorded_by),
+    ]
     found = [f"{where}: {f.what}" for where, text in places for f in secrets.find(text)]
     found += [
         f"{name}: a header that is not to be kept"
         for name, value in values
         if is_secret_header(name.rpartition(" ")[2]) and value != PLACEHOLDER
+    ]
+    found += [
+        f"{where}: it is compressed, and cannot be looked into"
+        for where, text in (("request", sent), ("answer", came))
+        if text.startswith(_PACKED)
     ]
     found += [
         f"answer, over several events: {f.what}"
@@ -158,6 +173,20 @@ def secrets_in(exchange: Exchange, secrets: Secrets) -> list[str]:
         f"{text} ({times} times)" if times > 1 else text
         for text, times in Counter(found).items()
     ]
+
+
+def _plain(body: bytes) -> str:
+    """Return a body as text, without a compression of which no header tells."""
+    for encoding, magic in _MAGIC.items():
+        if body.startswith(magic):
+            with contextlib.suppress(Exception):
+                body = b"".join(piece for piece, _ in unpack(encoding, [(body, 0)]))
+    return body.decode(errors="backslashreplace")
+
+
+# RFC 1952, 2.3.1, and RFC 8878, 3.1.1. httpx reads zstd where zstandard is installed.
+_MAGIC = {"gzip": b"\x1f\x8b\x08", "zstd": b"\x28\xb5\x2f\xfd"}
+_PACKED = tuple(magic.decode(errors="backslashreplace") for magic in _MAGIC.values())
 
 
 def as_text(kept: Sequence[Exchange]) -> str:

@@ -63,28 +63,39 @@ def check(folder: str | os.PathLike[str]) -> list[Problem]:
     """Look for secrets in every cassette of a folder, and for files that are none.
 
     Values of the environment's keys count, and whatever looks like a key, a token, a
-    cookie, or the id of a request or an organisation. No problem shows a value.
+    cookie, or the id of a request or an organisation. No problem shows a value. JSON is
+    looked through too, be it vcrpy's or anything else.
 
     Raises:
         FileNotFoundError: There is no such folder.
     """
     secrets = Secrets()
     secrets.learn_from_environment()
-    problems: list[Problem] = []
-    for path in files(folder):
-        try:
-            exchanges = read(path)
-        except CassetteError as exc:
-            problems.append(Problem(path, str(exc)))
-            continue
-        problems += [
-            Problem(path, f"exchange {number}, {finding}")
-            for number, exchange in enumerate(exchanges, 1)
-            for finding in secrets_in(exchange, secrets)
-        ]
-        comments = "\n".join(comments_of(path))
-        problems += [Problem(path, f"head: {f.what}") for f in secrets.find(comments)]
-    return problems
+    more = sorted(path for path in Path(folder).rglob("*.json") if path.is_file())
+    return [
+        Problem(path, what)
+        for path in [*files(folder), *more]
+        for what in _secrets_of(path, secrets)
+    ]
+
+
+def _secrets_of(path: Path, secrets: Secrets) -> list[str]:
+    found: list[str] = []
+    try:
+        for number, exchange in enumerate(read(path), 1):
+            said = secrets_in(exchange, secrets)
+            found += [f"exchange {number}, {what}" for what in said]
+    except CassetteError as exc:
+        if path.suffix != ".json":
+            return [str(exc)]
+    if found:
+        return found
+    # Nor elsewhere: in a comment, or in a field that nobody knows.
+    text = path.read_text(encoding="utf-8", errors="backslashreplace")
+    return [
+        f"line {text.encode()[: finding.start].count(10) + 1}: {finding.what}"
+        for finding in secrets.find(text)
+    ]
 
 
 def entries(folder: str | os.PathLike[str]) -> list[Entry]:

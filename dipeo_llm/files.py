@@ -9,9 +9,11 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-# Windows has neither flag; there the resolved path alone must do.
+# Windows has none of them; there the resolved path alone must do. With O_PATH a folder
+# need not be readable to be gone through.
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
-_NONBLOCK = getattr(os, "O_NONBLOCK", 0)
+_FILE = os.O_RDONLY | _NOFOLLOW | getattr(os, "O_NONBLOCK", 0)
+_FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0)
 
 
 def resolve_inside(path: Path, base: Path, *, allow_outside: bool) -> Path:
@@ -43,9 +45,7 @@ def open_regular(path: Path) -> BinaryIO:
         ValueError: It is not a regular file.
         OSError: It cannot be opened.
     """
-    # The path is fully resolved, so a link at its end was put there since; and a pipe
-    # must not hold the thread until somebody writes into it.
-    fd = os.open(path, os.O_RDONLY | _NOFOLLOW | _NONBLOCK)
+    fd = _opened(path)
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
         os.close(fd)
@@ -54,3 +54,22 @@ def open_regular(path: Path) -> BinaryIO:
             "it is a directory" if is_folder else "it is not a regular file"
         )
     return os.fdopen(fd, "rb")
+
+
+def _opened(path: Path) -> int:
+    """Open a path that is fully resolved, so that a link in it was put there since.
+
+    Each folder is opened in the one before: what is moved meanwhile leads nowhere else.
+    And a pipe must not hold the thread until somebody writes into it.
+    """
+    if os.open not in os.supports_dir_fd:
+        return os.open(path, _FILE)
+    folder = os.open(path.anchor, _FOLDER)
+    try:
+        for part in path.parts[1:-1]:
+            inner = os.open(part, _FOLDER | _NOFOLLOW, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+        return os.open(path.name or ".", _FILE, dir_fd=folder)
+    finally:
+        os.close(folder)

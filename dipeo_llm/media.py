@@ -77,8 +77,10 @@ TAKES: Mapping[str, frozenset[str]] = {
 # These fetch a picture themselves; every other gets the bytes.
 _FETCH_THEMSELVES = frozenset({"openai"})
 
-# A file that is on Google's servers already is named to Google as it is.
-_STORED = re.compile(r"gs://|https://generativelanguage\.googleapis\.com/")
+# A file that is on Google's servers already is named to Google as it is. LiteLLM fetches
+# what begins otherwise (GEMINI_FILES_API_URI_PREFIX in its
+# llms/vertex_ai/gemini/transformation.py, 1.105 to 1.109).
+_STORED = re.compile(r"gs://|https://generativelanguage\.googleapis\.com/v1beta/files/")
 _READ_STORED = frozenset({"google", "vertex"})
 
 _ALIASES = {
@@ -131,8 +133,11 @@ async def prepare(
         messages: OpenAI-shaped; never changed. A part of a content may be text, a
             `pathlib.Path` (a picture, a PDF or a sound, by its first bytes), or one of
             OpenAI's parts `text`, `image_url`, `file` and `input_audio`, in which a
-            data: URL, a https: URL or a Path stands for the bytes. A part of any other
-            type is left as it is.
+            data: URL, a https: URL or a Path stands for the bytes. Of a part of media
+            nothing else is kept but `cache_control`. OpenAI's `input_image` and
+            `input_file` and Anthropic's `image` and `document` are read as the same,
+            but a document that Anthropic reads itself is left as it is, as is a part
+            of any other type.
         provider: Whose model it is for.
         base_dir: Folder that local files stand on and may not lie outside of; None
             takes the settings', else the working directory.
@@ -178,10 +183,12 @@ def _unpacked(
     if not isinstance(content, list | tuple):
         return message if isinstance(message, dict) else dict(message)
     parts: list[Any] = []
-    for index, part in enumerate(content):
+    is_result = message.get("role") in {"tool", "function"}
+    for index, given in enumerate(content):
         where = f"{place}, part {index}"
         try:
-            found = _wanted(part, provider)
+            part = _openai_part(given, provider)
+            found = _wanted(part, provider, is_result=is_result)
         except _RefusedError as why:
             raise InvalidRequestError(
                 f"{where}: {why}", service=provider.name
@@ -201,7 +208,79 @@ def _fresh(part: Any) -> Any:
     return {k: dict(v) if isinstance(v, dict) else v for k, v in part.items()}
 
 
-def _wanted(part: Any, provider: Provider) -> dict[str, Any] | None:
+_KINDS = {"image_url": "image", "file": "file", "input_audio": "audio"}
+_MAIN = {"image_url": "url", "file": "file", "input_audio": "data"}
+# What a part of media may hold: one of these, which says where the bytes are, and more.
+_SOURCES = {
+    "image_url": ("url",),
+    "file": ("file", "file_data", "file_id"),
+    "input_audio": ("data",),
+}
+_BESIDE = ("detail", "filename", "format", "mime_type", "video_metadata")
+
+
+def _openai_part(part: Any, provider: Provider) -> Any:
+    """Write a part of media as OpenAI's chat has it, with nothing in it that is not read.
+
+    LiteLLM fetches what it finds in the spelling of another API, or in a field that the
+    type of the part does not have, by itself and in its own way. Seen in 1.105 and
+    1.109: `input_image`, `input_file` and `file_data` of a tool's result to Google on
+    the event loop, `image` and `document` by its own handlers, whatever there is in a
+    `tool_result` as it counts tokens.
+    """
+    if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
+        return part
+    name = part["type"]
+    body = part.get(name)
+    if name == "tool_result":
+        raise _RefusedError("a tool's result is a message of its own, of the role tool")
+    if name in {"image", "document"}:
+        name, body = _anthropic_part(name, part, provider)
+    elif name == "input_image":
+        name, body = "image_url", part.get("image_url")
+    elif name == "input_file":
+        data = part.get("file_data") or part.get("file_url")
+        name, body = "file", {**part, "file_data": data}
+    if name not in _KINDS:
+        return part
+    if isinstance(body, str | os.PathLike):
+        body = {_MAIN[name]: body}
+    if not isinstance(body, Mapping):
+        raise _RefusedError(f"it has no {name!r}")
+    body = {k: body[k] for k in (*_SOURCES[name], *_BESIDE) if body.get(k)}
+    kept = {k: part[k] for k in ("cache_control",) if k in part}
+    return {"type": name, name: body, **kept}
+
+
+def _anthropic_part(
+    name: str, part: Mapping[str, Any], provider: Provider
+) -> tuple[str, Any]:
+    """Return type and body of OpenAI's part for Anthropic's image or document.
+
+    A document stays one where it is read as such, and LiteLLM does not fetch it.
+    """
+    found = part.get("source")
+    source = found if isinstance(found, Mapping) else {}
+    if name == "document" and (
+        provider.name == "anthropic"
+        or (provider.name not in TAKES and source.get("type") != "url")
+    ):
+        return name, None
+    if source.get("type") == "url":
+        url = source.get("url")
+    elif source.get("type") == "base64":
+        url = f"data:{source.get('media_type')};base64,{source.get('data')}"
+    else:
+        raise _RefusedError(
+            f"the source of its {name!r} is neither base64 nor a URL; text is a part of"
+            " its own"
+        )
+    if name == "image":
+        return "image_url", {"url": url}
+    return "file", {"file_data": url, "filename": part.get("title")}
+
+
+def _wanted(part: Any, provider: Provider, *, is_result: bool) -> dict[str, Any] | None:
     """Say what a part wants, in the fields of _Wanted; None for nothing."""
     if isinstance(part, str):
         return None
@@ -215,13 +294,12 @@ def _wanted(part: Any, provider: Provider) -> dict[str, Any] | None:
     name = part.get("type")
     if not isinstance(name, str) or name not in _KINDS:
         return None
-    body = part.get(name)
-    if isinstance(body, str | os.PathLike):
-        body = {_MAIN[name]: body}
-    if not isinstance(body, Mapping):
-        raise _RefusedError(f"it has no {name!r}")
+    body = part[name]
     source = _source(name, body)
-    if _is_kept_by_provider(source, body, provider):
+    if _is_kept_by_provider(source, name, body, provider):
+        if is_result and source is not None:
+            # LiteLLM would fetch it, or leave it out without a word.
+            raise _RefusedError("a tool's result takes no stored file, only its bytes")
         return None
     return {
         "source": source,
@@ -232,25 +310,19 @@ def _wanted(part: Any, provider: Provider) -> dict[str, Any] | None:
     }
 
 
-_KINDS = {"image_url": "image", "file": "file", "input_audio": "audio"}
-_MAIN = {"image_url": "url", "file": "file", "input_audio": "data"}
-
-
 def _source(kind: str, body: Mapping[str, Any]) -> str | Path | None:
     """Return where the bytes are; None for a file that the provider keeps under an id."""
-    if kind == "file":
-        given = body.get("file") or body.get("file_data")
-        file_id = body.get("file_id")
-        if given is None and isinstance(file_id, str):
-            if "://" not in file_id:
-                return None
-            given = file_id
-    else:
-        given = body.get(_MAIN[kind])
+    found = [name for name in _SOURCES[kind] if name in body]
+    if len(found) > 1:
+        # LiteLLM would take the one that was not looked at here.
+        raise _RefusedError(f"its {kind!r} holds {' and '.join(found)}: one is right")
+    given = body[found[0]] if found else None
     if isinstance(given, os.PathLike):
         return Path(given)
-    if not isinstance(given, str) or not given:
+    if not isinstance(given, str):
         raise _RefusedError(f"its {kind!r} holds no data")
+    if found == ["file_id"] and re.fullmatch(r"[\w=-]+", given):
+        return None
     if given[:8].lower().startswith(("data:", "https:", "http:", "gs:")):
         return given
     if kind == "input_audio":
@@ -265,21 +337,29 @@ def _source(kind: str, body: Mapping[str, Any]) -> str | Path | None:
 
 
 def _is_kept_by_provider(
-    source: str | Path | None, body: Mapping[str, Any], provider: Provider
+    source: str | Path | None, kind: str, body: Mapping[str, Any], provider: Provider
 ) -> bool:
     """Say whether the provider has the bytes already, so that the part stays as it is."""
     if source is None:
         if provider.name == "ollama":
             raise _RefusedError("ollama keeps no files that an id could name")
         return True
-    if not isinstance(source, str) or provider.name not in _READ_STORED:
+    if (
+        not isinstance(source, str)
+        or provider.name not in _READ_STORED
+        or kind == "input_audio"
+        or not _STORED.match(source)
+    ):
         return False
-    # LiteLLM asks Google's storage for the type otherwise, blocking and unfenced.
-    if source.startswith("gs://") and not (body.get("format") or Path(source).suffix):
+    # LiteLLM asks Google's storage for the type otherwise, blocking and unfenced; and
+    # splits it off like this.
+    suffix = os.path.splitext(source)[1]  # noqa: PTH122 - a Path drops a slash at the end
+    told = body.get("format") or suffix.strip(".")
+    if source.startswith("gs://") and not (isinstance(told, str) and told.strip()):
         raise _RefusedError(
             "a gs:// file without a suffix needs a 'format', such as 'image/png'"
         )
-    return _STORED.match(source) is not None
+    return True
 
 
 def _grouped(wanted: list[_Wanted]) -> list[list[_Wanted]]:

@@ -40,7 +40,9 @@ def block_network(*, allow_loopback: bool = True) -> Iterator[None]:
         real = getattr(socket.socket, method)
 
         def guarded(self: socket.socket, *args: Any) -> Any:
-            check(self.family, args[-1])
+            # sendmsg has its address as the fourth, and none where it is connected.
+            for address in filter(None, args[3:] if method == "sendmsg" else args[-1:]):
+                check(self.family, address)
             return real(self, *args)
 
         return guarded
@@ -50,18 +52,31 @@ def block_network(*, allow_loopback: bool = True) -> Iterator[None]:
 
         def guarded(host: Any, *args: Any, **options: Any) -> Any:
             if host not in {None, "", b""}:
-                check(0, (host,), "look up")
+                check(0, host if isinstance(host, tuple) else (host,), "look up")
             return real(host, *args, **options)
 
         return guarded
 
-    methods = ("connect", "connect_ex", "sendto")
-    functions = ("getaddrinfo", "gethostbyname", "gethostbyname_ex")
     with replaced(
-        [(socket.socket, name, connecting(name)) for name in methods]
-        + [(socket, name, resolving(name)) for name in functions]
+        [(socket.socket, name, connecting(name)) for name in _METHODS]
+        + [(socket, name, resolving(name)) for name in _FUNCTIONS]
     ):
         yield
+
+
+# Windows has no sendmsg. getfqdn and create_connection come by these.
+_METHODS = tuple(
+    name
+    for name in ("connect", "connect_ex", "sendto", "sendmsg")
+    if hasattr(socket.socket, name)
+)
+_FUNCTIONS = (
+    "getaddrinfo",
+    "gethostbyname",
+    "gethostbyname_ex",
+    "gethostbyaddr",
+    "getnameinfo",
+)
 
 
 def _host(host: Any) -> str:

@@ -273,9 +273,21 @@ def _any_of(forms: Iterable[str]) -> re.Pattern[str]:
 
 
 def _written(value: str) -> set[str]:
-    """Return the ways in which a value is written in JSON, URLs and JSON in JSON."""
+    """Return the ways in which a value is written in JSON, URLs and JSON in JSON.
+
+    Some write a slash in JSON with a backslash, and some a URL's hexadecimal digits in
+    lower case (PHP's json_encode; RFC 3986, 2.1, takes both).
+    """
     once = json.dumps(value)[1:-1]
-    return {value, quote(value, safe=""), once, json.dumps(once)[1:-1]}
+    in_json = {once, once.replace("/", "\\/")}
+    in_url = quote(value, safe="")
+    lower = re.sub(r"%..", lambda code: code[0].lower(), in_url)
+    nested = {
+        json.dumps(form)[1:-1].replace("/", slash)
+        for form in in_json
+        for slash in ("/", "\\/")
+    }
+    return {value, in_url, lower, *in_json, *nested}
 
 
 def _in_base64(value: str) -> set[str]:

@@ -151,9 +151,18 @@ _OLLAMA_THINKS = re.compile(
 _ANTHROPIC_BUDGETS = {"minimal": 1024, "low": 1024, "medium": 2048, "high": 4096}
 
 
+# What a message may hold, as a list of what is harmless: LiteLLM fetches the URLs of an
+# assistant's `images` by itself, on the event loop (_gemini_convert_messages_with_history
+# in its llms/vertex_ai/gemini/transformation.py, 1.105 to 1.109).
 _OPENAI_KEYS = frozenset(
     {"role", "content", "name", "tool_calls", "tool_call_id", "refusal", "audio"}
 )
+_KEYS = _OPENAI_KEYS | {
+    "cache_control",
+    "function_call",
+    "prefix",
+    "provider_specific_fields",
+}
 
 
 def _openai_messages(
@@ -187,18 +196,23 @@ def _without_cache_control(content: Any) -> Any:
     ]
 
 
+_PLAIN_KEYS = _KEYS | {"reasoning_content"}
+
+
 def _plain_messages(
     messages: Sequence[Mapping[str, Any]], provider: Provider
 ) -> list[dict[str, Any]]:
     shaped = []
     for message in messages:
-        made = dict(message)
+        made = {k: v for k, v in message.items() if k in _PLAIN_KEYS}
         if made["role"] == "developer":
             made["role"] = "system"
-        made.pop("thinking_blocks", None)
         made["content"] = _without_cache_control(made.get("content"))
         shaped.append(made)
     return shaped
+
+
+_HEADED_KEYS = _KEYS | {"thinking_blocks"}
 
 
 def _headed_messages(
@@ -220,9 +234,7 @@ def _headed_messages(
                 else content
             )
         else:
-            made = dict(message)
-            made.pop("reasoning_content", None)
-            spoken.append(made)
+            spoken.append({k: v for k, v in message.items() if k in _HEADED_KEYS})
     if spoken and spoken[0]["role"] == "assistant":
         spoken.insert(0, {"role": "user", "content": "."})
     if not system:

@@ -81,10 +81,12 @@ class SystemPromptHandler:
         return by_name(service).system_role if service else "system"
 
     def _load(self, prompt_file: str | os.PathLike[str]) -> str:
+        try:
+            path = Path(prompt_file)
+        except TypeError as exc:  # an application's own configuration may hold anything
+            raise ValueError(str(exc)) from None
         path = resolve_inside(
-            Path(prompt_file),
-            self.base_dir,
-            allow_outside=self.allow_outside_base_dir,
+            path, self.base_dir, allow_outside=self.allow_outside_base_dir
         )
         with open_regular(path) as file:
             about = os.fstat(file.fileno())

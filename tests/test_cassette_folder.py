@@ -1,5 +1,6 @@
 """Looking after cassettes: what is in a folder, how old it is, and what must not be."""
 
+import gzip
 import json
 import os
 import pty
@@ -30,29 +31,32 @@ def write(
     path: Path,
     *,
     uri: str = "https://api.openai.com/v1/chat/completions",
-    sent: str = '{"model": "gpt-4.1-nano"}',
+    sent: str | bytes = '{"model": "gpt-4.1-nano"}',
     came: str | bytes = "{}",
     headers: dict[str, list[str]] | None = None,
     sent_headers: dict[str, list[str]] | None = None,
     recorded: dict[str, str] | None = None,
     head: str = "",
+    tail: str = "",
+    method: str = "POST",
+    message: str = "OK",
 ) -> None:
     """Write a cassette as vcrpy would, without anybody's scrubbing."""
     response = {
-        "status": {"code": 200, "message": "OK"},
+        "status": {"code": 200, "message": message},
         "headers": headers or {},
         "body": {"string": came},
         **({"recorded": recorded} if recorded else {}),
     }
     request = {
-        "method": "POST",
+        "method": method,
         "uri": uri,
         "body": sent,
         "headers": sent_headers or {},
     }
     data = {"interactions": [{"request": request, "response": response}], "version": 1}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(head + yaml.safe_dump(data), encoding="utf-8")
+    path.write_text(head + yaml.safe_dump(data) + tail, encoding="utf-8")
 
 
 def run(*arguments: str) -> int:
@@ -88,7 +92,15 @@ PLANTS = {
         "headers": {"Set-Cookie": ["a=b"]}
     },
     "header x-request-id: a header": {"headers": {"x-request-id": ["abc"]}},
-    "head: an API key": {"head": f"# made with {KEY}\n"},
+    "status: an API key": {"message": KEY},
+    "method: an API key": {"method": KEY},
+    "recorded: an API key": {"recorded": {"at": "2020-01-02", "by": KEY}},
+    "line 1: an API key": {"head": f"# made with {KEY}\n"},
+    "line 15: an API key": {"tail": f"# made with {KEY}\n"},
+    "line 15: a key of this run": {"tail": "note: 'a-key-of-the-environment'\n"},
+    "answer: it is compressed, and cannot be looked into": {
+        "came": b"\x28\xb5\x2f\xfd and what no one can read"
+    },
 }
 
 
@@ -115,6 +127,42 @@ def test_a_secret_in_binary_is_found(tmp_path: Path) -> None:
     assert KEY not in (tmp_path / "a.yaml").read_text("utf-8")
 
     assert len(check(tmp_path)) == 1
+
+
+def test_a_secret_in_gzip_is_found(tmp_path: Path) -> None:
+    """Whether a header tells of it or not."""
+    packed = gzip.compress(KEY.encode())
+    write(tmp_path / "a.yaml", sent=packed, came=packed)
+    write(tmp_path / "b.yaml", came=packed, headers={"content-encoding": ["gzip"]})
+
+    assert [problem.what for problem in check(tmp_path)] == [
+        "exchange 1, request: an API key",
+        "exchange 1, answer: an API key",
+        "exchange 1, answer: an API key",
+    ]
+
+
+def test_json_is_looked_through(tmp_path: Path) -> None:
+    """As a cassette where it is one; what is none is no problem unless it has a key."""
+    write(tmp_path / "a.yaml", came=f'data: {{"c": "{KEY[:9]}"}}\n\n' * 2)
+    came = f'data: {{"c": "{KEY[:9]}"}}\n\ndata: {{"c": "{KEY[9:]}"}}\n\n'
+    write(tmp_path / "b.yaml", came=came)
+    data = yaml.safe_load((tmp_path / "b.yaml").read_text("utf-8"))
+    (tmp_path / "b.yaml").unlink()
+    # An emoji is two escapes in JSON, which YAML does not take.
+    data["interactions"][0]["request"]["body"] = "🌍"
+    (tmp_path / "b.json").write_text(json.dumps(data), encoding="utf-8")
+    (tmp_path / "c.json").write_text(json.dumps([{"note": KEY}]), encoding="utf-8")
+    (tmp_path / "d.json").write_text('{"note": 1}', encoding="utf-8")
+    (tmp_path / "e.json").write_text("{", encoding="utf-8")
+
+    found = [(p.path.name, p.what) for p in check(tmp_path)]
+
+    assert found == [
+        ("b.json", "exchange 1, answer, over several events: an API key"),
+        ("c.json", "line 1: an API key"),
+    ]
+    assert len(check(tmp_path / "c.json")) == 1
 
 
 def test_a_clean_folder_has_no_problem(tmp_path: Path) -> None:

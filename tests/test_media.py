@@ -8,6 +8,7 @@ import re
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +19,9 @@ from dipeo_llm import media
 from dipeo_llm.adapter import create_adapter
 from dipeo_llm.domain import ChatRequest
 from dipeo_llm.errors import InvalidRequestError
+from dipeo_llm.keys import StaticAPIKeys
 from dipeo_llm.providers import by_name
+from dipeo_llm.service import LLMInfraService
 from dipeo_llm.settings import Settings
 from tests.conftest import PROVIDERS, Authority
 from tests.provider_server import PDF, PNG, ProviderServer
@@ -253,6 +256,8 @@ async def test_other_providers_get_a_data_url(
     assert got == image(data_url("image/png", PNG))
 
 
+EVIL = "http://evil.example/a.png"
+
 # --- the forms of a part -------------------------------------------------------------
 
 PNG_URL = data_url("image/png", PNG)
@@ -373,10 +378,71 @@ STORED = [
 ]
 
 
-@pytest.mark.parametrize("part", STORED)
+@pytest.mark.parametrize("part", [*STORED, {**STORED[0], "cache_control": {}}])
 async def test_google_keeps_its_own_files(part: dict[str, Any]) -> None:
     """A file on Google's servers is named to Google as it is, and fetched by nobody."""
-    assert await prepared(part, "google") == part
+    assert await prepared({**part, "file_data": EVIL}, "google") == part
+
+
+@pytest.mark.parametrize("part", STORED)
+async def test_the_result_of_a_tool_takes_no_stored_file(part: dict[str, Any]) -> None:
+    """LiteLLM would fetch it for Google, or leave it out."""
+    with pytest.raises(InvalidRequestError, match="takes no stored file, only its"):
+        await media.prepare(
+            [{"role": "tool", "tool_call_id": "a", "content": [part]}],
+            by_name("google"),
+            base_dir=None,
+            settings=Settings(),
+        )
+
+
+def source(kind: str, **body: Any) -> dict[str, Any]:
+    """Make a part as Anthropic has it."""
+    return {"type": kind, "source": body, "cache_control": {"type": "ephemeral"}}
+
+
+IN_64 = {"type": "base64", "media_type": "image/png", "data": PNG_URL[22:]}
+PDF_64 = {"type": "base64", "media_type": "application/pdf", "data": PDF_URL[28:]}
+KEPT = {"cache_control": {"type": "ephemeral"}}
+SPELT: list[tuple[str, Any, Any]] = [
+    ("google", source("image", **IN_64), image(PNG_URL, **KEPT)),
+    ("anthropic", source("image", **IN_64), image(PNG_URL, **KEPT)),
+    (
+        "openai",
+        source("image", type="url", url="https://pictures.example/a"),
+        image("https://pictures.example/a", **KEPT),
+    ),
+    ("google", {"type": "input_image", "image_url": PNG_URL}, image(PNG_URL)),
+    ("google", {"type": "input_image", "image_url": {"url": PNG_URL}}, image(PNG_URL)),
+    (
+        "google",
+        {**source("document", **PDF_64), "title": "b.pdf"},
+        {**file(filename="b.pdf", file_data=PDF_URL), **KEPT},
+    ),
+    (
+        "openai",
+        {"type": "input_file", "file_data": PDF_URL, "filename": "b.pdf"},
+        file(filename="b.pdf", file_data=PDF_URL),
+    ),
+    ("openai", {"type": "input_file", "file_id": "file-1"}, file(file_id="file-1")),
+    *[
+        (provider, document, document)
+        for provider, document in [
+            ("anthropic", source("document", type="url", url="https://a.example/b")),
+            ("anthropic", source("document", type="text", data="Words.")),
+            ("bedrock", source("document", **PDF_64)),
+            ("vertex", source("document", type="text", data="Words.")),
+        ]
+    ],
+]
+
+
+@pytest.mark.parametrize(("provider", "given", "expected"), SPELT)
+async def test_parts_as_other_interfaces_spell_them(
+    provider: str, given: Any, expected: Any
+) -> None:
+    """A picture is one in Anthropic's words too, and a document stays where it is read."""
+    assert await prepared(given, provider) == expected
 
 
 # --- what is not taken ---------------------------------------------------------------
@@ -414,6 +480,18 @@ NOT_TAKEN: list[tuple[str, Any, str]] = [
     ("openai", {"type": "image_url"}, "has no 'image_url'"),
     ("openai", file(filename="a.pdf"), "'file' holds no data"),
     ("openai", {"type": "input_audio", "input_audio": {"data": "AA"}}, "no format"),
+    ("google", source("document", type="text", data="a"), "neither base64 nor a URL"),
+    ("anthropic", source("image", type="file", file_id="a"), "neither base64 nor a"),
+    ("anthropic", {"type": "image"}, "the source of its 'image' is neither"),
+    ("bedrock", source("document", type="url", url="http://a.example"), "only https:"),
+    ("openai", {"type": "input_image", "file_id": "file-1"}, "has no 'image_url'"),
+    ("anthropic", {"type": "tool_result", "content": []}, "of the role tool"),
+    ("openai", file(file_data=PDF_URL, file_id="a"), "holds file_data and file_id"),
+    ("openai", file(file_id="www.evil.example/a.pdf"), "neither a data: nor a https:"),
+    ("google", image("gs://bucket/cat.png/"), "needs a 'format'"),
+    ("google", file(file_id="gs://bucket/cat", format=["a"]), "needs a 'format'"),
+    ("google", file(file_id="gs://bucket/cat.png/."), "needs a 'format'"),
+    ("google", sound("gs://bucket/bell.wav"), "only https: URLs are fetched"),
     ("openai", PNG, "cannot be of type bytes"),
     ("openai", None, "cannot be of type NoneType"),
 ]
@@ -757,6 +835,79 @@ async def test_unknown_name(names: Names) -> None:
     assert "the URL at pictures.example cannot be used: its name cannot" in message
 
 
+@pytest.mark.parametrize("path", ["anything", "v1beta/files", "v1/files/abc", ""])
+async def test_a_url_of_googles_that_is_no_file_is_fetched_like_any_other(
+    names: Names, path: str
+) -> None:
+    """Behind the fence: LiteLLM would fetch it on the event loop."""
+    url = f"https://generativelanguage.googleapis.com/{path}"
+
+    message = await refused(image(url), "google")
+
+    assert "the URL at generativelanguage.googleapis.com cannot be used" in message
+    assert names.looked_up == ["generativelanguage.googleapis.com"]
+
+
+def evil(kind: str) -> dict[str, Any]:
+    """Make a part of Anthropic's that is at a URL."""
+    return {"type": kind, "source": {"type": "url", "url": EVIL}}
+
+
+PAST_US: list[tuple[str, dict[str, Any]]] = [
+    ("assistant", {"images": [{"image_url": {"url": EVIL}}]}),
+    *[
+        (role, {"content": [{"type": "text", "text": "b"}, part]})
+        for role in ("user", "assistant", "tool")
+        for part in (
+            file(file_data="gs://bucket/a.png", file_id=EVIL),
+            file(file_id="gs://bucket/a.png", file_data=EVIL),
+            file(file_data=PNG_URL) | {"image_url": {"url": EVIL}},
+            file(file_data=PNG_URL) | {"file_data": EVIL},
+            file(file_id="file-123") | {"file_data": EVIL},
+            {"type": "input_image", "image_url": EVIL},
+            {"type": "input_file", "file_data": EVIL},
+            {"type": "text", "text": "c", "image_url": EVIL},
+            {"type": "tool_result", "content": [image(EVIL, detail="high")]},
+            image("gs://bucket/a.png/"),
+            evil("image"),
+            evil("document"),
+        )
+    ],
+]
+
+
+@pytest.mark.parametrize("engine", ["direct", "litellm"])
+@pytest.mark.parametrize("provider", ["google", "anthropic", "ollama"])
+async def test_litellm_looks_nothing_up(
+    server: ProviderServer,
+    keys: StaticAPIKeys,
+    names: Names,
+    provider: str,
+    engine: Any,
+) -> None:
+    """What it would fetch by itself is refused, or does not reach it."""
+    settings = Settings(engine=engine, max_retries=0)
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    async with LLMInfraService(keys, settings=settings) as service:
+        for role, what in PAST_US:
+            messages: list[dict[str, Any]] = [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b", "tool_calls": [call]},
+                {"role": "tool", "tool_call_id": "a", "content": "c"},
+                {"role": role, "content": "b", **what},
+                {"role": "user", "content": "d"},
+            ]
+            if role == "tool":
+                del messages[2]
+                messages[2]["tool_call_id"] = "a"
+            with suppress(InvalidRequestError):
+                await service.complete(messages, MODELS[provider], provider)
+
+            assert (names.looked_up, role, what) == ([], role, what)
+
+    assert {asked.method for asked in server.requests} == {"POST"}
+
+
 # --- fetching ------------------------------------------------------------------------
 
 
@@ -1069,6 +1220,24 @@ async def test_picture_over_https(
 
     assert got == image(PNG_URL)
     assert names.looked_up == ["pictures.example"]
+
+
+@pytest.mark.usefixtures("public_loopback")
+async def test_a_cookie_is_not_kept(site: Site, authority: Authority) -> None:
+    """Neither over a redirect nor for the next picture.
+
+    By name: a client that keeps cookies takes none from an address.
+    """
+    site.pages["/hop"] = redirect("/a.png")
+    url = f"https://pictures.example:{site.port}/hop"
+
+    for _ in range(2):
+        await prepared(
+            image(url), "google", settings=Settings(ca_bundle=authority.file)
+        )
+
+    assert len(site.asked) == 4
+    assert "cookie" not in "".join(site.asked).lower()
 
 
 @pytest.mark.usefixtures("public_loopback")

@@ -281,7 +281,8 @@ def _too_long(base: Path) -> None:
         (_bad_utf8, "bad.txt", "not UTF-8"),
         (_utf16, "bad.txt", "not UTF-8"),
         (_loop, "bad.txt", "(?i)symlink loop|symbolic links"),
-        (_loop, "bad.txt/prompt.txt", "(?i)symlink loop|symbolic links"),
+        # From Python 3.13 on a loop is found where it is opened: it is no folder.
+        (_loop, "bad.txt/prompt.txt", "(?i)symlink loop|symbolic links|a directory"),
         (_dangling, "bad.txt", "No such file"),
         (_too_long, "bad.txt", "larger than 100 bytes"),
         (None, "x" * 5000, "name too long"),
@@ -311,6 +312,20 @@ def test_a_file_that_cannot_be_used_is_stood_in_for(
     assert pytest.RaisesExc(ValueError, match=reason).matches(ValueError(message))
     assert "my private prompt" not in message
     assert message.isprintable()
+
+
+@pytest.mark.parametrize("path", [b"prompt.txt", 5, ["prompt.txt"], {"a": 1}, True])
+def test_what_is_no_path_is_stood_in_for(
+    base: Path, caplog: pytest.LogCaptureFixture, path: Any
+) -> None:
+    """An application's own configuration may hold anything."""
+    prompt = SystemPromptHandler(base).get_system_prompt(config(path))
+
+    (record,) = caplog.records
+    assert prompt == "inline"
+    assert record.levelno == logging.WARNING
+    assert repr(str(path)) in record.getMessage()
+    assert type(path).__name__ in record.getMessage()
 
 
 def test_without_an_inline_prompt_the_warning_says_that_there_is_none(

@@ -1,0 +1,98 @@
+"""What of a message reaches LiteLLM: the fields of a message, and no other."""
+
+from typing import Any
+
+import pytest
+
+from dipeo_llm.domain import ChatRequest, ChatResult, ToolCall
+from dipeo_llm.providers import by_name
+from dipeo_llm.shape import shape
+
+EVERYWHERE = ["openai", "anthropic", "google", "ollama", "deepseek", "vertex", "groq"]
+
+
+def shaped(provider: str, *messages: dict[str, Any]) -> list[dict[str, Any]]:
+    """Shape a conversation that ends with some messages."""
+    first = {"role": "user", "content": "Hello"}
+    request = ChatRequest(messages=[first, *messages])
+    return shape(by_name(provider), "a-model", request).messages[1:]
+
+
+@pytest.mark.parametrize("provider", EVERYWHERE)
+@pytest.mark.parametrize("role", ["user", "assistant", "tool", "function"])
+def test_a_field_that_nobody_knows_reaches_no_provider(
+    provider: str, role: str
+) -> None:
+    """LiteLLM fetches the URLs of `images`; what else it may come to read is out too."""
+    url = {"image_url": {"url": "http://evil.example/a.png"}}
+    message = {"role": role, "content": "b", "tool_call_id": "a", "name": "f"}
+
+    (got,) = shaped(
+        provider, {**message, "images": [url], "video": url, "file": url, "x": url}
+    )
+
+    assert set(got) <= set(message)
+    assert "evil" not in str(got)
+
+
+CALL = {
+    "id": "a",
+    "type": "function",
+    "function": {"name": "f", "arguments": "{}"},
+    "provider_specific_fields": {"thought_signature": "c2ln"},
+}
+SAID: dict[str, Any] = {
+    "role": "assistant",
+    "content": "b",
+    "name": "me",
+    "tool_calls": [CALL],
+    "function_call": CALL["function"],
+    "reasoning_content": "Hm.",
+    "thinking_blocks": [{"type": "thinking", "thinking": "Hm.", "signature": "s"}],
+    "provider_specific_fields": {"thought_signatures": ["c2ln"]},
+    "cache_control": {"type": "ephemeral"},
+    "prefix": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("provider", "lacks"),
+    [
+        ("anthropic", {"reasoning_content"}),
+        ("google", {"reasoning_content", "thinking_blocks"}),
+        ("ollama", {"thinking_blocks"}),
+        ("vertex", {"thinking_blocks"}),
+        ("groq", {"thinking_blocks"}),
+    ],
+)
+def test_what_a_turn_needs_again_goes_along(provider: str, lacks: set[str]) -> None:
+    """Signatures, thoughts and marks of the cache are no strangers."""
+    (got,) = shaped(provider, SAID)
+
+    assert got == {k: v for k, v in SAID.items() if k not in lacks}
+
+
+@pytest.mark.parametrize("provider", ["anthropic", "google", "ollama"])
+def test_a_result_goes_back_whole(provider: str) -> None:
+    """What `to_messages` writes is not cut, but for what its provider has no use for."""
+    result = ChatResult(
+        text="b",
+        model="a-model",
+        provider=provider,
+        reasoning="Hm.",
+        tool_calls=[
+            ToolCall(
+                id="a",
+                name="f",
+                arguments={},
+                arguments_text="{}",
+                thought_signature="s",
+            )
+        ],
+    )
+    (message,) = result.to_messages()
+    expected = dict(message)
+    if provider != "ollama":
+        del expected["reasoning_content"]
+
+    assert shaped(provider, message) == [expected]
