@@ -236,7 +236,9 @@ class BaseLLMAdapter(ABC):
         """Return what every error of an attempt says, once there is an answer."""
         return self._fields() | {
             "status_code": exchange.status,
-            "request_id": failures.request_id(exchange.headers),
+            "request_id": failures.request_id(
+                exchange.headers, secret=self.endpoint.secret.get_secret_value()
+            ),
         }
 
     def _refused(self, exchange: Exchange) -> CallError:
@@ -430,7 +432,10 @@ class LiteLLMAdapter(BaseLLMAdapter):
             except TimeoutError as exc:
                 raise self._failure(call, exc) from _os_error(exc, call.exchange)
         self._log_left_out(call)
-        return self._result(call, body)
+        try:
+            return self._result(call, body)
+        finally:
+            del body  # no frame of an error shows what came
 
     async def stream(self, request: ChatRequest | Sequence[Mapping[str, Any]]) -> Items:
         """Make one attempt at a stream."""
@@ -448,11 +453,9 @@ class LiteLLMAdapter(BaseLLMAdapter):
                     call.allow(idle, "sent nothing for")
             finally:
                 await chunks.aclose()
-        try:
-            body = reader.body()
-        except _UNREADABLE as exc:
-            raise self._unreadable(call, exc) from None
-        self._check_end(call, reader, body)
+        body, error = self._put_together(call, reader)
+        if error is not None:
+            raise error
         self._log_left_out(call)
         yield self._result(call, body)
 
@@ -481,26 +484,27 @@ class LiteLLMAdapter(BaseLLMAdapter):
 
     # The direct engine: LiteLLM translates, the wire is ours.
 
-    async def _send(self, call: _Call, client: Client) -> Any:
-        """Send the request; read the body unless it is a stream that has begun well."""
+    async def _send(self, call: _Call, client: Client) -> None:
+        """Send the request; read the body unless it is a stream that has begun well.
+
+        The open answer is in the exchange alone, as its repr shows its headers.
+        """
         outgoing = self._translated(call)
         exchange = call.exchange
         try:
-            response = await client.send(
+            await client.send(
                 "POST",
                 f"{self.endpoint.base_url}{outgoing.path}",
                 outgoing.headers,
                 to_json(outgoing.body),
                 exchange=exchange,
             )
-            if not (call.stream and response.status == 200):
-                await client.read(response, exchange)
+            if not (call.stream and exchange.status == 200):
+                await client.read(exchange.response, exchange)
         except Exception as exc:  # noqa: BLE001 - mapped
             raise self._failure(call, exc) from _os_error(exc, call.exchange)
         if exchange.status != 200:
-            del response  # its repr shows the answer's headers
             raise self._refused(exchange)
-        return response
 
     def _translated(self, call: _Call) -> translation.Outgoing:
         try:
@@ -519,10 +523,11 @@ class LiteLLMAdapter(BaseLLMAdapter):
     ) -> AsyncGenerator[StreamChunk, None]:
         try:
             async with asyncio.timeout_at(call.ends):
-                response = await self._send(call, client)
+                await self._send(call, client)
         except TimeoutError as exc:
             raise self._failure(call, exc) from _os_error(exc, call.exchange)
-        pieces = client.pieces(response, call.exchange, keep=False)
+        exchange = call.exchange
+        pieces = client.pieces(exchange.response, exchange, keep=False)
         try:
             while reader.error is None:
                 if reader.ended:
@@ -538,15 +543,19 @@ class LiteLLMAdapter(BaseLLMAdapter):
                     piece = None  # it has said all, and keeps the connection open
                 if piece is None:
                     break
-                for chunk in reader.feed(piece):
+                try:
+                    chunks = reader.feed(piece)
+                finally:
+                    del piece  # no frame of an error shows what came
+                for chunk in chunks:
                     yield chunk
             for chunk in reader.close():
                 yield chunk
         except Exception as exc:  # noqa: BLE001 - mapped
-            raise self._failure(call, exc) from _os_error(exc, call.exchange)
+            raise self._failure(call, exc) from _os_error(exc, exchange)
         finally:
             await pieces.aclose()
-            response.close()
+            exchange.response.close()
 
     # The other engine: the whole call is LiteLLM's, over our client.
 
@@ -749,25 +758,25 @@ class LiteLLMAdapter(BaseLLMAdapter):
             f"{name} refused the prompt: {self._clean(why or '')}", **fields
         )
 
-    def _check_end(
-        self, call: _Call, reader: StreamReader, body: Mapping[str, Any]
-    ) -> None:
-        """Raise what kept a stream from its end, if anything did."""
+    def _put_together(
+        self, call: _Call, reader: StreamReader
+    ) -> tuple[dict[str, Any], CallError | None]:
+        """Return the JSON of a whole stream, or what kept it from its end."""
+        try:
+            body = reader.body()
+        except _UNREADABLE as exc:
+            return {}, self._unreadable(call, exc)
         if reader.error is not None:
             call.exchange.body = bytearray(reader.error)
-            raise self._refused(call.exchange)
-        fields = self._seen_fields(call.exchange)
+            return {}, self._refused(call.exchange)
+        fields, name = self._seen_fields(call.exchange), self.provider.name
         if not reader.ended:
-            what = (
-                "the stream ended without its end mark"
-                if reader.events
-                else "the stream was empty"
-            )
-            raise ServiceUnavailableError(f"{self.provider.name}: {what}", **fields)
+            what = "ended without its end mark" if reader.events else "was empty"
+            return {}, ServiceUnavailableError(f"{name}: the stream {what}", **fields)
         if why := failures.blocked(body):
-            raise ContentFilterError(
-                f"{self.provider.name} refused the prompt: {self._clean(why)}", **fields
-            )
+            said = f"{name} refused the prompt: {self._clean(why)}"
+            return {}, ContentFilterError(said, **fields)
+        return body, None
 
     def _malformed(self, call: _Call, exc: Exception) -> Exception:
         call.exchange.body = bytearray(str(exc).encode())
@@ -841,7 +850,9 @@ class LiteLLMAdapter(BaseLLMAdapter):
         try:
             return self._read(call, body)
         except _UNREADABLE as exc:
-            raise self._unreadable(call, exc) from None
+            error = self._unreadable(call, exc)
+        del body
+        raise error
 
     def _unreadable(self, call: _Call, exc: Exception) -> ServiceUnavailableError:
         return ServiceUnavailableError(

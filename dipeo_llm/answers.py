@@ -398,7 +398,8 @@ class MalformedStreamError(ValueError):
 
 
 def _malformed(data: bytes) -> MalformedStreamError:
-    return MalformedStreamError(data[:200].decode("utf-8", "replace"))
+    # More than is shown: who shows it takes the key out first, and then cuts.
+    return MalformedStreamError(data[:9600].decode("utf-8", "replace"))
 
 
 # A field that is not known is passed over, by the standard; a page of HTML has none.

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.parse import quote
 
 from dipeo_llm.errors import (
     APIKeyError,
@@ -183,8 +184,12 @@ def from_answer(
         status_code=status,
         retry_after=retry_after(headers, body),
         retryable=retryable,
-        request_id=request_id(headers, body),
-        details={k: v for k, v in (("code", code), ("type", kind)) if v},
+        request_id=request_id(headers, body, secret),
+        details={
+            name: clean(word, secret)
+            for name, word in (("code", code), ("type", kind))
+            if word
+        },
     )
 
 
@@ -369,21 +374,23 @@ _DURATION = re.compile(
 )
 
 
-def request_id(headers: Mapping[str, str], body: bytes = b"") -> str | None:
-    """Return the provider's name for the request."""
+def request_id(
+    headers: Mapping[str, str], body: bytes = b"", secret: str = ""
+) -> str | None:
+    """Return the provider's name for the request, fit for a log."""
     for name in _REQUEST_ID_HEADERS:
         if found := _header(headers, name):
-            return found
+            return clean(found, secret)
     if b'"request_id"' in body[:65536]:
         in_body = _object(body).get("request_id")
-        return in_body if isinstance(in_body, str) else None
+        return clean(in_body, secret) if isinstance(in_body, str) else None
     return None
 
 
 def clean(text: str, secret: str = "") -> str:
     """Make a provider's words fit for one line of a log: no key, no control character."""
-    if secret:
-        text = text.replace(secret, "[key]")
+    for form in _spellings(secret):
+        text = text.replace(form, "[key]")
     # The key is out already, so this cut hides none; what follows walks the text.
     text = text[:_LOOKED_AT]
     text = _ECHOED_KEY.sub(r"\1[key]", text)
@@ -391,6 +398,14 @@ def clean(text: str, secret: str = "") -> str:
     text = text.partition("Traceback (most recent call last)")[0]
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= _LONGEST else line[:_LONGEST] + "…"
+
+
+def _spellings(secret: str) -> set[str]:
+    """Return how an echo may write a key: as it is, in JSON, and in a URL."""
+    if not secret:
+        return set()
+    in_json = json.dumps(secret)[1:-1]
+    return {secret, in_json, in_json.replace("/", "\\/"), quote(secret, safe="")}
 
 
 _LONGEST = 600
@@ -466,7 +481,8 @@ def _as_text(value: Any) -> str:
 
 
 def _excerpt(body: bytes) -> str:
-    text = body[:300].decode("utf-8", "replace").strip()
+    # More than is shown: `clean` cuts when the key is out, so that no half of it stays.
+    text = body[:_LOOKED_AT].decode("utf-8", "replace").strip()
     return text or "(empty body)"
 
 

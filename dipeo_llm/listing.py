@@ -81,24 +81,28 @@ async def models(adapter: BaseLLMAdapter, pages: int = _MOST_PAGES) -> list[str]
         if after is None:
             break
         asked = urlencode({**listed.query, **after})
-        page = await adapter.ask(f"{listed.path}?{asked}" if asked else listed.path)
-        found.update(_names(adapter, listed, page))
-        after = listed.following(page)
+        path = f"{listed.path}?{asked}" if asked else listed.path
+        # The page is in no frame of an error, as none shows what came.
+        names, after = _read(listed, await adapter.ask(path))
+        if names is None:
+            raise ServiceUnavailableError(
+                f"{provider.name} answered 200, but not with a list of models",
+                status_code=200,
+                service=provider.name,
+            )
+        found.update(names)
     return sorted(found)
 
 
-def _names(adapter: BaseLLMAdapter, listed: _List, page: _Page) -> list[str]:
+def _read(listed: _List, page: _Page) -> tuple[list[str] | None, dict[str, Any] | None]:
+    """Return the names of a page, None for no list, and how to ask for the next page."""
     rows = page.get(listed.rows)
     if rows is None and listed.may_be_left_out:
-        return []
+        return [], None
     names = [
         row.get(listed.name) if isinstance(row, Mapping) else None
         for row in (rows if isinstance(rows, list) else [None])
     ]
     if not all(isinstance(name, str) for name in names):
-        raise ServiceUnavailableError(
-            f"{adapter.provider.name} answered 200, but not with a list of models",
-            status_code=200,
-            service=adapter.provider.name,
-        )
-    return [str(name).removeprefix("models/") for name in names]
+        return None, None
+    return [str(n).removeprefix("models/") for n in names], listed.following(page)

@@ -38,6 +38,7 @@ _WHILE_IMPORTING: Mapping[str, str | None] = {
     "LITELLM_LOG": "ERROR",
     "LITELLM_DISABLE_REDACT_SECRETS": "true",
     "REQUEST_TIMEOUT": None,
+    "SSLKEYLOGFILE": None,
     **dict.fromkeys(
         [
             "SSL_CERTIFICATE",

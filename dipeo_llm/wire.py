@@ -76,7 +76,7 @@ class Exchange:
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     body: bytearray = field(default_factory=bytearray, repr=False)
     """What was read, unless `on_piece` took it."""
-    error: Exception | None = None
+    error: Exception | None = field(default=None, repr=False)
     """What failed below HTTP, or was refused at the fence."""
     extra_body: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Merged into the body of the request just before it is sent."""
@@ -497,18 +497,16 @@ def _load_tls(
     import certifi
 
     try:
-        if bundle or cert_file:
-            context = ssl.create_default_context(cafile=bundle or cert_file)
-        elif cert_dir:
-            context = ssl.create_default_context(capath=cert_dir)
+        # Not ssl.create_default_context, for which SSLKEYLOGFILE names a file to write
+        # the secrets of each connection to. This class checks certificate and name.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        if bundle or cert_file or not cert_dir:
+            context.load_verify_locations(cafile=bundle or cert_file or certifi.where())
         else:
-            context = ssl.create_default_context(cafile=certifi.where())
+            context.load_verify_locations(capath=cert_dir)
     except (OSError, ssl.SSLError) as exc:
         name = "ca_bundle" if bundle else "SSL_CERT_FILE or SSL_CERT_DIR"
         raise SettingsError(f"{name} cannot be read: {exc}") from None
-    # SSLKEYLOGFILE would have the secrets of each connection written to a file. (The
-    # standard library's own value for none is None, whatever its type stubs say.)
-    context.keylog_filename = None  # type: ignore[assignment]
     return context
 
 

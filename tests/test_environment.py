@@ -6,14 +6,17 @@ import logging
 import os
 import pickle
 import socket
+import sqlite3
 import ssl
 import subprocess
 import sys
 import traceback
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -26,7 +29,9 @@ from dipeo_llm import (
     Settings,
     SettingsError,
     StaticAPIKeys,
+    create_adapter,
 )
+from dipeo_llm.keys import find_key
 from dipeo_llm.settings import Engine
 from dipeo_llm.wire import is_loopback, proxy_for
 from tests.conftest import PROVIDERS, Authority
@@ -69,6 +74,13 @@ def hostile(trap: str) -> dict[str, str]:
         "GOOGLE_APPLICATION_CREDENTIALS": "/nowhere/evil.json",
         "GOOGLE_GENAI_USE_VERTEXAI": "True",
         "USE_LITELLM_PROXY": "True",
+        "EXPERIMENTAL_OPENAI_BASE_LLM_HTTP_HANDLER": "true",
+        # LiteLLM's own numbers, read once as it is imported.
+        "DEFAULT_MAX_TOKENS": "7",
+        "DEFAULT_ANTHROPIC_CHAT_MAX_TOKENS": "7",
+        "DEFAULT_REASONING_EFFORT_LOW_THINKING_BUDGET": "7",
+        "REQUEST_TIMEOUT": "never",
+        "SSLKEYLOGFILE": "/nowhere/secrets.log",
         # httpx, which LiteLLM opens clients of as it is imported, cannot do this kind.
         "ALL_PROXY": "socks5://127.0.0.1:9",
         "SSL_VERIFY": "False",
@@ -710,6 +722,213 @@ async def test_a_key_is_in_no_word_of_ours(
 
     assert len(server.requests) > len(replies)
     assert [word for word in words if CANARY in word] == []
+
+
+def _all_places(words: str) -> bytes:
+    """An answer of every provider at once, with the words wherever a word may be."""
+    odd = {"k": words}
+    body = {
+        "model": odd,
+        "modelVersion": odd,
+        "choices": [{"message": {"content": odd}, "finish_reason": odd}],
+        "content": [{"type": "text", "text": odd}],
+        "stop_reason": odd,
+        "candidates": [{"content": {"parts": [{"text": odd}]}, "finishReason": "STOP"}],
+        "message": {"content": odd},
+        "done": True,
+    }
+    return json.dumps(body).encode()
+
+
+SLASHED = "AQ/canary+PW4xQ9vT/7bN2"
+ECHOES: dict[str, Callable[[str], Raw]] = {
+    "as code": lambda k: Raw(400, body=json.dumps({"error": {"code": k}}).encode()),
+    "as type": lambda k: Raw(400, body=json.dumps({"error": {"type": k}}).encode()),
+    "as status": lambda k: Raw(400, body=json.dumps({"error": {"status": k}}).encode()),
+    "as request id": lambda k: Raw(500, headers={"x-request-id": k, "request-id": k}),
+    "as request id in the body": lambda k: Raw(
+        500, body=json.dumps({"request_id": k, "error": {"message": "m"}}).encode()
+    ),
+    "cut in two": lambda k: Raw(500, body=b"x" * (600 - len(k) // 2) + k.encode()),
+    "cut in two with 200": lambda k: Raw(body=b"x" * (600 - len(k) // 2) + k.encode()),
+    "as a reason to block": lambda k: Raw(
+        body=json.dumps({"promptFeedback": {"blockReason": f"\x1b[31m{k}\n"}}).encode()
+    ),
+    "in all places": lambda k: Raw(body=_all_places(k)),
+    "as a key of JSON": lambda k: Raw(body=json.dumps({k: 1}).encode()),
+    "as a content type": lambda k: Raw(headers={"content-type": k}, body=b"no json"),
+    "where to go": lambda k: Raw(302, headers={"location": f"http://x/?k={k}"}),
+    "in a URL": lambda k: Raw(400, body=f"GET /?key={quote(k, safe='')}".encode()),
+    "in JSON with its slashes escaped": lambda k: Raw(
+        400, body=json.dumps({"detail": k}).replace("/", "\\/").encode()
+    ),
+    "as an event of a stream": lambda k: Raw(
+        headers={"content-type": "text/event-stream"}, body=f"data: {k}\n\n".encode()
+    ),
+    "as an error event": lambda k: Raw(
+        headers={"content-type": "text/event-stream"},
+        body=f'data: {{"error": {{"message": "{k}", "code": "{k}"}}}}\n\n'.encode(),
+    ),
+    "as the length of a chunk": lambda k: Raw(
+        headers={"transfer-encoding": "chunked"},
+        body=f"{k}\r\n".encode(),
+        framing="close",
+    ),
+    "as a compression": lambda k: Raw(
+        headers={"content-encoding": "gzip"}, body=f"{k}\n{k}".encode()
+    ),
+}
+
+
+class EchoServer(ProviderServer):
+    """A server that answers a listing as it answers anything else."""
+
+    def _listing(self, asked: Received) -> Raw:
+        assert isinstance(self.default, Raw)
+        return self.default
+
+
+@each_engine
+@each_provider
+@pytest.mark.parametrize("key", [CANARY, SLASHED], ids=["plain", "slashed"])
+@pytest.mark.parametrize("place", ECHOES)
+async def test_an_echoed_key_is_in_no_word_of_ours(
+    place: str, key: str, provider: str, engine: Engine
+) -> None:
+    """Wherever a provider says it, no error does: not whole, nor half, nor in a frame."""
+    async with EchoServer(strict=False) as server:
+        server.default = ECHOES[place](key)
+        url = server.base_url(provider)
+        keys = StaticAPIKeys({provider: {"key": key, "base_url": url}})
+        settings = Settings(engine=engine, max_retries=0, timeout=20)
+        asked = (HELLO, MODELS[provider], provider)
+        async with LLMInfraService(keys, settings=settings) as service:
+            streamed = service.stream(*asked)
+            errors: list[DiPeOLLMError] = []
+            for make in (
+                lambda: service.complete(*asked),
+                streamed.__aenter__,
+                streamed.result,
+                lambda: service.get_available_models(provider),
+            ):
+                try:
+                    await make()
+                except DiPeOLLMError as exc:
+                    errors.append(exc)
+                except RuntimeError:
+                    assert errors, "a stream that opened can be read"
+            await streamed.aclose()
+    assert [str(exc) for exc in errors if not str(exc).isprintable()] == []
+    words = [word for exc in errors for word in _words(exc)]
+    assert [word for word in words if key[:12] in word] == []
+
+
+async def test_a_proxys_password_is_in_no_word_of_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither a proxy that refuses it nor one whose URL is none has it shown."""
+
+    async def refuse(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 407 No\r\nContent-Length: 0\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    listener = await asyncio.start_server(refuse, "127.0.0.1", 0)
+    port = listener.sockets[0].getsockname()[1]
+    keys = StaticAPIKeys({"openai": "sk-test"})
+    settings = Settings(
+        max_retries=0, base_urls={"openai": "https://api.example.test/v1"}
+    )
+    async with listener:
+        for proxy in (
+            f"http://me:{CANARY}@127.0.0.1:{port}",
+            f"http://me:{CANARY}@h:x",
+        ):
+            monkeypatch.setenv("HTTPS_PROXY", proxy)
+            async with LLMInfraService(keys, settings=settings) as service:
+                with pytest.raises(DiPeOLLMError) as caught:
+                    await service.complete(HELLO, "gpt-4.1-nano", "openai")
+            shown = [*traceback.format_exception(caught.value)]
+            shown += [repr(vars(one)) for one in _chain(caught.value)]
+            shown += [pickle.dumps(caught.value).decode("latin-1")]
+            assert [line for line in shown if CANARY in line] == []
+
+
+async def test_no_secret_of_a_connection_is_written_down(
+    secure: ProviderServer,
+    authority: Authority,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SSLKEYLOGFILE would let whoever has the file read every call."""
+    log = tmp_path / "secrets.log"
+    monkeypatch.setenv("SSLKEYLOGFILE", str(log))
+
+    await call_secure(secure, ca_bundle=authority.file)
+
+    assert len(secure.requests) == 1
+    assert not log.exists()
+
+
+@pytest.mark.parametrize("key", [f"{CANARY}\ud800", f"{CANARY}\nx", f"{CANARY} x"])
+def test_an_adapter_refuses_a_key_that_no_header_can_carry(key: str) -> None:
+    """Made without a service, it does not show it either."""
+    with pytest.raises(APIKeyError, match="no header can carry") as caught:
+        create_adapter("openai", "m", key)
+
+    shown = traceback.TracebackException.from_exception(caught.value)
+    assert [line for line in shown.format() if CANARY in line] == []
+
+
+async def test_a_row_of_a_database_is_a_record() -> None:
+    """`sqlite3.Row` has keys and no `get`."""
+    with closing(sqlite3.connect(":memory:")) as base:
+        base.row_factory = sqlite3.Row
+        row = base.execute(f"select '{CANARY}' as key, 'openai' as service").fetchone()
+
+    class Port:
+        def get_api_key(self, api_key_id: str) -> Any:
+            return row
+
+    key = await find_key(Port(), "mine", None)
+
+    assert key.secret is not None
+    assert key.secret.get_secret_value() == CANARY
+    assert key.service == "openai"
+
+
+ODD_NAMES = [
+    "a#b",
+    "a?key=b&x=",
+    "gemini-x/../../../v1beta/other",
+    "../../tenant-b/v1beta/files",
+    "a%2fb",
+    "a\\b",
+    "gemini x HTTP/1.1",
+    ".",
+]
+
+
+@pytest.mark.parametrize(
+    "name", [*ODD_NAMES, "a\x00b", "a\r\nb", "a\ud83d", "a\x1b[31m"]
+)
+@pytest.mark.parametrize("service_name", ["google", "groq"])
+async def test_a_models_name_steers_no_url(
+    server: ProviderServer, name: str, service_name: str
+) -> None:
+    """A name that would be more than a name in a path is refused before it is sent."""
+    record = {"key": "sk-test", "base_url": server.base_url("google")}
+    keys = StaticAPIKeys({"mine": record})
+    async with LLMInfraService(keys, settings=Settings(max_retries=0)) as service:
+        for ask in (service.complete, service.count_tokens):
+            with pytest.raises(InvalidRequestError) as caught:
+                await ask(HELLO, name, "mine", service=service_name)
+            assert str(caught.value).isprintable()
+
+    assert server.connections == 0
 
 
 async def test_a_key_that_no_header_can_carry() -> None:
