@@ -552,6 +552,8 @@ class LiteLLMAdapter(BaseLLMAdapter):
             for chunk in reader.close():
                 yield chunk
         except Exception as exc:  # noqa: BLE001 - mapped
+            # aiohttp's reader keeps it, and with it the frames that it passed: this call.
+            exc.__traceback__ = None
             raise self._failure(call, exc) from _os_error(exc, exchange)
         finally:
             await pieces.aclose()

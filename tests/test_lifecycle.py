@@ -17,6 +17,7 @@ import pytest
 
 from dipeo_llm.errors import (
     InvalidRequestError,
+    LLMTimeoutError,
     ServiceUnavailableError,
     StreamInterruptedError,
 )
@@ -346,6 +347,63 @@ async def test_a_turn_is_never_lost_to_the_cancelled(
     assert server.max_in_flight <= 2
 
 
+async def test_a_client_that_takes_anothers_place_counts_its_calls(
+    server: ProviderServer, keys: StaticAPIKeys
+) -> None:
+    """The limit holds over the time to live of a client."""
+    server.default = Answer(delay=0.3)
+    settings = Settings(max_concurrency=1, client_ttl=0.1)
+    async with LLMInfraService(keys, settings=settings) as service:
+        await service.initialize()
+        first = call(service)
+        await asyncio.sleep(0.2)
+        await asyncio.gather(first, call(service))
+
+    assert [asked.connection for asked in server.requests] == [1, 2]
+    assert server.max_in_flight == 1
+
+
+async def test_a_queue_counts_against_the_deadline_and_not_against_the_timeout(
+    server: ProviderServer, keys: StaticAPIKeys
+) -> None:
+    """An attempt begins with its turn."""
+    server.default = Answer(delay=0.4)
+    async with LLMInfraService(keys, settings=Settings(max_concurrency=1)) as service:
+        await service.initialize()
+        first = call(service)
+        await until(lambda: server.in_flight == 1)
+        asked = (HELLO, MODELS["openai"], "openai")
+
+        with pytest.raises(LLMTimeoutError, match="deadline"):
+            await service.complete(*asked, deadline=0.1)
+        assert len(server.requests) == 1
+        await service.complete(*asked, timeout=0.6)
+        await first
+
+
+async def test_a_turn_that_is_handed_to_the_cancelled_goes_on(
+    server: ProviderServer, keys: StaticAPIKeys
+) -> None:
+    """Whenever a call is cancelled around the moment of its turn, it passes it on."""
+    async with LLMInfraService(keys, settings=Settings(max_concurrency=1)) as service:
+        await call(service)
+        for turns in range(60):
+            holder, waiter, last = (call(service) for _ in range(3))
+            async with asyncio.timeout(20):
+                while not server.in_flight:  # noqa: ASYNC110 - turn by turn
+                    await asyncio.sleep(0)
+                while server.in_flight:  # noqa: ASYNC110
+                    await asyncio.sleep(0)
+                # The answer is on its way now.
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                waiter.cancel()
+                await asyncio.wait([holder, waiter])
+                assert (await last).text
+
+    assert server.max_in_flight == 1
+
+
 async def test_a_failure_says_how_long_the_call_had_queued(
     server: ProviderServer, keys: StaticAPIKeys
 ) -> None:
@@ -461,6 +519,71 @@ async def test_a_stream_past_the_grace_is_interrupted(
     assert "one two three".startswith(caught.value.partial_text)
     assert caught.value.partial_text
     await until(lambda: server.open_connections == 0)
+
+
+async def test_a_call_that_loads_a_picture_ends_with_the_service(
+    server: ProviderServer, keys: StaticAPIKeys
+) -> None:
+    """No connection is left open, to whomever it leads."""
+    open_connections = []
+
+    async def stall(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        open_connections.append(writer)
+        await reader.read()
+        open_connections.remove(writer)
+        writer.close()
+
+    site = await asyncio.start_server(stall, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{site.sockets[0].getsockname()[1]}/a.png"
+    content = [{"type": "image_url", "image_url": {"url": url}}]
+    settings = Settings(allow_private_urls=True, close_grace=0.1)
+    async with site:
+        service = LLMInfraService(keys, settings=settings)
+        await service.initialize()
+        loading = asyncio.create_task(
+            service.complete(
+                [{"role": "user", "content": content}], MODELS["google"], "google"
+            )
+        )
+        await until(lambda: open_connections)
+
+        await service.aclose()
+
+        with pytest.raises(ServiceUnavailableError, match="closed"):
+            await loading
+        await until(lambda: not open_connections)
+    assert server.requests == []
+
+
+async def test_a_task_that_outlived_a_cancellation_is_told_that_the_service_closed(
+    server: ProviderServer, keys: StaticAPIKeys
+) -> None:
+    """Its last call queues for a connection; nobody cancels it a second time."""
+    server.default = Answer(delay=60)
+    service = LLMInfraService(
+        keys, settings=Settings(max_connections=1, close_grace=0.1)
+    )
+    await service.initialize()
+    first = call(service)
+
+    async def goes_on() -> str:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        return str((await call_here(service)).text)
+
+    async def call_here(service: LLMInfraService) -> Any:
+        return await service.complete(HELLO, MODELS["openai"], "openai")
+
+    task = asyncio.create_task(goes_on())
+    await until(lambda: server.in_flight)
+    task.cancel()
+    await asyncio.sleep(0.1)
+
+    await service.aclose()
+
+    with pytest.raises(ServiceUnavailableError, match="closed"):
+        await task
+    await asyncio.gather(first, return_exceptions=True)
 
 
 @pytest.mark.parametrize("reopened", [False, True])
@@ -639,10 +762,16 @@ async def main(end):
         stream = service.stream(hello, "gpt-4.1-nano", "k")
         await stream.__aenter__()
         await anext(stream)
+    if end == "still held":
+        for _ in range(3):
+            held.append(service.stream(hello, "gpt-4.1-nano", "k"))
+            await held[-1].__aenter__()
+            await anext(held[-1])
     if end == "by an error":
         raise KeyError(end)
 
-for end in ["by aclose", "without aclose", "by an error", "in the middle"]:
+held = []
+for end in ["by aclose", "without aclose", "by an error", "in the middle", "still held"]:
     for _ in range(2):
         try:
             asyncio.run(main(end))

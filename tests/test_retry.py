@@ -1,10 +1,12 @@
 """How often and how soon a call is tried again, and what ends it."""
 
 import asyncio
+import contextlib
+import gc
 import itertools
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
@@ -23,6 +25,8 @@ from dipeo_llm import (
     StaticAPIKeys,
 )
 from dipeo_llm.retry import Deadline, RetryDecision
+from dipeo_llm.testing import MockLLMAdapter
+from dipeo_llm.wire import Exchange
 from tests.conftest import PROVIDERS
 from tests.provider_server import Answer, Fault, ProviderServer, Raw, Received, error
 
@@ -458,3 +462,117 @@ async def test_the_callers_own_timeout(server: ProviderServer, opened: Open) -> 
 
     assert not isinstance(caught.value, DiPeOLLMError)
     assert len(server.requests) == 1
+
+
+class SlowKeys:
+    """Takes its time to find a key."""
+
+    def __init__(self, url: str) -> None:
+        self._record = {"key": "sk-test", "service": "openai", "base_url": url}
+
+    async def get_api_key(self, api_key_id: str) -> Mapping[str, Any]:
+        """Return the record, a minute later."""
+        await asyncio.sleep(60)
+        return self._record
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["call", "stream"])
+async def test_a_deadline_covers_the_look_up_of_the_key(
+    server: ProviderServer, streamed: bool
+) -> None:
+    """A store of keys that hangs holds no call beyond its deadline."""
+    keys = SlowKeys(server.base_url("openai"))
+    async with LLMInfraService(keys, settings=Settings()) as service:
+        stream = service.stream(HELLO, "gpt-4.1-nano", "k", deadline=0.2)
+        opening = stream.__aenter__() if streamed else None
+        calling = service.complete(HELLO, "gpt-4.1-nano", "k", deadline=0.2)
+        with pytest.raises(LLMTimeoutError, match="nothing was sent") as caught:
+            await (opening or calling)
+        calling.close()
+
+    assert (caught.value.attempts, caught.value.retryable) == (0, False)
+    assert server.connections == 0
+
+
+async def test_a_deadline_covers_the_fetching_of_a_picture(
+    server: ProviderServer, keys: StaticAPIKeys
+) -> None:
+    """A site that stalls is left when the call is over."""
+    held = asyncio.Event()
+
+    async def stall(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+        held.set()
+
+    site = await asyncio.start_server(stall, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{site.sockets[0].getsockname()[1]}/a.png"
+    part = {"type": "image_url", "image_url": {"url": url}}
+    settings = Settings(allow_private_urls=True)
+    async with site, LLMInfraService(keys, settings=settings) as service:
+        await service.initialize()
+        with pytest.raises(LLMTimeoutError, match=r"deadline of 0\.3 s"):
+            await service.complete(
+                [{"role": "user", "content": [part]}],
+                MODELS["anthropic"],
+                "anthropic",
+                deadline=0.3,
+            )
+        await asyncio.wait_for(held.wait(), 20)
+
+    assert server.requests == []
+
+
+async def test_a_timeout_of_somebody_else_is_not_the_deadlines(
+    keys: StaticAPIKeys,
+) -> None:
+    """An adapter's own TimeoutError comes out as it went in."""
+    mock = MockLLMAdapter(TimeoutError("mine"), default="x")
+    async with LLMInfraService(
+        keys, adapter_factory=mock, settings=Settings()
+    ) as service:
+        for deadline in (None, 20):
+            mock.add(TimeoutError("mine"))
+            with pytest.raises(TimeoutError, match="mine"):
+                await service.complete(HELLO, "gpt-4o", "openai", deadline=deadline)
+
+
+@pytest.mark.parametrize("max_retries", [0, 2])
+@pytest.mark.parametrize("streamed", [False, True], ids=["call", "stream"])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        error("openai", 400),
+        error("openai", 503),
+        Answer("abc", cut_after=2),
+        Fault("reset"),
+    ],
+    ids=["400", "503", "cut", "reset"],
+)
+async def test_a_failed_call_leaves_nothing_to_the_collector(
+    opened: Open, server: ProviderServer, reply: Any, streamed: bool, max_retries: int
+) -> None:
+    """No cycle of frames keeps a conversation after its error is gone."""
+    server.default = reply
+
+    async def fail(service: LLMInfraService) -> None:
+        with contextlib.suppress(DiPeOLLMError):
+            if streamed:
+                async with service.stream(HELLO, MODELS["openai"], "openai") as stream:
+                    await stream.result()
+            else:
+                await service.complete(HELLO, MODELS["openai"], "openai")
+
+    async with opened(max_retries=max_retries) as service:
+        await fail(service)
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(5):
+                await fail(service)
+            await asyncio.sleep(0.05)  # the loop lets go of what has just closed
+            left = [o for o in gc.get_objects() if isinstance(o, Exchange)]
+        finally:
+            gc.enable()
+
+    assert left == []

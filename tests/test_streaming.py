@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dipeo_llm import (
+    APIKeyError,
     ChatResult,
     LLMInfraService,
     LLMTimeoutError,
@@ -467,6 +468,114 @@ async def test_a_slow_stream_is_no_silent_one(
     _, result = await read(hello(service, provider, timeout=0.4, idle_timeout=0.4))
 
     assert result.text == "abcdefghij"
+
+
+@each_engine
+@each_provider
+async def test_a_read_that_was_cancelled_is_no_end(
+    server: ProviderServer, service: LLMInfraService, provider: str
+) -> None:
+    """Who gives a chunk too little time and reads on is told that text is missing."""
+    server.default = Answer("abcdef", pieces=6, stall_after=4)
+    chunks: list[StreamChunk] = []
+
+    async with hello(service, provider) as stream:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(collect(stream, chunks), 0.3)
+        with pytest.raises(StreamInterruptedError, match="cancelled") as caught:
+            await anext(stream)
+        with pytest.raises(StreamInterruptedError):
+            await stream.result()
+        await server.wait_closed_by_client()
+
+    assert caught.value.partial_text == "".join(chunk.text for chunk in chunks) != ""
+    assert (caught.value.service, caught.value.model) == (provider, MODELS[provider])
+
+
+@each_engine
+@each_provider
+async def test_another_task_may_close_a_stream_that_is_read(
+    server: ProviderServer, service: LLMInfraService, provider: str
+) -> None:
+    """Whoever waits for a chunk is told so; nobody's task is cancelled."""
+    server.default = Answer("abcdef", pieces=6, stall_after=4)
+    chunks: list[StreamChunk] = []
+
+    async with hello(service, provider) as stream:
+        reader = asyncio.create_task(collect(stream, chunks))
+        async with asyncio.timeout(20):
+            while not chunks:  # noqa: ASYNC110 - a list tells nobody
+                await asyncio.sleep(0.005)
+        await asyncio.sleep(0.05)
+
+        await asyncio.gather(stream.aclose(), stream.aclose())
+
+        with pytest.raises(StreamInterruptedError, match="closed") as caught:
+            await reader
+        await server.wait_closed_by_client()
+
+    assert reader.cancelling() == 0
+    assert caught.value.partial_text == "".join(chunk.text for chunk in chunks)
+    server.default = Answer("next")
+    assert (await service.complete(HELLO, MODELS[provider], provider)).text == "next"
+
+
+async def test_a_reader_that_is_cancelled_while_its_stream_is_closed_is_cancelled(
+    server: ProviderServer, keys: StaticAPIKeys
+) -> None:
+    """A cancellation of somebody else's is never turned into an error of ours."""
+    server.default = Answer("abcdef", pieces=6, stall_after=4)
+    async with (
+        LLMInfraService(keys, settings=Settings()) as service,
+        hello(service, "openai") as stream,
+    ):
+        reader = asyncio.create_task(collect(stream, []))
+        await asyncio.sleep(0.1)
+        closing = asyncio.create_task(stream.aclose())
+        await asyncio.sleep(0)
+        reader.cancel()
+        await asyncio.wait([reader, closing])
+
+    assert reader.cancelled()
+
+
+@each_engine
+@pytest.mark.parametrize("ending", [b"", b": still here\n\n"])
+async def test_a_stream_that_has_said_all_is_whole(
+    server: ProviderServer, service: LLMInfraService, ending: bytes
+) -> None:
+    """A server that keeps the connection open after the end mark delays it, no more."""
+    whole = SHORT["openai"].encode() + ending
+    server.default = Raw(
+        headers={"content-type": "text/event-stream"},
+        body=[whole, b": never"],
+        framing="chunked",
+        piece_delay=60,
+    )
+
+    chunks, result = await read(hello(service, "openai"))
+
+    assert result.text == "".join(chunk.text for chunk in chunks) == "ß"
+    assert len(server.requests) == 1
+
+
+@each_engine
+async def test_an_error_event_is_told_at_once(
+    server: ProviderServer, service: LLMInfraService
+) -> None:
+    """Whatever becomes of the connection."""
+    event = b'data: {"error": {"message": "Who are you?", "code": 401}}\n\n'
+    server.default = Raw(
+        headers={"content-type": "text/event-stream"},
+        body=[event, b": never"],
+        framing="chunked",
+        piece_delay=60,
+    )
+
+    with pytest.raises(APIKeyError, match="Who are you"):
+        await hello(service, "openai").__aenter__()
+
+    assert len(server.requests) == 1
 
 
 @each_engine
