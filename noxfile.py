@@ -111,8 +111,35 @@ def clean(session: nox.Session) -> None:
     session.run("python", "tests/clean_call.py", env={"PYTHONPATH": str(HERE)})
     # LiteLLM 1.82.8 carried a file that ran at every start of Python.
     session.run("python", "-c", START_UP_FILES)
+    # What its authors have withdrawn since it was locked; what is gone is not installed.
+    session.install("pip>=24")
+    report = Path(session.create_tmp()) / "report.json"
+    session.run(
+        *("python", "-m", "pip", "install", "--quiet", "--dry-run", "--no-deps"),
+        *("--ignore-installed", "--require-hashes", "-r", "requirements-hashed.lock"),
+        *("--report", str(report)),
+    )
+    session.run("python", "-c", WITHDRAWN, str(report))
 
 
+@nox.session
+def audit(session: nox.Session) -> None:
+    """Ask OSV for known faults of what is locked. It must be reachable, or this fails."""
+    session.install("pip-audit")
+    # strict: without an answer it would say that there are no known faults.
+    session.run(
+        *("pip-audit", "--strict", "--no-deps", "--disable-pip", "--require-hashes"),
+        *("--vulnerability-service", "osv", "-r", "requirements-hashed.lock"),
+    )
+
+
+WITHDRAWN = """
+import json, pathlib, sys
+found = json.loads(pathlib.Path(sys.argv[1]).read_text())["install"]
+bad = [f"{i['metadata']['name']} {i['metadata']['version']}" for i in found if i["is_yanked"]]
+print(f"withdrawn of {len(found)}:", *bad or ["nothing"])
+raise SystemExit(bool(bad or not found))
+"""
 START_UP_FILES = """
 import pathlib, sysconfig
 found = {p.name for p in pathlib.Path(sysconfig.get_path("purelib")).glob("*.pth")}

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
-from dipeo_llm import litellm_gate, translation
+from dipeo_llm import failures, litellm_gate, translation
 from dipeo_llm.adapter import BaseLLMAdapter
 from dipeo_llm.domain import ChatRequest, TokenCount
-from dipeo_llm.errors import LLMServiceError
+from dipeo_llm.errors import InvalidRequestError, LLMServiceError
 from dipeo_llm.shape import shape
 
 
@@ -58,6 +58,7 @@ async def count(adapter: BaseLLMAdapter, request: ChatRequest) -> TokenCount:
     format without this endpoint of it.
 
     Raises:
+        InvalidRequestError: It cannot be translated, or holds what cannot be counted.
         APIKeyError, LLMServiceError: As the provider answers.
     """
     endpoint = _ENDPOINTS.get(adapter.provider.name)
@@ -66,10 +67,22 @@ async def count(adapter: BaseLLMAdapter, request: ChatRequest) -> TokenCount:
         if isinstance(tokens, int):
             return TokenCount(tokens=tokens, source="provider")
     shaped = shape(adapter.provider, adapter.model_name, request)
-    tokens = await litellm_gate.count_tokens(
-        adapter.model_name, shaped.messages, shaped.parameters.get("tools")
-    )
+    tools = shaped.parameters.get("tools")
+    try:
+        tokens = await litellm_gate.count_tokens(
+            adapter.model_name, shaped.messages, tools
+        )
+    except Exception as exc:
+        raise _uncountable(adapter, exc) from exc
     return TokenCount(tokens=tokens, source="tokenizer")
+
+
+def _uncountable(adapter: BaseLLMAdapter, exc: Exception) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"the request cannot be counted, nothing was sent: {failures.clean(str(exc))}",
+        service=adapter.provider.name,
+        model=adapter.model_name,
+    )
 
 
 async def _asked(
@@ -77,13 +90,12 @@ async def _asked(
 ) -> Any:
     """Ask the provider; None if there is no such endpoint."""
     provider, model = adapter.provider, adapter.model_name
-    outgoing = translation.translate(
-        await litellm_gate.load_litellm(),
-        provider,
-        model,
-        replace(shape(provider, model, request), format=endpoint.format),
-        stream=False,
-    )
+    litellm = await litellm_gate.load_litellm()
+    shaped = replace(shape(provider, model, request), format=endpoint.format)
+    try:
+        outgoing = translation.translate(litellm, provider, model, shaped, stream=False)
+    except Exception as exc:
+        raise _uncountable(adapter, exc) from exc
     body = {k: v for k, v in outgoing.body.items() if k in endpoint.takes}
     if endpoint.format == "google" and set(body) > {"contents"}:
         # A system prompt and tools count only inside a whole request.

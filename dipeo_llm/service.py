@@ -139,6 +139,7 @@ class LLMInfraService:
             InvalidRequestError: There are no messages, or the model cannot be placed.
             APIKeyError: The key is missing, or the provider refuses it.
             LLMServiceError: Any other failure, as its subclasses describe.
+            SettingsError: A proxy or the trusted authorities cannot be used.
             TypeError: An unknown option; the message names it.
             RuntimeError: The service is closed.
 

@@ -6,7 +6,12 @@ from typing import Any
 
 import pytest
 
-from dipeo_llm import LLMInfraService, LLMServiceError, TokenCount
+from dipeo_llm import (
+    InvalidRequestError,
+    LLMInfraService,
+    LLMServiceError,
+    TokenCount,
+)
 from tests.provider_server import ProviderServer, Raw, Received, error
 
 HELLO = [{"role": "user", "content": "Hello, how many tokens is this?"}]
@@ -131,4 +136,31 @@ async def test_the_tokenizer_looks_up_no_host(
     assert counted.source == "tokenizer"
     assert 8 < counted.tokens < 20
     assert looked_up == []
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("model", "provider", "content", "tools"),
+    [
+        ("claude-sonnet-4-5", "anthropic", "x", [{"type": "function"}]),
+        ("claude-sonnet-4-5", "anthropic", "half a character: \ud83d", []),
+        ("gemini-2.5-flash", "google", "half a character: \ud83d", []),
+        ("llama3.2", "ollama", [{"type": "weird"}], []),
+    ],
+)
+async def test_what_cannot_be_counted_is_refused_here(
+    service: LLMInfraService,
+    server: CountingServer,
+    model: str,
+    provider: str,
+    content: Any,
+    tools: list[Any],
+) -> None:
+    """Errors of LiteLLM's and of the JSON writer's do not reach a caller."""
+    messages = [{"role": "user", "content": content}]
+
+    with pytest.raises(InvalidRequestError, match="cannot be") as caught:
+        await service.count_tokens(messages, model, provider, tools=tools)
+
+    assert caught.value.service == provider
     assert server.requests == []
