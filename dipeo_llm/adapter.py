@@ -236,9 +236,8 @@ class BaseLLMAdapter(ABC):
         """Return what every error of an attempt says, once there is an answer."""
         return self._fields() | {
             "status_code": exchange.status,
-            "request_id": failures.request_id(
-                exchange.headers, secret=self.endpoint.secret.get_secret_value()
-            ),
+            "request_id": self._clean(failures.request_id(exchange.headers) or "")
+            or None,
         }
 
     def _refused(self, exchange: Exchange) -> CallError:

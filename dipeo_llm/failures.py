@@ -184,7 +184,7 @@ def from_answer(
         status_code=status,
         retry_after=retry_after(headers, body),
         retryable=retryable,
-        request_id=request_id(headers, body, secret),
+        request_id=clean(request_id(headers, body) or "", secret) or None,
         details={
             name: clean(word, secret)
             for name, word in (("code", code), ("type", kind))
@@ -374,16 +374,14 @@ _DURATION = re.compile(
 )
 
 
-def request_id(
-    headers: Mapping[str, str], body: bytes = b"", secret: str = ""
-) -> str | None:
-    """Return the provider's name for the request, fit for a log."""
+def request_id(headers: Mapping[str, str], body: bytes = b"") -> str | None:
+    """Return the provider's name for the request, as it is."""
     for name in _REQUEST_ID_HEADERS:
         if found := _header(headers, name):
-            return clean(found, secret)
+            return found
     if b'"request_id"' in body[:65536]:
         in_body = _object(body).get("request_id")
-        return clean(in_body, secret) if isinstance(in_body, str) else None
+        return in_body if isinstance(in_body, str) else None
     return None
 
 

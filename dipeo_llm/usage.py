@@ -3,7 +3,7 @@
 Pure. Every provider's own words for the same numbers are listed here and nowhere else.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dipeo_llm.domain import RateLimits, TokenUsage
@@ -131,7 +131,10 @@ _ROWS_PRICED_APART = (
 
 def priced_apart(usage: Any) -> bool:
     """Say whether a record counts tokens whose own price `token_usage` cannot tell."""
-    rows = (
+    counts = _counts(usage)
+    if any(counts.get(name) for name in _PRICED_APART):
+        return True
+    return any(
         _count(row, number)
         for name, kind, kinds, number in _ROWS_PRICED_APART
         if isinstance(found := _value(usage, name), Sequence)
@@ -139,21 +142,37 @@ def priced_apart(usage: Any) -> bool:
         # An SDK has an enum in place of a text.
         if str(getattr(said := _value(row, kind), "name", said)) in kinds
     )
-    return any(_count(usage, name) for name in _PRICED_APART) or any(rows)
 
 
 _MOST = 2**63
 
 
 def _counts(usage: Any) -> dict[str, int]:
-    """Return the numbers of a record that are known here, under one name each."""
-    found = ((_SAME.get(name, name), _count(usage, name)) for name in _NAMES)
-    return {name: count for name, count in found if count is not None}
+    """Return the numbers of a record, those of its details as "details.number"."""
+    if isinstance(usage, dict):  # JSON, which is what a call has: in one pass
+        found: Iterable[tuple[str, Any]] = _flat(usage, "")
+    else:
+        names = (*_NAMES, *_PRICED_APART)
+        found = ((name, _value(usage, name)) for name in names)
+    counts = ((_SAME.get(name, name), _number(value)) for name, value in found)
+    return {name: count for name, count in counts if count is not None}
+
+
+def _flat(record: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in record.items():
+        if isinstance(value, dict):
+            if prefix.count(".") < 2:
+                yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _count(record: Any, name: str) -> int | None:
     """Return a number of a record, one of its details by "details.number"."""
-    value = _value(record, name)
+    return _number(_value(record, name))
+
+
+def _number(value: Any) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     # False for NaN and infinity too.
