@@ -360,6 +360,8 @@ class _Call:
     """When the next piece of an answer must have come, on the event loop's clock."""
     late: str = ""
     """What to say if it has not."""
+    told_whole: bool = False
+    """Whether LiteLLM took a stream for whole, and closed it before we saw its end."""
 
     def allow(self, seconds: float, late: str) -> None:
         """Give the next piece this long, from now."""
@@ -630,7 +632,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
                 reader.take_end()
             elif not (reader.ended or exchange.whole):
                 async with asyncio.timeout_at(call.ends):
-                    chunks += await self._rest(exchange, reader)
+                    chunks += await self._rest(call, reader)
         except Exception as exc:  # noqa: BLE001 - judged below, by what the wire saw
             failed = self._failure(call, exc), _os_error(exc, call.exchange)
         finally:
@@ -654,14 +656,19 @@ class LiteLLMAdapter(BaseLLMAdapter):
             yield chunk
 
     @staticmethod
-    async def _rest(exchange: Exchange, reader: StreamReader) -> list[StreamChunk]:
+    async def _rest(call: _Call, reader: StreamReader) -> list[StreamChunk]:
         """Read on where LiteLLM stops: at the finish reason, before the end mark."""
         chunks: list[StreamChunk] = []
+        exchange = call.exchange
         content = exchange.response.content
-        if content.exception() is None:  # or it has hung up
-            async for piece in content.iter_any():
-                chunks += reader.feed(piece)
-            exchange.whole = True
+        if content.exception() is not None:
+            # It has hung up by itself, which it does since 1.108 at Anthropic's end, and
+            # nowhere before.
+            call.told_whole = True
+            return chunks
+        async for piece in content.iter_any():
+            chunks += reader.feed(piece)
+        exchange.whole = True
         return chunks
 
     async def _begun(self, call: _Call, arguments: dict[str, Any]) -> Any:
@@ -771,7 +778,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
             call.exchange.body = bytearray(reader.error)
             return {}, self._refused(call.exchange)
         fields, name = self._seen_fields(call.exchange), self.provider.name
-        if not reader.ended:
+        if not (reader.ended or call.told_whole):
             what = "ended without its end mark" if reader.events else "was empty"
             return {}, ServiceUnavailableError(f"{name}: the stream {what}", **fields)
         if why := failures.blocked(body):

@@ -18,7 +18,7 @@ import pytest
 from dipeo_llm import media
 from dipeo_llm.adapter import create_adapter
 from dipeo_llm.domain import ChatRequest
-from dipeo_llm.errors import InvalidRequestError
+from dipeo_llm.errors import InvalidRequestError, LLMServiceError
 from dipeo_llm.keys import StaticAPIKeys
 from dipeo_llm.providers import by_name
 from dipeo_llm.service import LLMInfraService
@@ -900,7 +900,8 @@ async def test_litellm_looks_nothing_up(
             if role == "tool":
                 del messages[2]
                 messages[2]["tool_call_id"] = "a"
-            with suppress(InvalidRequestError):
+            # Since 1.109 LiteLLM refuses an image that is kept under an id, by itself.
+            with suppress(InvalidRequestError, LLMServiceError):
                 await service.complete(messages, MODELS[provider], provider)
 
             assert (names.looked_up, role, what) == ([], role, what)
