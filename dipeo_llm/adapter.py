@@ -662,9 +662,9 @@ class LiteLLMAdapter(BaseLLMAdapter):
         exchange = call.exchange
         content = exchange.response.content
         if content.exception() is not None:
-            # It has hung up by itself, which it does since 1.108 at Anthropic's end, and
-            # nowhere before.
-            call.told_whole = True
+            # It has hung up by itself. Since 1.108 it does so at the end of Anthropic's,
+            # and nowhere before; the OpenAI SDK does at [DONE], whatever came before it.
+            call.told_whole = call.format == "anthropic"
             return chunks
         async for piece in content.iter_any():
             chunks += reader.feed(piece)
