@@ -529,14 +529,16 @@ class LiteLLMAdapter(BaseLLMAdapter):
             raise self._failure(call, exc) from _os_error(exc, call.exchange)
         exchange = call.exchange
         pieces = client.pieces(exchange.response, exchange, keep=False)
+        over = math.inf  # when what follows the end mark is waited for no longer
         try:
             while reader.error is None:
                 if reader.ended:
-                    call.allow(_AFTER_THE_END, "sent no end of its stream for")
+                    now = asyncio.get_running_loop().time()
+                    over = min(over, now + _AFTER_THE_END)
                 # Only a wait for the network costs a timer; many chunks come in one
                 # piece.
                 try:
-                    async with asyncio.timeout_at(call.ends):
+                    async with asyncio.timeout_at(min(call.ends, over)):
                         piece = await anext(pieces, None)
                 except TimeoutError:
                     if not reader.ended:

@@ -559,6 +559,24 @@ async def test_a_stream_that_has_said_all_is_whole(
     assert len(server.requests) == 1
 
 
+async def test_comments_after_the_end_hold_nobody(
+    server: ProviderServer, keys: StaticAPIKeys
+) -> None:
+    """However often a server says that it is still there."""
+    server.default = Raw(
+        headers={"content-type": "text/event-stream"},
+        body=[SHORT["openai"].encode(), *[b": still here\n\n"] * 600],
+        framing="chunked",
+        piece_delay=0.1,
+    )
+    async with LLMInfraService(keys, settings=Settings()) as service:
+        await service.initialize()
+        async with asyncio.timeout(20):
+            _, result = await read(hello(service, "openai"))
+
+    assert result.text == "ß"
+
+
 @each_engine
 async def test_an_error_event_is_told_at_once(
     server: ProviderServer, service: LLMInfraService
