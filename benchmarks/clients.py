@@ -197,8 +197,8 @@ class LiteLLM(Client):
         import litellm
 
         from dipeo_llm import Settings
-        from dipeo_llm.adapter import _sdk_client, create_adapter
-        from dipeo_llm.litellm_gate import know_model
+        from dipeo_llm.adapters.base import _sdk_client, create_adapter
+        from dipeo_llm.litellm_import import know_model
 
         self._litellm: Any = litellm
         self._adapter = create_adapter(

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dipeo_llm.adapter import BaseLLMAdapter, create_adapter
+    from dipeo_llm.adapters.base import BaseLLMAdapter, create_adapter
     from dipeo_llm.domain import (
         Capabilities,
         ChatRequest,
@@ -115,7 +115,7 @@ _MODULES = (
     "system_prompt_handler",
     "message_formatter",
     "streaming",
-    "adapter",
+    "adapters.base",
     "service",
 )
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
-from dipeo_llm import failures, litellm_gate, translation
-from dipeo_llm.adapter import BaseLLMAdapter
+from dipeo_llm import litellm_import as litellm_gate
+from dipeo_llm.adapters import failures, translation
+from dipeo_llm.adapters.base import BaseLLMAdapter
+from dipeo_llm.adapters.request import shape
 from dipeo_llm.domain import ChatRequest, TokenCount
 from dipeo_llm.errors import InvalidRequestError, LLMServiceError
-from dipeo_llm.shape import shape
 
 
 @dataclass(frozen=True, slots=True)

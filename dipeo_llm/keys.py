@@ -12,9 +12,9 @@ from typing import Any
 
 from pydantic import SecretStr
 
+from dipeo_llm.adapters.factory import PROVIDERS, Provider, by_name, of_key
 from dipeo_llm.errors import APIKeyError, APIKeyNotFoundError
 from dipeo_llm.ports import APIKeyPort
-from dipeo_llm.providers import PROVIDERS, Provider, by_name, of_key
 
 
 @dataclass(frozen=True, slots=True)

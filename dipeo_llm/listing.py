@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlencode
 
-from dipeo_llm.adapter import BaseLLMAdapter
+from dipeo_llm.adapters.base import BaseLLMAdapter
 from dipeo_llm.errors import InvalidRequestError, ServiceUnavailableError
 
 _Page = Mapping[str, Any]

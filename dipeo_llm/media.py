@@ -19,12 +19,12 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import SecretStr
 
+from dipeo_llm.adapters.factory import Provider
+from dipeo_llm.adapters.failures import clean
+from dipeo_llm.client import USER_AGENT, Endpoint, proxy_for, tls_context
 from dipeo_llm.errors import InvalidRequestError
-from dipeo_llm.failures import clean
 from dipeo_llm.files import open_regular, resolve_inside
-from dipeo_llm.providers import Provider
 from dipeo_llm.settings import Settings
-from dipeo_llm.wire import USER_AGENT, Endpoint, proxy_for, tls_context
 
 if TYPE_CHECKING:
     import aiohttp

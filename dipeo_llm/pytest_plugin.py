@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from dipeo_llm.cassettes import Cassette
     from dipeo_llm.testing import MockLLMAdapter
+    from dipeo_llm.testing.cassettes import Cassette
 
 _MODES = ("none", "once", "new", "all")
 
@@ -86,7 +86,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
 @pytest.fixture
 def llm_cassette(request: pytest.FixtureRequest) -> "Iterator[Cassette]":
     """Replay the calls of a test from its cassette, or record them."""
-    from dipeo_llm import cassettes
+    from dipeo_llm.testing import cassettes
 
     marker = request.node.get_closest_marker("llm_cassette")
     options = dict(marker.kwargs) if marker else {}

@@ -10,9 +10,12 @@ from dataclasses import replace
 from typing import Any, Self, TypeVar, cast
 from weakref import WeakSet
 
-from dipeo_llm import adapter as adapters
-from dipeo_llm import counting, listing, media, providers
-from dipeo_llm.adapter import BaseLLMAdapter
+from dipeo_llm import counting, listing, media
+from dipeo_llm.adapters import base as adapters
+from dipeo_llm.adapters import factory as providers
+from dipeo_llm.adapters.base import BaseLLMAdapter
+from dipeo_llm.adapters.factory import Provider
+from dipeo_llm.adapters.usage import token_usage
 from dipeo_llm.domain import (
     Capabilities,
     ChatRequest,
@@ -30,16 +33,14 @@ from dipeo_llm.errors import (
     StructuredOutputError,
 )
 from dipeo_llm.keys import find_key
-from dipeo_llm.litellm_gate import capabilities_of, infer_provider, load_litellm
+from dipeo_llm.litellm_import import capabilities_of, infer_provider, load_litellm
 from dipeo_llm.message_formatter import MessageFormatter, checked
 from dipeo_llm.ports import APIKeyPort, LLMDomainService
-from dipeo_llm.providers import Provider
 from dipeo_llm.retry import Deadline, RetryDecision
 from dipeo_llm.settings import Settings
 from dipeo_llm.streaming import ChatStream, Opened, Start
 from dipeo_llm.structured import form_of, parse
 from dipeo_llm.system_prompt_handler import SystemPromptHandler
-from dipeo_llm.usage import token_usage
 
 _T = TypeVar("_T")
 

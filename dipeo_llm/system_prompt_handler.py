@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from dipeo_llm.adapters.factory import by_name
 from dipeo_llm.files import open_regular, resolve_inside
-from dipeo_llm.providers import by_name
 
 _log = logging.getLogger("dipeo_llm")
 

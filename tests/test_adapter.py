@@ -18,9 +18,9 @@ from dipeo_llm import (
     Settings,
     create_adapter,
 )
-from dipeo_llm import wire as wire_module
+from dipeo_llm import client as wire_module
+from dipeo_llm.client import Exchange
 from dipeo_llm.domain import ChatRequest, ChatResult
-from dipeo_llm.wire import Exchange
 from tests.conftest import PROVIDERS
 from tests.provider_server import Answer, Fault, ProviderServer, Raw, error
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dipeo_llm.litellm_gate import import_litellm
+from dipeo_llm.litellm_import import import_litellm
 from tests.provider_server import Answer, ProviderServer, Raw, error
 
 HELLO = [{"role": "developer", "content": "Brief."}, {"role": "user", "content": "Hi"}]

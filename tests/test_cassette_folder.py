@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dipeo_llm.cassette_folder import check, entries, list_table
 from dipeo_llm.cli import main
+from dipeo_llm.testing.cassette_folder import check, entries, list_table
 
 OURS = Path(__file__).parent.parent / "cassettes"
 HEAD = """\

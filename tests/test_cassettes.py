@@ -23,8 +23,8 @@ from dipeo_llm import (
     Settings,
     StaticAPIKeys,
 )
-from dipeo_llm.cassette_folder import check
 from dipeo_llm.testing import use_cassette
+from dipeo_llm.testing.cassette_folder import check
 from tests.cassette_calls import CALLS, NAMES, PROMPT_FILE, PROVIDERS, Opinion
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,7 +21,7 @@ from dipeo_llm import (
     Settings,
     StaticAPIKeys,
 )
-from dipeo_llm.adapter import BaseLLMAdapter, create_adapter
+from dipeo_llm.adapters.base import BaseLLMAdapter, create_adapter
 from dipeo_llm.domain import ChatRequest, ChatResult, StreamChunk
 from dipeo_llm.testing import MockLLMAdapter, Reply, use_cassette
 from tests.provider_server import Answer, ProviderServer, error

@@ -14,15 +14,9 @@ from sybil import Document, Example
 from sybil.parsers.markdown import CodeBlockParser
 
 import dipeo_llm
-from dipeo_llm import (
-    DiPeOLLMError,
-    EnvironmentAPIKeys,
-    LLMInfraService,
-    Settings,
-    cli,
-    cli_arguments,
-)
-from dipeo_llm.providers import PROVIDERS
+from dipeo_llm import DiPeOLLMError, EnvironmentAPIKeys, LLMInfraService, Settings, cli
+from dipeo_llm.adapters.factory import PROVIDERS
+from dipeo_llm.cli import arguments as cli_arguments
 from tests.conftest import PROVIDERS as SERVED
 from tests.provider_server import Answer, ProviderServer, Received
 

@@ -31,9 +31,9 @@ from dipeo_llm import (
     StaticAPIKeys,
     create_adapter,
 )
+from dipeo_llm.client import is_loopback, proxy_for
 from dipeo_llm.keys import find_key
 from dipeo_llm.settings import Engine
-from dipeo_llm.wire import is_loopback, proxy_for
 from tests.conftest import PROVIDERS, Authority
 from tests.provider_server import Answer, Fault, ProviderServer, Raw, Received, error
 

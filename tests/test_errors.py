@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from dipeo_llm import errors
-from dipeo_llm.adapter import create_adapter
+from dipeo_llm.adapters.base import create_adapter
+from dipeo_llm.adapters.factory import by_name, split, unknown_model
 from dipeo_llm.errors import (
     APIKeyError,
     APIKeyNotFoundError,
@@ -27,7 +28,6 @@ from dipeo_llm.errors import (
     StructuredOutputError,
 )
 from dipeo_llm.keys import EnvironmentAPIKeys, StaticAPIKeys
-from dipeo_llm.providers import by_name, split, unknown_model
 from dipeo_llm.settings import Settings
 
 PARENTS: dict[type[DiPeOLLMError], type[DiPeOLLMError]] = {

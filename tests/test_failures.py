@@ -27,7 +27,7 @@ from dipeo_llm import (
     Settings,
     StaticAPIKeys,
 )
-from dipeo_llm.failures import (
+from dipeo_llm.adapters.failures import (
     CallError,
     clean,
     from_answer,

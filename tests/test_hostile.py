@@ -22,8 +22,8 @@ from typing import Any, overload
 
 import pytest
 
-from dipeo_llm import answers, cassette_file, failures
-from dipeo_llm.cassette_file import CassetteError
+from dipeo_llm.adapters import events as answers
+from dipeo_llm.adapters import failures
 from dipeo_llm.domain import ChatResult
 from dipeo_llm.errors import (
     DiPeOLLMError,
@@ -32,9 +32,11 @@ from dipeo_llm.errors import (
     StreamInterruptedError,
 )
 from dipeo_llm.keys import StaticAPIKeys
-from dipeo_llm.litellm_gate import load_litellm
+from dipeo_llm.litellm_import import load_litellm
 from dipeo_llm.service import LLMInfraService
 from dipeo_llm.settings import Engine, Settings
+from dipeo_llm.testing import cassette_file
+from dipeo_llm.testing.cassette_file import CassetteError
 from tests import provider_server
 from tests.conftest import PROVIDERS
 from tests.provider_server import Answer, ProviderServer, Raw, Received

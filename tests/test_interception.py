@@ -25,7 +25,7 @@ from dipeo_llm import (
     StaticAPIKeys,
     create_adapter,
 )
-from dipeo_llm.litellm_gate import load_litellm
+from dipeo_llm.litellm_import import load_litellm
 from dipeo_llm.testing import (
     CassetteMismatchError,
     CassetteUnusedError,

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
+from dipeo_llm.adapters.factory import by_name
 from dipeo_llm.domain import LLMService
 from dipeo_llm.errors import APIKeyError, APIKeyNotFoundError
 from dipeo_llm.keys import EnvironmentAPIKeys, Key, StaticAPIKeys, find_key
 from dipeo_llm.ports import APIKeyPort
-from dipeo_llm.providers import by_name
 from dipeo_llm.service import LLMInfraService
 from dipeo_llm.settings import Settings
 from tests.provider_server import ProviderServer

@@ -14,7 +14,7 @@ HEAD = """
 import asyncio, gc, logging, os, sys, weakref
 from concurrent.futures import ThreadPoolExecutor
 from dipeo_llm import LLMInfraService, Settings, StaticAPIKeys
-from dipeo_llm.litellm_gate import load_litellm
+from dipeo_llm.litellm_import import load_litellm
 """
 LOGS = """
 async def main():

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dipeo_llm.matching import (
+from dipeo_llm.testing.matching import (
     NOTHING,
     Difference,
     as_data,

@@ -16,11 +16,11 @@ from typing import Any, Self
 import pytest
 
 from dipeo_llm import media
-from dipeo_llm.adapter import create_adapter
+from dipeo_llm.adapters.base import create_adapter
+from dipeo_llm.adapters.factory import by_name
 from dipeo_llm.domain import ChatRequest
 from dipeo_llm.errors import InvalidRequestError, LLMServiceError
 from dipeo_llm.keys import StaticAPIKeys
-from dipeo_llm.providers import by_name
 from dipeo_llm.service import LLMInfraService
 from dipeo_llm.settings import Settings
 from tests.conftest import PROVIDERS, Authority

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dipeo_llm.network_guard import NetworkBlockedError, block_network
+from dipeo_llm.testing.network_guard import NetworkBlockedError, block_network
 
 OUTSIDE = ("192.0.2.1", 9)
 HERE = ("127.0.0.1", 9)

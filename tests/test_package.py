@@ -29,7 +29,11 @@ FOLDER = Path(str(resources.files("dipeo_llm")))
 ROOT = Path(__file__).parent.parent
 # These stand on pytest and vcrpy, or run as they are imported; `testing` is not one.
 ON_TOP = {"__main__", "cassette_file", "cassette_folder", "cassettes", "pytest_plugin"}
-MODULES = sorted({path.stem for path in FOLDER.glob("*.py")} - ON_TOP)
+MODULES = sorted(
+    ".".join(path.relative_to(FOLDER).with_suffix("").parts)
+    for path in FOLDER.rglob("*.py")
+    if path.stem not in ON_TOP | {"__init__"}
+)
 CONTRACT = {
     "APIKeyError",
     "APIKeyNotFoundError",

@@ -16,8 +16,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dipeo_llm import answers, failures
-from dipeo_llm.answers import MalformedStreamError
+from dipeo_llm.adapters import events as answers
+from dipeo_llm.adapters import failures
+from dipeo_llm.adapters.events import MalformedStreamError
+from dipeo_llm.adapters.usage import rate_limits, token_usage
 from dipeo_llm.domain import ChatResult, StreamChunk
 from dipeo_llm.errors import APIKeyError, DiPeOLLMError, LLMServiceError
 from dipeo_llm.keys import StaticAPIKeys
@@ -25,7 +27,6 @@ from dipeo_llm.message_formatter import MessageFormatter, has_content
 from dipeo_llm.service import LLMInfraService
 from dipeo_llm.settings import Settings
 from dipeo_llm.system_prompt_handler import SystemPromptHandler
-from dipeo_llm.usage import rate_limits, token_usage
 from tests import provider_server
 from tests.conftest import PROVIDERS
 from tests.provider_server import Answer, ProviderServer, Raw, Received

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from dipeo_llm.adapters.factory import by_name
 from dipeo_llm.domain import LLMService
 from dipeo_llm.errors import InvalidRequestError
-from dipeo_llm.providers import by_name
 from dipeo_llm.service import LLMInfraService
 from tests.provider_server import ProviderServer
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from dipeo_llm.cassette_folder import check
-from dipeo_llm.litellm_gate import import_litellm
-from dipeo_llm.matching import VOLATILE
+from dipeo_llm.litellm_import import import_litellm
+from dipeo_llm.testing.cassette_folder import check
+from dipeo_llm.testing.matching import VOLATILE
 from tests.provider_server import Answer, ProviderServer
 
 pytest_plugins = ["pytester"]

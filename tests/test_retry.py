@@ -24,9 +24,9 @@ from dipeo_llm import (
     Settings,
     StaticAPIKeys,
 )
+from dipeo_llm.client import Exchange
 from dipeo_llm.retry import Deadline, RetryDecision
 from dipeo_llm.testing import MockLLMAdapter
-from dipeo_llm.wire import Exchange
 from tests.conftest import PROVIDERS
 from tests.provider_server import Answer, Fault, ProviderServer, Raw, Received, error
 

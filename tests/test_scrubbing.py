@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dipeo_llm.cassette_file import Exchange, scrubbed
-from dipeo_llm.interception import Request
-from dipeo_llm.scrubbing import (
+from dipeo_llm.testing.cassette_file import Exchange, scrubbed
+from dipeo_llm.testing.interception import Request
+from dipeo_llm.testing.scrubbing import (
     PLACEHOLDER,
     Secrets,
     is_secret_header,

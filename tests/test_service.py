@@ -559,7 +559,7 @@ async def test_what_a_provider_has_no_word_for_is_reported_left_out(
     value: Any,
 ) -> None:
     """A caller reads once that the model was not told."""
-    monkeypatch.setattr("dipeo_llm.adapter._seen_options", set())
+    monkeypatch.setattr("dipeo_llm.adapters.base._seen_options", set())
     caplog.set_level(logging.INFO, "dipeo_llm")
     server.default = Answer("{}")
     provider = await service.get_provider_for_model(model)

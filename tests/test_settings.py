@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dipeo_llm.adapter import create_adapter
+from dipeo_llm.adapters.base import create_adapter
 from dipeo_llm.domain import LLMService
 from dipeo_llm.errors import InvalidRequestError, SettingsError
 from dipeo_llm.keys import StaticAPIKeys

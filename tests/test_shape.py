@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
+from dipeo_llm.adapters.factory import by_name
+from dipeo_llm.adapters.request import shape
 from dipeo_llm.domain import ChatRequest, ChatResult, ToolCall
-from dipeo_llm.providers import by_name
-from dipeo_llm.shape import shape
 
 EVERYWHERE = ["openai", "anthropic", "google", "ollama", "deepseek", "vertex", "groq"]
 

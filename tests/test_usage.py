@@ -12,7 +12,7 @@ import pytest
 from pydantic import create_model
 
 from dipeo_llm import LLMInfraService, RateLimits, Settings, StaticAPIKeys, TokenUsage
-from dipeo_llm.usage import priced_apart, rate_limits, token_usage
+from dipeo_llm.adapters.usage import priced_apart, rate_limits, token_usage
 
 RECORDINGS = Path(__file__).resolve().parents[2] / "shared" / "recordings"
 

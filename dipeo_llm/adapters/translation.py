@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
+from dipeo_llm.adapters.factory import Provider, by_name
+from dipeo_llm.adapters.request import Shape, copied, shape
+from dipeo_llm.client import PLACEHOLDER
 from dipeo_llm.domain import ChatRequest
-from dipeo_llm.litellm_gate import know_model
-from dipeo_llm.providers import Provider, by_name
-from dipeo_llm.shape import Shape, copied, shape
-from dipeo_llm.wire import PLACEHOLDER
+from dipeo_llm.litellm_import import know_model
 
 _log = logging.getLogger("dipeo_llm")
 

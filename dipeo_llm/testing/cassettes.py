@@ -16,8 +16,9 @@ from typing import Any, Final, Literal, TypeAlias
 
 import pytest
 
-from dipeo_llm import matching, providers
-from dipeo_llm.cassette_file import (
+from dipeo_llm.adapters import factory as providers
+from dipeo_llm.testing import matching
+from dipeo_llm.testing.cassette_file import (
     CassetteError,
     Exchange,
     as_text,
@@ -29,10 +30,10 @@ from dipeo_llm.cassette_file import (
     secrets_in,
     shown,
 )
-from dipeo_llm.cassette_folder import Problem, check, list_table
-from dipeo_llm.interception import Answer, Request, intercept
-from dipeo_llm.network_guard import block_network
-from dipeo_llm.scrubbing import Secrets
+from dipeo_llm.testing.cassette_folder import Problem, check, list_table
+from dipeo_llm.testing.interception import Answer, Request, intercept
+from dipeo_llm.testing.network_guard import block_network
+from dipeo_llm.testing.scrubbing import Secrets
 
 __all__ = [
     "REPLAY_KEY",

@@ -20,8 +20,14 @@ from vcr.request import Request as VcrRequest
 from vcr.serialize import deserialize, serialize
 from vcr.serializers import jsonserializer, yamlserializer
 
-from dipeo_llm.interception import Answer, Request, pieces_of, unpack, with_pieces
-from dipeo_llm.scrubbing import (
+from dipeo_llm.testing.interception import (
+    Answer,
+    Request,
+    pieces_of,
+    unpack,
+    with_pieces,
+)
+from dipeo_llm.testing.scrubbing import (
     ID_HEADERS,
     PLACEHOLDER,
     REQUEST_HEADERS,

@@ -9,7 +9,8 @@ import math
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
-from dipeo_llm import providers, terminal
+from dipeo_llm.adapters import factory as providers
+from dipeo_llm.cli import terminal
 from dipeo_llm.errors import InvalidRequestError
 from dipeo_llm.settings import http_url
 

@@ -6,7 +6,7 @@ A command takes the parsed arguments and returns an exit code, 0 or 1.
 import argparse
 from typing import Any
 
-from dipeo_llm import terminal
+from dipeo_llm.cli import terminal
 from dipeo_llm.errors import DiPeOLLMError
 
 
@@ -40,7 +40,7 @@ def list_(options: argparse.Namespace) -> int:
 
 def _cassette_folder() -> Any:
     try:
-        from dipeo_llm import cassette_folder
+        from dipeo_llm.testing import cassette_folder
     except ModuleNotFoundError:
         raise DiPeOLLMError(
             "cassettes need vcrpy and pytest: pip install 'dipeo-llm[testing]'"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from dipeo_llm.cassette_file import (
+from dipeo_llm.testing.cassette_file import (
     CassetteError,
     comments_of,
     host_of,
@@ -16,8 +16,8 @@ from dipeo_llm.cassette_file import (
     shown,
     when,
 )
-from dipeo_llm.interception import Request
-from dipeo_llm.scrubbing import Secrets
+from dipeo_llm.testing.interception import Request
+from dipeo_llm.testing.scrubbing import Secrets
 
 
 @dataclass(frozen=True, slots=True)

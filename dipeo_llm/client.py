@@ -23,14 +23,14 @@ from urllib.parse import urlsplit
 from pydantic import SecretStr
 from pydantic_core import to_json
 
-from dipeo_llm import failures
+from dipeo_llm.adapters import failures
+from dipeo_llm.adapters.factory import Provider
 from dipeo_llm.errors import (
     LLMServiceError,
     LLMTimeoutError,
     ServiceUnavailableError,
     SettingsError,
 )
-from dipeo_llm.providers import Provider
 from dipeo_llm.settings import Settings
 
 if TYPE_CHECKING:

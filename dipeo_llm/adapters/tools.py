@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from dipeo_llm.adapters.factory import Provider
 from dipeo_llm.domain import ToolConfig, ToolType
 from dipeo_llm.errors import InvalidRequestError
-from dipeo_llm.providers import Provider
 
 
 @dataclass(frozen=True, slots=True)

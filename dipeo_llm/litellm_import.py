@@ -16,8 +16,8 @@ from concurrent.futures import Future
 from functools import lru_cache
 from typing import Any
 
+from dipeo_llm.adapters.factory import Provider, by_name
 from dipeo_llm.domain import Capabilities, TokenUsage
-from dipeo_llm.providers import Provider, by_name
 
 _log = logging.getLogger("dipeo_llm")
 _lock = threading.Lock()

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dipeo_llm.adapters.factory import Provider
+from dipeo_llm.adapters.tools import needs_responses, provided_parameters, sort_tools
 from dipeo_llm.domain import ChatRequest
 from dipeo_llm.message_formatter import has_content
-from dipeo_llm.providers import Provider
 from dipeo_llm.structured import form_of
-from dipeo_llm.tools import needs_responses, provided_parameters, sort_tools
 
 
 @dataclass(frozen=True, slots=True)

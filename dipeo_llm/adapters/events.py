@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
+from dipeo_llm.adapters.failures import error_in, loads
 from dipeo_llm.domain import (
     ImageGenerationResult,
     StreamChunk,
@@ -21,7 +22,6 @@ from dipeo_llm.domain import (
     ToolCallDelta,
     WebSearchResult,
 )
-from dipeo_llm.failures import error_in, loads
 
 _JSON = dict[str, Any]
 

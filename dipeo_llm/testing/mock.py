@@ -1,9 +1,4 @@
-"""What stands in for a provider in the tests of those who use this package.
-
-`MockLLMAdapter` answers from a script, `use_cassette` from a recording of the real
-thing, `assert_request` says what was asked, `block_network` proves that nothing else
-was. All but the cassettes work without pytest; those need `dipeo-llm[testing]`.
-"""
+"""A model that answers from a script, and assertions on what it was asked."""
 
 import asyncio
 import copy
@@ -14,10 +9,11 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeAlias
+from typing import Any, Protocol, Self, TypeAlias
 
-from dipeo_llm import providers
-from dipeo_llm.adapter import BaseLLMAdapter
+from dipeo_llm.adapters import factory as providers
+from dipeo_llm.adapters.base import BaseLLMAdapter
+from dipeo_llm.adapters.factory import Provider
 from dipeo_llm.domain import (
     ChatRequest,
     ChatResult,
@@ -27,56 +23,8 @@ from dipeo_llm.domain import (
     ToolCallDelta,
 )
 from dipeo_llm.errors import APIKeyError, LLMServiceError, LLMTimeoutError
-from dipeo_llm.matching import Difference, differences, explain
-from dipeo_llm.network_guard import NetworkBlockedError, block_network
-from dipeo_llm.providers import Provider
 from dipeo_llm.streaming import Items
-
-if TYPE_CHECKING:
-    from dipeo_llm.cassettes import (
-        CassetteError,
-        CassetteMismatchError,
-        CassetteUnusedError,
-        SecretLeftError,
-        StaleCassetteWarning,
-        use_cassette,
-    )
-
-__all__ = [
-    "CassetteError",
-    "CassetteMismatchError",
-    "CassetteUnusedError",
-    "MockLLMAdapter",
-    "MockRequest",
-    "NetworkBlockedError",
-    "Reply",
-    "ScriptError",
-    "SecretLeftError",
-    "StaleCassetteWarning",
-    "assert_request",
-    "block_network",
-    "use_cassette",
-]
-
-_OF_CASSETTES: Final = frozenset(
-    {
-        "CassetteError",
-        "CassetteMismatchError",
-        "CassetteUnusedError",
-        "SecretLeftError",
-        "StaleCassetteWarning",
-        "use_cassette",
-    }
-)
-
-
-def __getattr__(name: str) -> Any:
-    # Cassettes bring vcrpy and pytest, which the rest of this module does without.
-    if name in _OF_CASSETTES:
-        from dipeo_llm import cassettes
-
-        return getattr(cassettes, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+from dipeo_llm.testing.matching import Difference, differences, explain
 
 
 class ScriptError(AssertionError):

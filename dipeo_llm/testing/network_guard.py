@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dipeo_llm.wire import is_loopback
+from dipeo_llm.client import is_loopback
 
 
 class NetworkBlockedError(RuntimeError):

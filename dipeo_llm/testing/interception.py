@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
 from urllib.parse import urlsplit
 
-from dipeo_llm.adapter import BaseLLMAdapter
-from dipeo_llm.network_guard import replaced
-from dipeo_llm.scrubbing import Secrets
+from dipeo_llm.adapters.base import BaseLLMAdapter
+from dipeo_llm.testing.network_guard import replaced
+from dipeo_llm.testing.scrubbing import Secrets
 
 if TYPE_CHECKING:
     import httpx

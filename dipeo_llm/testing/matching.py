@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import parse_qsl, urlsplit
 
-from dipeo_llm.wire import is_loopback
+from dipeo_llm.client import is_loopback
 
 VOLATILE: Final = frozenset(
     {"user", "metadata", "safety_identifier", "prompt_cache_key"}

@@ -6,8 +6,8 @@ Pure. Every provider's own words for the same numbers are listed here and nowher
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from dipeo_llm.adapters.failures import seconds_until
 from dipeo_llm.domain import RateLimits, TokenUsage
-from dipeo_llm.failures import seconds_until
 
 
 def token_usage(usage: Any) -> TokenUsage | None:

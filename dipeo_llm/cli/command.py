@@ -19,8 +19,11 @@ from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-from dipeo_llm import cassette_cli, cli_arguments, providers, terminal
-from dipeo_llm.cli_arguments import UsageError
+from dipeo_llm.adapters import factory as providers
+from dipeo_llm.cli import arguments as cli_arguments
+from dipeo_llm.cli import cassettes as cassette_cli
+from dipeo_llm.cli import terminal
+from dipeo_llm.cli.arguments import UsageError
 from dipeo_llm.errors import (
     APIKeyError,
     APIKeyNotFoundError,

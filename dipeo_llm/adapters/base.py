@@ -23,8 +23,16 @@ from typing import Any
 from pydantic import SecretStr
 from pydantic_core import to_json
 
-from dipeo_llm import answers, failures, litellm_gate, translation, wire
-from dipeo_llm.answers import MalformedStreamError, Reading, StreamReader
+from dipeo_llm import client as wire
+from dipeo_llm import litellm_import as litellm_gate
+from dipeo_llm.adapters import events as answers
+from dipeo_llm.adapters import failures, translation
+from dipeo_llm.adapters.events import MalformedStreamError, Reading, StreamReader
+from dipeo_llm.adapters.factory import Provider, by_name, check_reach
+from dipeo_llm.adapters.failures import CallError
+from dipeo_llm.adapters.request import Shape, shape
+from dipeo_llm.adapters.usage import priced_apart, rate_limits, token_usage
+from dipeo_llm.client import PLACEHOLDER, Client, Endpoint, Exchange
 from dipeo_llm.domain import (
     ChatRequest,
     ChatResult,
@@ -42,17 +50,12 @@ from dipeo_llm.errors import (
     LLMTimeoutError,
     ServiceUnavailableError,
 )
-from dipeo_llm.failures import CallError
 from dipeo_llm.keys import fits_a_header
-from dipeo_llm.litellm_gate import load_litellm
+from dipeo_llm.litellm_import import load_litellm
 from dipeo_llm.message_formatter import checked
 from dipeo_llm.pool import Lease, Pool
-from dipeo_llm.providers import Provider, by_name, check_reach
 from dipeo_llm.settings import Settings, http_url
-from dipeo_llm.shape import Shape, shape
 from dipeo_llm.streaming import Items
-from dipeo_llm.usage import priced_apart, rate_limits, token_usage
-from dipeo_llm.wire import PLACEHOLDER, Client, Endpoint, Exchange
 
 _log = logging.getLogger("dipeo_llm")
 
