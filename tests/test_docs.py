@@ -190,7 +190,7 @@ def test_the_tests_that_a_page_names_exist(page: Path) -> None:
 
 def test_the_commands_of_the_readme_and_the_help_are_ones_that_exist() -> None:
     """A command that is copied from the README or the help is understood."""
-    parser = cli.build_parser()
+    parser = command.build_parser()
     texts = [*TEXTS.values(), parser.format_help(), cli_arguments._CHAT_EPILOG]
     line = r"^ *(?:[^`|\n]*\| )?dipeo-llm (.+)$"
     lines = re.findall(line, "\n".join(texts), re.MULTILINE)
@@ -208,7 +208,7 @@ def test_the_readme_and_the_help_tell_every_exit_code() -> None:
     sentence = text[text.index("the exit code is 0") :].split(". ")[0]
 
     codes = {int(code) for code in re.findall(r"\b\d+\b", sentence)}
-    told = re.findall(r"^  (\d+) ", cli.build_parser().format_help(), re.MULTILINE)
+    told = re.findall(r"^  (\d+) ", command.build_parser().format_help(), re.MULTILINE)
     assert codes == {int(code) for code in told} == {int(code) for code in cli.Exit}
 
 

@@ -88,7 +88,7 @@ def _loaded() -> None:
     plugins; forgotten, it leaves none.
     """
     import_litellm()
-    for module in ("cassettes", "service", "testing"):
+    for module in ("testing.cassettes", "service", "testing.mock"):
         importlib.import_module(f"dipeo_llm.{module}")
 
 
