@@ -8,14 +8,14 @@ it, changes where a call or a key goes. LiteLLM itself never holds a key.
 """
 
 import asyncio
-import contextvars
 import ipaddress
 import json
 import os
+import re
 import ssl
 import urllib.request
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -24,7 +24,7 @@ from pydantic import SecretStr
 from pydantic_core import to_json
 
 from dipeo_llm.adapters import failures
-from dipeo_llm.adapters.factory import Provider
+from dipeo_llm.adapters.attempt import Attempt
 from dipeo_llm.errors import (
     LLMServiceError,
     LLMTimeoutError,
@@ -45,7 +45,7 @@ USER_AGENT = "dipeo-llm"
 # What may travel beside the key: what the formats need. Everything else that LiteLLM or
 # an SDK adds comes from the environment (OPENAI_ORG_ID, OPENAI_CUSTOM_HEADERS,
 # ANTHROPIC_CUSTOM_HEADERS) or is telemetry (x-stainless-*).
-_HEADERS = frozenset(
+ALLOWED_HEADERS = frozenset(
     {
         "accept",
         "content-type",
@@ -60,40 +60,11 @@ _HEADERS = frozenset(
 class Endpoint:
     """Where a client goes, and as whom."""
 
-    provider: Provider
+    service: str
     base_url: str | None
-    """None where only LiteLLM knows: then no fence can stand around the host."""
     secret: SecretStr
-
-
-@dataclass(slots=True)
-class Exchange:
-    """What one attempt did on the wire, whatever LiteLLM makes of it."""
-
-    requests: int = 0
-    request_body: bytes = field(default=b"", repr=False)
-    status: int | None = None
-    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
-    body: bytearray = field(default_factory=bytearray, repr=False)
-    """What was read, unless `on_piece` took it."""
-    error: Exception | None = field(default=None, repr=False)
-    """What failed below HTTP, or was refused at the fence."""
-    extra_body: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    """Merged into the body of the request just before it is sent."""
-    on_piece: Callable[[bytes], None] | None = None
-    """Takes the pieces of a 200 in place of `body`."""
-    abandoned: bool = False
-    """Whether the attempt was cancelled before it was sent."""
-    whole: bool = False
-    """Whether the answer was read to its end."""
-    response: Any = field(default=None, repr=False)
-    """The open answer, to be closed by whoever leaves it early."""
-
-
-current: contextvars.ContextVar[Exchange | None] = contextvars.ContextVar(
-    "dipeo_llm_exchange", default=None
-)
-"""The attempt that the running code belongs to."""
+    key_header: str = "authorization"
+    allowed_headers: frozenset[str] | None = ALLOWED_HEADERS
 
 
 class Client:
@@ -103,7 +74,7 @@ class Client:
         endpoint: Where it goes.
         settings: Limits, proxy, TLS and extra headers.
         tls: What a https endpoint is checked against; see `tls_context`.
-        turns: One for each request that may be in flight, first come first served;
+        permits: One for each request that may be in flight, first come first served;
             None is no limit. Taken and given back by the adapter.
     """
 
@@ -112,7 +83,7 @@ class Client:
         endpoint: Endpoint,
         settings: Settings,
         tls: ssl.SSLContext | None = None,
-        turns: asyncio.Semaphore | None = None,
+        permits: asyncio.Semaphore | None = None,
     ) -> None:
         import aiohttp
 
@@ -135,7 +106,7 @@ class Client:
             headers={"User-Agent": USER_AGENT},
             skip_auto_headers=("Accept",),
         )
-        self.turns = turns
+        self.permits = permits
         self.sdk: Any = None
         """What LiteLLM takes as `client=`; made by the adapter."""
 
@@ -145,9 +116,9 @@ class Client:
         url: str,
         headers: Mapping[str, str],
         body: bytes | None,
+        exchange: Attempt,
         *,
         read_timeout: float | None = None,
-        exchange: Exchange | None = None,
     ) -> "aiohttp.ClientResponse":
         """Send one request and return its answer, the body still to be read.
 
@@ -167,8 +138,7 @@ class Client:
         import aiohttp
         from yarl import URL
 
-        exchange = exchange or current.get()
-        if exchange is not None and exchange.abandoned:
+        if exchange.is_abandoned:
             raise asyncio.CancelledError
         task = asyncio.current_task()
         cancelled = task.cancelling() if task is not None else 0
@@ -211,21 +181,18 @@ class Client:
             exchange.response = response
         return response
 
-    async def read(
-        self, response: "aiohttp.ClientResponse", exchange: Exchange
-    ) -> None:
+    async def read(self, exchange: Attempt) -> None:
         """Read a whole body into the exchange, up to the limit.
 
         Raises:
             ServiceUnavailableError, aiohttp.ClientError, OSError: As `pieces`.
         """
-        async for _ in self.pieces(response, exchange):
+        async for _ in self.pieces(exchange):
             pass
 
     async def pieces(
         self,
-        response: "aiohttp.ClientResponse",
-        exchange: Exchange | None = None,
+        exchange: Attempt,
         *,
         keep: bool = True,
     ) -> AsyncGenerator[bytes, None]:
@@ -242,10 +209,8 @@ class Client:
             ServiceUnavailableError: It is longer than the limit.
             aiohttp.ClientError, TimeoutError, OSError: As aiohttp raises them.
         """
-        exchange = exchange or current.get() or Exchange()
-        note = exchange.on_piece if response.status == 200 else None
-        if note is None and keep:
-            note = exchange.body.extend
+        response = exchange.response
+        note = exchange.body.extend if keep else None
         limit = self._settings.max_response_bytes
         size = 0
         whole = False
@@ -259,7 +224,7 @@ class Client:
                 if note is not None:
                     note(piece)
                 yield piece
-            whole = exchange.whole = True
+            whole = exchange.is_whole = True
         except Exception as exc:
             self._note(exc, exchange)
             raise
@@ -273,7 +238,7 @@ class Client:
         """Close the session and every connection; calls in flight fail."""
         await self.session.close()
 
-    def _note(self, exc: Exception, exchange: Exchange | None) -> None:
+    def _note(self, exc: Exception, exchange: Attempt) -> None:
         """Keep a failure; one of our own `aclose` is raised as what it is."""
         closed = self.session.closed and not isinstance(exc, LLMServiceError)
         error = _closed_under() if closed else exc
@@ -282,7 +247,7 @@ class Client:
         if closed:
             raise error from exc
 
-    def _check(self, url: str, exchange: Exchange | None) -> None:
+    def _check(self, url: str, exchange: Attempt) -> None:
         # The base URL was checked to hold no user and no odd character, so what begins
         # with it and a slash goes to the same host; anything else is looked at whole.
         known = self._prefix is not None and url.startswith(self._prefix)
@@ -297,9 +262,9 @@ class Client:
     def _headers(
         self, asked: Mapping[str, str], *, body_is_json: bool
     ) -> dict[str, str]:
-        provider = self.endpoint.provider
+        provider = self.endpoint
         secret = self.endpoint.secret.get_secret_value()
-        if provider.format is None:
+        if provider.allowed_headers is None:
             # LiteLLM alone knows how this provider is spoken to, and may have signed.
             headers = {
                 k: v.replace(PLACEHOLDER, secret)
@@ -307,7 +272,9 @@ class Client:
                 if k.lower() not in _NOT_FORWARDED
             }
         else:
-            headers = {k: v for k, v in asked.items() if k.lower() in _HEADERS}
+            headers = {
+                k: v for k, v in asked.items() if k.lower() in provider.allowed_headers
+            }
             # LiteLLM posts some bodies as text, which aiohttp would call binary.
             if body_is_json and "content-type" not in asked:
                 headers["content-type"] = "application/json"
@@ -349,7 +316,7 @@ def merge(body: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def httpx_client(client: Client) -> "httpx.AsyncClient":
+def httpx_client(client: Client, attempt: Attempt) -> "httpx.AsyncClient":
     """Wear a client as httpx, which LiteLLM and the OpenAI SDK speak."""
     import httpx
 
@@ -362,6 +329,7 @@ def httpx_client(client: Client) -> "httpx.AsyncClient":
                     str(request.url),
                     request.headers,
                     await request.aread(),
+                    attempt,
                     read_timeout=timeout.get("read"),
                 )
             except Exception as exc:
@@ -384,7 +352,7 @@ def httpx_client(client: Client) -> "httpx.AsyncClient":
 
         async def __aiter__(self) -> AsyncIterator[bytes]:
             try:
-                async for piece in client.pieces(self._response):
+                async for piece in client.pieces(attempt):
                     yield piece
             except Exception as exc:
                 raise httpx.ReadError(str(exc)) from exc
@@ -474,7 +442,9 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-async def tls_context(endpoint: Endpoint, settings: Settings) -> ssl.SSLContext | None:
+async def tls_context(
+    base_url: str | None, settings: Settings
+) -> ssl.SSLContext | None:
     """Return what a https endpoint is checked against, None for a http one.
 
     The authorities are `ca_bundle`, else SSL_CERT_FILE or SSL_CERT_DIR, else certifi's,
@@ -483,7 +453,7 @@ async def tls_context(endpoint: Endpoint, settings: Settings) -> ssl.SSLContext 
     Raises:
         SettingsError: The bundle cannot be read.
     """
-    if endpoint.base_url is not None and endpoint.base_url.startswith("http://"):
+    if base_url is not None and base_url.startswith("http://"):
         return None
     bundle = str(settings.ca_bundle) if settings.ca_bundle is not None else None
     asked = (bundle, os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
@@ -508,6 +478,11 @@ def _load_tls(
         name = "ca_bundle" if bundle else "SSL_CERT_FILE or SSL_CERT_DIR"
         raise SettingsError(f"{name} cannot be read: {exc}") from None
     return context
+
+
+def fits_a_header(secret: SecretStr) -> bool:
+    """Say whether a key can travel in a header."""
+    return re.fullmatch(r"[\x21-\x7e]*", secret.get_secret_value()) is not None
 
 
 def _origin(url: str) -> str:

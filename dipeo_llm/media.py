@@ -17,11 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from pydantic import SecretStr
-
-from dipeo_llm.adapters.factory import Provider
 from dipeo_llm.adapters.failures import clean
-from dipeo_llm.client import USER_AGENT, Endpoint, proxy_for, tls_context
+from dipeo_llm.client import USER_AGENT, proxy_for, tls_context
 from dipeo_llm.errors import InvalidRequestError
 from dipeo_llm.files import open_regular, resolve_inside
 from dipeo_llm.settings import Settings
@@ -46,42 +43,24 @@ _AT_ONCE = 8
 _PDF = "application/pdf"
 _PICTURES = frozenset({"image/png", "image/jpeg", "image/gif", "image/webp"})
 
-# All pages read 2026-11-23.
-TAKES: Mapping[str, frozenset[str]] = {
-    # https://platform.openai.com/docs/guides/images-vision#image-input-requirements
-    # https://developers.openai.com/api/docs/guides/file-inputs: PDF only, never by URL
-    # https://platform.openai.com/docs/guides/audio: wav and mp3
-    "openai": _PICTURES | {_PDF, "audio/wav", "audio/mp3"},
-    # https://platform.claude.com/docs/en/build-with-claude/vision
-    # https://platform.claude.com/docs/en/build-with-claude/pdf-support
-    # No sound; LiteLLM leaves it out without a word.
-    "anthropic": _PICTURES | {_PDF},
-    # https://ai.google.dev/gemini-api/docs/image-understanding: no gif
-    # https://ai.google.dev/gemini-api/docs/document-processing
-    # https://ai.google.dev/gemini-api/docs/audio
-    "google": frozenset(
-        {"image/png", "image/jpeg", "image/webp", "image/heic", "image/heif", _PDF}
-    )
-    | {f"audio/{name}" for name in ("wav", "mp3", "aiff", "aac", "ogg", "flac")}
-    # its documents page: text is read as plain text
-    | {f"text/{name}" for name in ("plain", "markdown", "html", "xml", "csv")}
-    # https://ai.google.dev/gemini-api/docs/video-understanding, as a data: URL
-    | {f"video/{name}" for name in ("mp4", "mpeg", "quicktime", "webm", "3gpp")},
-    # https://github.com/ollama/ollama/pull/10653 (webp, from 0.7 on) and decodeImageURL
-    # in https://github.com/ollama/ollama/blob/main/openai/openai.go: a gif is refused.
-    # LiteLLM leaves files and sound out without a word.
-    "ollama": frozenset({"image/png", "image/jpeg", "image/webp"}),
-}
-"""Media types by provider; one that is not here is given what it is given."""
+PDF = _PDF
+PICTURES = _PICTURES
 
-# These fetch a picture themselves; every other gets the bytes.
-_FETCH_THEMSELVES = frozenset({"openai"})
+
+@dataclass(frozen=True, slots=True)
+class MediaRules:
+    types: frozenset[str] | None = None
+    fetches_images: bool = False
+    reads_stored: bool = False
+    takes_file_ids: bool = True
+    reads_documents: bool = False
+
 
 # A file that is on Google's servers already is named to Google as it is. LiteLLM fetches
 # what begins otherwise (GEMINI_FILES_API_URI_PREFIX in its
 # llms/vertex_ai/gemini/transformation.py, 1.105 to 1.109).
 _STORED = re.compile(r"gs://|https://generativelanguage\.googleapis\.com/v1beta/files/")
-_READ_STORED = frozenset({"google", "vertex"})
+
 
 _ALIASES = {
     "image/jpg": "image/jpeg",
@@ -121,8 +100,9 @@ class _Wanted:
 
 async def prepare(
     messages: Sequence[Mapping[str, Any]],
-    provider: Provider,
+    provider: MediaRules,
     *,
+    service: str,
     base_dir: Path | None,
     settings: Settings,
     allow_outside_base_dir: bool = False,
@@ -161,10 +141,12 @@ async def prepare(
     if len(wanted) > MAX_PARTS:
         raise InvalidRequestError(
             f"there are {len(wanted)} pictures and files, more than {MAX_PARTS}",
-            service=provider.name,
+            service=None,
         )
     base = base_dir or settings.base_dir or Path()
-    loader = _Loader(provider, settings, base, allow_outside=allow_outside_base_dir)
+    loader = _Loader(
+        provider, service, settings, base, allow_outside=allow_outside_base_dir
+    )
     try:
         async with asyncio.TaskGroup() as group:
             for alike in _grouped(wanted):
@@ -176,7 +158,7 @@ async def prepare(
 
 
 def _unpacked(
-    message: Mapping[str, Any], place: str, provider: Provider, wanted: list[_Wanted]
+    message: Mapping[str, Any], place: str, provider: MediaRules, wanted: list[_Wanted]
 ) -> dict[str, Any]:
     """Return a message with parts of its own, those that need bytes noted in *wanted*."""
     content = message.get("content")
@@ -190,9 +172,7 @@ def _unpacked(
             part = _openai_part(given, provider)
             found = _wanted(part, provider, is_result=is_result)
         except _RefusedError as why:
-            raise InvalidRequestError(
-                f"{where}: {why}", service=provider.name
-            ) from None
+            raise InvalidRequestError(f"{where}: {why}", service=None) from None
         if found is not None:
             wanted.append(_Wanted(where, parts, index, **found))
         parts.append(_fresh(part))
@@ -219,7 +199,7 @@ _SOURCES = {
 _BESIDE = ("detail", "filename", "format", "mime_type", "video_metadata")
 
 
-def _openai_part(part: Any, provider: Provider) -> Any:
+def _openai_part(part: Any, provider: MediaRules) -> Any:
     """Write a part of media as OpenAI's chat has it, with nothing in it that is not read.
 
     LiteLLM fetches what it finds in the spelling of another API, or in a field that the
@@ -253,7 +233,7 @@ def _openai_part(part: Any, provider: Provider) -> Any:
 
 
 def _anthropic_part(
-    name: str, part: Mapping[str, Any], provider: Provider
+    name: str, part: Mapping[str, Any], provider: MediaRules
 ) -> tuple[str, Any]:
     """Return type and body of OpenAI's part for Anthropic's image or document.
 
@@ -262,8 +242,8 @@ def _anthropic_part(
     found = part.get("source")
     source = found if isinstance(found, Mapping) else {}
     if name == "document" and (
-        provider.name == "anthropic"
-        or (provider.name not in TAKES and source.get("type") != "url")
+        provider.reads_documents
+        or (provider.types is None and source.get("type") != "url")
     ):
         return name, None
     if source.get("type") == "url":
@@ -280,7 +260,9 @@ def _anthropic_part(
     return "file", {"file_data": url, "filename": part.get("title")}
 
 
-def _wanted(part: Any, provider: Provider, *, is_result: bool) -> dict[str, Any] | None:
+def _wanted(
+    part: Any, provider: MediaRules, *, is_result: bool
+) -> dict[str, Any] | None:
     """Say what a part wants, in the fields of _Wanted; None for nothing."""
     if isinstance(part, str):
         return None
@@ -337,16 +319,16 @@ def _source(kind: str, body: Mapping[str, Any]) -> str | Path | None:
 
 
 def _is_kept_by_provider(
-    source: str | Path | None, kind: str, body: Mapping[str, Any], provider: Provider
+    source: str | Path | None, kind: str, body: Mapping[str, Any], provider: MediaRules
 ) -> bool:
     """Say whether the provider has the bytes already, so that the part stays as it is."""
     if source is None:
-        if provider.name == "ollama":
-            raise _RefusedError("ollama keeps no files that an id could name")
+        if not provider.takes_file_ids:
+            raise _RefusedError("the provider keeps no files that an id could name")
         return True
     if (
         not isinstance(source, str)
-        or provider.name not in _READ_STORED
+        or not provider.reads_stored
         or kind == "input_audio"
         or not _STORED.match(source)
     ):
@@ -376,9 +358,16 @@ class _Loader:
     """Has the bytes of one conversation's parts, and puts them in place."""
 
     def __init__(
-        self, provider: Provider, settings: Settings, base: Path, *, allow_outside: bool
+        self,
+        provider: MediaRules,
+        service: str,
+        settings: Settings,
+        base: Path,
+        *,
+        allow_outside: bool,
     ) -> None:
         self._provider = provider
+        self._service = service
         self._settings = settings
         self._allow_private = settings.allow_private_urls
         self._base = base
@@ -395,7 +384,7 @@ class _Loader:
             self._check(first.kind, media_type, len(url) * 3 // 4 * len(alike))
         except _RefusedError as why:
             raise InvalidRequestError(
-                f"{first.place}: {why}", service=self._provider.name
+                f"{first.place}: {why}", service=self._service
             ) from None
         for item in alike:
             item.content[item.index] = _part(item, media_type, url)
@@ -407,7 +396,7 @@ class _Loader:
             return await asyncio.to_thread(self._from_file, source)
         if source[:5].lower() == "data:":
             return await _off_loop(len(source), _checked_data_url, source)
-        if item.kind == "image" and self._provider.name in _FETCH_THEMSELVES:
+        if item.kind == "image" and self._provider.fetches_images:
             _checked_url(source, allow_private=self._allow_private)
             return "image/*", source
         data, media_type = await _fetched(
@@ -440,10 +429,10 @@ class _Loader:
                 f"{media_type} stands where {kind}/… is asked for"
                 + (": a PDF goes into a 'file' part" if media_type == _PDF else "")
             )
-        takes = TAKES.get(self._provider.name)
+        takes = self._provider.types
         if takes is not None and media_type not in {*takes, "image/*"}:
             raise _RefusedError(
-                f"{self._provider.name} takes no {media_type}, only"
+                f"{self._service} takes no {media_type}, only"
                 f" {', '.join(sorted(takes))}"
             )
         self._total += size
@@ -710,11 +699,7 @@ async def _fetched(
     target = _checked_url(url, allow_private=allow_private)
     host = target.raw_host or ""
     resolver = _resolver(allow_private=allow_private)
-    tls = await tls_context(
-        # Only the authorities matter here.
-        Endpoint(_NOBODY, None, SecretStr("")),
-        settings,
-    )
+    tls = await tls_context(None, settings)
     try:
         async with (
             asyncio.timeout(FETCH_TIMEOUT),
@@ -764,7 +749,6 @@ async def _fetched(
     raise _url_refused(host, why)
 
 
-_NOBODY = Provider(name="", litellm="")
 _ACCEPT = {"image": "image/*", "audio": "audio/*", "file": f"{_PDF}, image/*, audio/*"}
 
 

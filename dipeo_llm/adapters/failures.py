@@ -9,7 +9,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 from dipeo_llm.errors import (
     APIKeyError,
+    CallError,
     ContentFilterError,
     ContextWindowError,
     InvalidRequestError,
@@ -27,8 +28,6 @@ from dipeo_llm.errors import (
     RateLimitError,
     ServiceUnavailableError,
 )
-
-CallError = APIKeyError | LLMServiceError
 
 _REQUEST_ID_HEADERS = ("x-request-id", "request-id", "x-goog-request-id")
 
@@ -242,18 +241,20 @@ _HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def answer_in(
-    wire_format: str | None, content_type: str, body: bytes
+    content_type: str,
+    body: bytes,
+    has_answer: Callable[[Mapping[str, Any]], bool] = bool,
 ) -> tuple[dict[str, Any], str | None]:
     """Read the body of a 200.
 
     Args:
-        wire_format: Whose format it should be in; None where only LiteLLM can tell.
         content_type: For the reason.
         body: The whole body.
+        has_answer: Says whether the JSON holds an answer in the provider's format.
 
     Returns:
-        Its JSON, and the reason why it is no answer; None for one. An error object of
-        the provider's is returned with the key "error".
+        The JSON, and the reason why it is not an answer; None if it is one. An error
+        object of the provider is returned under the key "error".
     """
     try:
         data = loads(body)
@@ -266,62 +267,10 @@ def answer_in(
         return {}, "its body is not a JSON object"
     if error := error_in(data):
         return {**data, "error": error}, None
-    if wire_format is None or _ANSWERS[wire_format](data):
+    if has_answer(data):
         return data, None
-    return data, f"it holds no answer, only {', '.join(sorted(data)[:8]) or 'nothing'}"
-
-
-def _has_openai_answer(data: Mapping[str, Any]) -> bool:
-    choices = data.get("choices")
-    return (
-        isinstance(choices, list)
-        and bool(choices)
-        and all(
-            isinstance(c, dict)
-            # Azure leaves the message out where it has filtered all of it.
-            and (
-                isinstance(c.get("message"), dict)
-                or c.get("finish_reason") == "content_filter"
-            )
-            for c in choices
-        )
-    )
-
-
-def _has_google_answer(data: Mapping[str, Any]) -> bool:
-    candidates = data.get("candidates")
-    # Without candidates, a prompt that was blocked says so: that is an answer.
-    return (isinstance(candidates, list) and bool(candidates)) or blocked(
-        data
-    ) is not None
-
-
-def _has_anthropic_answer(data: Mapping[str, Any]) -> bool:
-    return isinstance(data.get("content"), list)
-
-
-def _has_ollama_answer(data: Mapping[str, Any]) -> bool:
-    return isinstance(data.get("message"), dict)
-
-
-def _has_responses_answer(data: Mapping[str, Any]) -> bool:
-    return isinstance(data.get("output"), list)
-
-
-_ANSWERS = {
-    "openai": _has_openai_answer,
-    "responses": _has_responses_answer,
-    "anthropic": _has_anthropic_answer,
-    "google": _has_google_answer,
-    "ollama": _has_ollama_answer,
-}
-
-
-def blocked(data: Mapping[str, Any]) -> str | None:
-    """Return Google's reason for refusing a prompt, None if it did not."""
-    feedback = data.get("promptFeedback")
-    reason = feedback.get("blockReason") if isinstance(feedback, dict) else None
-    return str(reason) if reason and not data.get("candidates") else None
+    fields = ", ".join(sorted(data)[:8]) or "nothing"
+    return data, f"it does not hold an answer, only {fields}"
 
 
 def retry_after(headers: Mapping[str, str], body: bytes = b"") -> float | None:

@@ -363,7 +363,7 @@ def provider(options: argparse.Namespace) -> int:
 
 async def _provider_of(model: str, service: str | None = None) -> str:
     """Name a model's provider. Imports LiteLLM only for a name that no row claims."""
-    row, _ = providers.split(model, service)
+    row, _ = providers.resolve(model, service)
     if row is not None:
         return row.name
     from dipeo_llm import EnvironmentAPIKeys, LLMInfraService

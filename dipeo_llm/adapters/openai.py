@@ -1,0 +1,374 @@
+"""OpenAI's chat completions, and every server that speaks their format.
+
+OpenAI's other endpoint, Responses, has a file of its own; this adapter decides when a
+request must go there.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from dipeo_llm.adapters.base import BaseLLMAdapter
+from dipeo_llm.adapters.events import StreamReader
+from dipeo_llm.adapters.provider import ModelList, Probe, Provider
+from dipeo_llm.adapters.reading import (
+    JSON,
+    Reading,
+    make_call_id,
+    merge_pages,
+    read_function,
+    read_tool_call,
+)
+from dipeo_llm.adapters.request import (
+    OPENAI_FIELDS,
+    Message,
+    PreparedRequest,
+    drop_cache_control,
+    keep_fields,
+)
+from dipeo_llm.adapters.translation import (
+    JSON_HEADERS,
+    Outgoing,
+    find_config,
+    map_options,
+)
+from dipeo_llm.domain import (
+    ImageGenerationResult,
+    StreamChunk,
+    ToolCallDelta,
+    ToolConfig,
+    ToolType,
+    WebSearchResult,
+)
+from dipeo_llm.litellm_tables import model_info
+from dipeo_llm.media import PDF, PICTURES, MediaRules
+
+# https://platform.openai.com/docs/guides/images-vision#image-input-requirements
+# https://developers.openai.com/api/docs/guides/file-inputs: PDF only, never by URL
+# https://platform.openai.com/docs/guides/audio: wav and mp3; all read 2026-11-23.
+_MEDIA = MediaRules(
+    types=PICTURES | {PDF, "audio/wav", "audio/mp3"}, fetches_images=True
+)
+
+OPENAI = Provider(
+    name="openai",
+    litellm="openai",
+    base_url="https://api.openai.com/v1",
+    path="/v1",
+    key_variables=("OPENAI_API_KEY",),
+    system_role="developer",
+    takes_openai_client=True,
+    claims=re.compile(
+        r"(?:ft:)?(?:gpt-(?!oss)[\w.-]+|chatgpt-[\w.-]+|o[1-9](?:-[\w.-]+)?"
+        r"|codex-[\w.-]+|davinci-002|babbage-002)(?::.*)?"
+        r"|computer-use-preview[\w.-]*|text-embedding-(?:3|ada)-[\w.-]+"
+        r"|dall-e-\d|whisper-1|tts-1[\w.-]*|omni-moderation-[\w.-]+"
+    ),
+    media=_MEDIA,
+)
+DEEPSEEK = Provider(
+    name="deepseek",
+    litellm="deepseek",
+    base_url="https://api.deepseek.com/v1",
+    key_variables=("DEEPSEEK_API_KEY",),
+    claims=re.compile(r"deepseek-(?:chat|reasoner)"),
+)
+
+_CHAT_ONLY = re.compile(r"(?:ft:)?(?:gpt-[34]|chatgpt-)")
+_TAKES_NO_STOP = re.compile(r"o[34](?:-|$)")
+_REASONS = re.compile(r"(?:ft:)?o[1-9](?:-|:|$)")
+
+
+class ChatGPTAdapter(BaseLLMAdapter):
+    """Talks to OpenAI, or to a server that speaks its chat completions."""
+
+    rows = (OPENAI, DEEPSEEK)
+    probe = Probe("gpt-4.1-nano", ("messages", "max_tokens", "temperature", "tools"))
+    # https://platform.openai.com/docs/api-reference/models/list (2026-11-23)
+    model_list = ModelList("/models", "data", "id")
+
+    def prepare_messages(self, messages: list[Message]) -> list[Message]:
+        """Keep OpenAI's fields, and send system prompts as the role "developer"."""
+        prepared = keep_fields(
+            messages, OPENAI_FIELDS, system_role=self.provider.system_role
+        )
+        for message in prepared:
+            message.setdefault("content", None)
+            if message["role"] == "tool":
+                message.pop("name", None)
+            if message.get("tool_calls"):
+                message["tool_calls"] = [
+                    {k: v for k, v in call.items() if k in {"id", "type", "function"}}
+                    for call in message["tool_calls"]
+                ]
+        drop_cache_control(prepared)
+        return prepared
+
+    def own_tool(self, tool: ToolConfig, options: dict[str, Any]) -> list[JSON]:
+        """Return OpenAI's web search or image generation.
+
+        Source: https://platform.openai.com/docs/guides/tools-web-search (2026-11-23).
+        """
+        config = tool.config or {}
+        if self.provider is not OPENAI:
+            return super().own_tool(tool, options)
+        if tool.type is ToolType.IMAGE_GENERATION:
+            return [{"type": "image_generation", **config}]
+        if tool.type not in {ToolType.WEB_SEARCH, ToolType.WEB_SEARCH_PREVIEW}:
+            return super().own_tool(tool, options)
+        if "search" in self.model_name:
+            options["web_search_options"] = config
+            return []
+        return [{"type": "web_search", **config}]
+
+    def adjust_options(self, prepared: PreparedRequest) -> None:
+        """Drop an effort that older chat models refuse, and `stop` for o3 and o4-mini.
+
+        LiteLLM no longer knows the retired o-series models. Source:
+        https://platform.openai.com/docs/api-reference/chat/create (2026-11-25).
+        """
+        if self.provider is not OPENAI:
+            return
+        options = prepared.options
+        if _CHAT_ONLY.match(self.model_name):
+            options.pop("reasoning_effort", None)
+        if _REASONS.match(self.model_name):
+            if "max_tokens" in options:
+                options["max_completion_tokens"] = options.pop("max_tokens")
+            options.pop("temperature", None)
+            options.pop("top_p", None)
+        if _TAKES_NO_STOP.match(self.model_name):
+            options.pop("stop", None)
+
+    def other_endpoint(
+        self, litellm: Any, prepared: PreparedRequest
+    ) -> BaseLLMAdapter | None:
+        """Return the Responses endpoint for a model or a tool that only it takes."""
+        if self.provider is not OPENAI:
+            return None
+        info = model_info(litellm, "openai", self.model_name) or {}
+        needs_responses = info.get("mode") == "responses" or any(
+            tool.get("type") != "function" for tool in prepared.options.get("tools", ())
+        )
+        return self.sibling("responses") if needs_responses else None
+
+    def counting_adapter(self) -> BaseLLMAdapter | None:
+        """Return OpenAI's Responses endpoint, which counts tokens."""
+        return self.sibling("responses") if self.provider is OPENAI else None
+
+    def translate(
+        self, litellm: Any, prepared: PreparedRequest, *, stream: bool
+    ) -> Outgoing:
+        """Translate with the configuration class that LiteLLM has for the provider."""
+        model, messages = self.model_name, prepared.messages
+        body = find_config(litellm, self.provider, model).transform_request(
+            model=model,
+            messages=messages,
+            optional_params=map_options(litellm, self.provider, model, prepared),
+            litellm_params={},
+            headers={},
+        )
+        # LiteLLM changes some roles here that must be sent as they are.
+        body["messages"] = messages
+        body.pop("extra_body", None)
+        body.pop("stream", None)
+        if stream:
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
+        return Outgoing("/chat/completions", JSON_HEADERS, body)
+
+    def has_answer(self, body: Mapping[str, Any]) -> bool:
+        """Say whether each choice has a message, or was filtered whole by Azure."""
+        choices = body.get("choices")
+        return (
+            isinstance(choices, list)
+            and bool(choices)
+            and all(
+                isinstance(choice, dict)
+                and (
+                    isinstance(choice.get("message"), dict)
+                    or choice.get("finish_reason") == "content_filter"
+                )
+                for choice in choices
+            )
+        )
+
+    def read(self, body: Mapping[str, Any]) -> Reading:
+        """Read a chat completion."""
+        return read_chat_completion(body)
+
+    def stream_reader(self) -> StreamReader:
+        """Return a reader of chat completion chunks."""
+        return OpenAIStream()
+
+
+def read_chat_completion(body: Mapping[str, Any]) -> Reading:
+    """Read a chat completion; LiteLLM's own results have this shape too."""
+    choices = body.get("choices") or []
+    messages = [choice.get("message") or {} for choice in choices]
+    first = messages[0] if messages else {}
+    texts = [_join_text(message.get("content")) for message in messages]
+    finish = choices[0].get("finish_reason") if choices else None
+    return Reading(
+        text=texts[0] if texts else "",
+        texts=texts if len(texts) > 1 else [],
+        reasoning=first.get("reasoning_content") or first.get("reasoning") or None,
+        tool_calls=[
+            read_tool_call(
+                call.get("id") or make_call_id(body.get("id"), index, call),
+                *read_function(call),
+            )
+            for index, call in enumerate(first.get("tool_calls") or ())
+        ],
+        finish="tool_calls" if finish == "function_call" else finish,
+        refusal=first.get("refusal") or None,
+        model=body.get("model"),
+        id=body.get("id"),
+        usage=body.get("usage"),
+        searches=merge_pages(
+            WebSearchResult(url=c.get("url", ""), title=c.get("title") or "")
+            for a in first.get("annotations") or ()
+            if (c := a.get("url_citation"))
+        ),
+        images=[
+            image
+            for part in first.get("images") or ()
+            if (image := _read_image(part.get("image_url", {}).get("url", "")))
+        ],
+    )
+
+
+def _join_text(content: Any) -> str:
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" for part in content)
+    return content or ""
+
+
+def _read_image(url: str) -> ImageGenerationResult | None:
+    head, comma, data = url.partition(",")
+    if not comma or not head.startswith("data:image/"):
+        return None
+    return ImageGenerationResult(
+        image_data=data, format=head.removeprefix("data:image/").partition(";")[0]
+    )
+
+
+_OPENAI_TEXTS = ("content", "refusal", "reasoning_content", "reasoning")
+
+
+class OpenAIStream(StreamReader):
+    """Chat completion chunks, ended by a finish reason for each choice and [DONE]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._head: JSON = {}
+        self._choices: dict[int, JSON] = {}
+        self._text: dict[tuple[int, str], list[str]] = {}
+        self._calls: dict[int, list[JSON]] = {}
+        self._last: dict[tuple[int, int | None], JSON] = {}
+        """The call that a fragment with this index goes to, by choice and index."""
+
+    def _event(self, event: JSON, chunks: list[StreamChunk]) -> None:
+        for name in ("id", "model", "usage"):
+            if event.get(name) is not None:
+                self._head[name] = event[name]
+        for choice in event.get("choices") or ():
+            index = choice.get("index") or 0
+            kept = self._choices.setdefault(
+                index, {"index": index, "finish_reason": None}
+            )
+            if choice.get("finish_reason"):
+                kept["finish_reason"] = choice["finish_reason"]
+            delta = choice.get("delta")
+            if delta is None:  # some compatible servers send whole messages
+                delta = choice.get("message")
+            if delta:
+                self._delta(index, kept, delta, chunks)
+
+    def _delta(
+        self, index: int, kept: JSON, delta: JSON, chunks: list[StreamChunk]
+    ) -> None:
+        for name in _OPENAI_TEXTS:
+            if name == "reasoning" and delta.get("reasoning_content"):
+                continue  # the same again, under both of its names
+            if piece := _join_text(delta.get(name)):
+                self._text.setdefault((index, name), []).append(piece)
+                if index == 0 and name == "content":
+                    chunks.append(StreamChunk(piece))
+                elif index == 0 and name != "refusal":
+                    chunks.append(StreamChunk(reasoning=piece))
+        if delta.get("annotations"):
+            kept.setdefault("annotations", []).extend(delta["annotations"])
+        for call in delta.get("tool_calls") or ():
+            self._call(index, call, chunks)
+
+    def _call(self, choice: int, call: JSON, chunks: list[StreamChunk]) -> None:
+        name, arguments = read_function(call)
+        if isinstance(arguments, dict):
+            arguments = json.dumps(arguments)
+        place = (choice, call.get("index"))
+        kept = self._last.get(place)
+        if kept is None or _begins_a_call(kept, call, name):
+            calls = self._calls.setdefault(choice, [])
+            kept = {"at": len(calls), "id": None, "name": None, "text": []}
+            self._last[place] = kept
+            calls.append(kept)
+        kept["id"] = kept["id"] or call.get("id")
+        kept["name"] = name or kept["name"]
+        if arguments:
+            kept["text"].append(arguments)
+        if choice == 0:
+            told = kept["id"] if call.get("id") else None
+            chunks.append(
+                StreamChunk(
+                    tool_call=ToolCallDelta(
+                        kept["at"], told, name or None, arguments or ""
+                    )
+                )
+            )
+
+    @property
+    def is_ended(self) -> bool:
+        return (
+            self._done
+            and bool(self._choices)
+            and all(c["finish_reason"] for c in self._choices.values())
+        )
+
+    def body(self) -> JSON:
+        texts: dict[int, JSON] = {}
+        for (choice, name), pieces in self._text.items():
+            texts.setdefault(choice, {})[name] = "".join(pieces)
+        calls = {index: list(map(_whole_call, c)) for index, c in self._calls.items()}
+        choices = []
+        for index, kept in sorted(self._choices.items()):
+            message: JSON = {"role": "assistant", "content": None}
+            message.update(texts.get(index, {}))
+            if index in calls:
+                message["tool_calls"] = calls[index]
+            if "annotations" in kept:
+                message["annotations"] = kept["annotations"]
+            finish = kept["finish_reason"]
+            choices.append(
+                {"index": index, "message": message, "finish_reason": finish}
+            )
+        return {**self._head, "object": "chat.completion", "choices": choices}
+
+
+def _begins_a_call(kept: JSON, call: JSON, name: str | None) -> bool:
+    """Say whether a fragment begins another call than the one that has its index.
+
+    Ollama gives each call the index 0 (github.com/ollama/ollama/issues/15457), others
+    give none. Poolside changes the id after the first fragment of a call, where alone
+    the name is (github.com/poolsideai/pool/issues/9). Both read 2026-11-25.
+    """
+    given = call.get("id")
+    other = bool(given and kept["id"] and given != kept["id"])
+    if call.get("index") is not None:
+        return other and bool(name)
+    return other or (bool(name) and not (given and kept["id"]))
+
+
+def _whole_call(call: JSON) -> JSON:
+    function = {"name": call["name"], "arguments": "".join(call["text"])}
+    return {"id": call["id"], "type": "function", "function": function}
