@@ -291,7 +291,9 @@ class Client:
                 headers["content-type"] = "application/json"
             if secret:
                 is_bearer = endpoint.key_header == "authorization"
-                headers[endpoint.key_header] = f"Bearer {secret}" if is_bearer else secret
+                headers[endpoint.key_header] = (
+                    f"Bearer {secret}" if is_bearer else secret
+                )
         headers.update(self._settings.extra_headers)
         return headers
 
@@ -398,15 +400,23 @@ class _Watch(asyncio.Protocol):
     def __init__(self, inner: Any) -> None:
         self.has_received = False
         """Whether bytes have arrived since the connection was taken from the pool."""
-        self._data_received = inner.data_received
-        self.connection_lost = inner.connection_lost
-        self.eof_received = inner.eof_received
-        self.pause_writing = inner.pause_writing
-        self.resume_writing = inner.resume_writing
+        self._inner = inner
 
     def data_received(self, data: bytes) -> None:
         self.has_received = True
-        self._data_received(data)
+        self._inner.data_received(data)
+
+    def eof_received(self) -> None:
+        self._inner.eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._inner.connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        self._inner.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._inner.resume_writing()
 
 
 @cache
@@ -420,10 +430,10 @@ def _connector_class() -> Any:
             super().__init__(**options)
             self.deliveries: dict[aiohttp.ClientRequest, _Delivery] = {}
 
-        async def connect(self, req: Any, traces: Any, timeout: Any) -> Any:
+        async def connect(self, req: Any, *args: Any, **options: Any) -> Any:
             delivery = self.deliveries.pop(req, None)
             while True:
-                connection = await super().connect(req, traces, timeout)
+                connection: Any = await super().connect(req, *args, **options)
                 transport = connection.transport
                 if delivery is None or transport is None:
                     return connection
@@ -464,7 +474,7 @@ def httpx_client(
         transport=_transport_class(library)(client, attempt),
         trust_env=False,
         follow_redirects=False,
-        timeout=None,  # noqa: S113 - each request has its own
+        timeout=None,  # each request has its own
     )
 
 
@@ -476,7 +486,9 @@ def _transport_class(library: str) -> Any:
         # Never ConnectError or RemoteProtocolError: after those LiteLLM sends the
         # request a second time, through a client of its own.
         timed_out = isinstance(exc, TimeoutError)
-        error: Exception = (httpx.ReadTimeout if timed_out else httpx.ReadError)(str(exc))
+        error: Exception = (httpx.ReadTimeout if timed_out else httpx.ReadError)(
+            str(exc)
+        )
         return error
 
     class Transport(httpx.AsyncBaseTransport):  # type: ignore[misc] # either library's

@@ -31,7 +31,8 @@ class FetchError(Exception):
 
     def __init__(self, host: str, why: str) -> None:
         # Not the path or the query, which may hold a secret.
-        super().__init__(f"the URL at {clean(host) or '?'} cannot be used: {why}")
+        at = f" at {clean(host)}" if host else ""
+        super().__init__(f"the URL{at} cannot be used: {why}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +151,7 @@ def _check_headers(
     return media_type
 
 
-async def _read(
-    response: "aiohttp.ClientResponse", host: str, max_bytes: int
-) -> bytes:
+async def _read(response: "aiohttp.ClientResponse", host: str, max_bytes: int) -> bytes:
     too_large = f"it is larger than {max_bytes} bytes"
     if (response.content_length or 0) > max_bytes:
         raise FetchError(host, too_large)
