@@ -145,7 +145,7 @@ class Client:
                 body = to_json(merge(json.loads(body or b"{}"), attempt.extra_body))
             attempt.request_body = body or b""
             response = await self._request(
-                method, url, self._headers(headers, body), body, attempt, read_timeout
+                method, url, headers, body, attempt, read_timeout
             )
         except asyncio.CancelledError as exc:
             # If the session is closed, aiohttp cancels tasks that wait for a connection.
@@ -188,7 +188,8 @@ class Client:
                 return await self.session.request(
                     method,
                     target,
-                    headers=headers,
+                    # Not in a variable: tracebacks may show those, and this has the key.
+                    headers=self._headers(headers, body),
                     data=body,
                     allow_redirects=False,
                     proxy=proxy,

@@ -417,7 +417,10 @@ class _Loader:
         )
         given = _canonical(download.media_type)
         media_type = sniff(download.data)
-        if media_type is None or media_type.partition("/")[0] != given.partition("/")[0]:
+        if (
+            media_type is None
+            or media_type.partition("/")[0] != given.partition("/")[0]
+        ):
             raise FetchError(download.host, f"its bytes are not {given}, as it says")
         return media_type, download.data
 

@@ -419,7 +419,8 @@ class LLMInfraService:
                 await load_litellm()
                 preparing = media.prepare(
                     request.messages,
-                    adapter.provider,
+                    media.rules_of(adapter.provider.name),
+                    service=adapter.provider.name,
                     base_dir=self._prompts.base_dir,
                     settings=self.settings,
                     allow_outside_base_dir=self._prompts.allow_outside_base_dir,

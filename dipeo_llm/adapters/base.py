@@ -27,12 +27,19 @@ from dipeo_llm import client as wire
 from dipeo_llm import litellm_import as litellm_gate
 from dipeo_llm.adapters import events as answers
 from dipeo_llm.adapters import failures, translation
+from dipeo_llm.adapters.attempt import Attempt
 from dipeo_llm.adapters.events import MalformedStreamError, Reading, StreamReader
 from dipeo_llm.adapters.factory import Provider, by_name, check_reach
 from dipeo_llm.adapters.failures import CallError
 from dipeo_llm.adapters.request import Shape, shape
 from dipeo_llm.adapters.usage import priced_apart, rate_limits, token_usage
-from dipeo_llm.client import PLACEHOLDER, Client, Endpoint, Exchange
+from dipeo_llm.client import (
+    PLACEHOLDER,
+    STANDARD_HEADERS,
+    Client,
+    Endpoint,
+    fits_a_header,
+)
 from dipeo_llm.domain import (
     ChatRequest,
     ChatResult,
@@ -50,7 +57,6 @@ from dipeo_llm.errors import (
     LLMTimeoutError,
     ServiceUnavailableError,
 )
-from dipeo_llm.keys import fits_a_header
 from dipeo_llm.litellm_import import load_litellm
 from dipeo_llm.message_formatter import checked
 from dipeo_llm.pool import Lease, Pool
@@ -106,7 +112,13 @@ class BaseLLMAdapter(ABC):
                 model=model_name,
             )
         self.endpoint = Endpoint(
-            provider, _base_url(provider, base_url, self.settings), api_key
+            provider.name,
+            _base_url(provider, base_url, self.settings),
+            api_key,
+            provider.key_header,
+            None
+            if provider.format is None
+            else STANDARD_HEADERS | {"anthropic-version", "anthropic-beta"},
         )
         self._pool = pool if pool is not None else new_pool(self.settings)
         self._owns_pool = pool is None
@@ -186,7 +198,7 @@ class BaseLLMAdapter(ABC):
         Raises:
             APIKeyError, LLMServiceError: As the provider answers.
         """
-        exchange = Exchange()
+        exchange = Attempt()
         asked = {"accept": "application/json", **(headers or {})}
         if self.provider.format == "anthropic":
             asked["anthropic-version"] = "2023-06-01"
@@ -201,10 +213,8 @@ class BaseLLMAdapter(ABC):
         try:
             async with limit, await self.client() as client:
                 url = f"{self.endpoint.base_url}{path}"
-                await client.read(
-                    await client.send(method, url, asked, data, exchange=exchange),
-                    exchange,
-                )
+                await client.send(method, url, asked, data, exchange)
+                await client.read(exchange)
         except Exception as exc:  # noqa: BLE001 - mapped
             error = self._from_transport(exc, exchange)
             if isinstance(exc, TimeoutError) and limit.expired():
@@ -219,7 +229,7 @@ class BaseLLMAdapter(ABC):
             raise refusal  # here, where no local holds what came
         return found
 
-    def _asked(self, exchange: Exchange) -> tuple[Mapping[str, Any], CallError | None]:
+    def _asked(self, exchange: Attempt) -> tuple[Mapping[str, Any], CallError | None]:
         """Return the JSON object of an answer, or what it is in place of one."""
         found, reason = failures.answer_in(None, "", bytes(exchange.body))
         if exchange.status != 200 or found.get("error"):
@@ -235,7 +245,7 @@ class BaseLLMAdapter(ABC):
         """Take the key, and what is not printable, out of somebody else's words."""
         return failures.clean(text, self.endpoint.secret.get_secret_value())
 
-    def _seen_fields(self, exchange: Exchange) -> dict[str, Any]:
+    def _seen_fields(self, exchange: Attempt) -> dict[str, Any]:
         """Return what every error of an attempt says, once there is an answer."""
         return self._fields() | {
             "status_code": exchange.status,
@@ -243,7 +253,7 @@ class BaseLLMAdapter(ABC):
             or None,
         }
 
-    def _refused(self, exchange: Exchange) -> CallError:
+    def _refused(self, exchange: Attempt) -> CallError:
         return failures.from_answer(
             exchange.status or 0,
             exchange.headers,
@@ -252,7 +262,7 @@ class BaseLLMAdapter(ABC):
             **self._fields(),
         )
 
-    def _from_transport(self, exc: Exception, exchange: Exchange) -> Exception:
+    def _from_transport(self, exc: Exception, exchange: Attempt) -> Exception:
         return wire.from_transport(
             exc,
             secret=self.endpoint.secret.get_secret_value(),
@@ -283,11 +293,11 @@ class BaseLLMAdapter(ABC):
 
     async def _open(self) -> Client:
         await litellm_gate.environment_is_whole()
-        tls = await wire.tls_context(self.endpoint, self.settings)
+        tls = await wire.tls_context(self.endpoint.base_url, self.settings)
         limit = self.settings.max_concurrency
         key = _pool_key(self.endpoint)
-        turns = None if limit is None else self._pool.turns(key, limit)
-        return Client(self.endpoint, self.settings, tls, turns)
+        permits = None if limit is None else self._pool.turns(key, limit)
+        return Client(self.endpoint, self.settings, tls, permits)
 
     def _fields(self) -> dict[str, Any]:
         return {"service": self.provider.name, "model": self.model_name or None}
@@ -335,7 +345,7 @@ def _check_model(provider: Provider, model: str) -> None:
         )
 
 
-def _os_error(exc: Exception, exchange: Exchange) -> Exception | None:
+def _os_error(exc: Exception, exchange: Attempt) -> Exception | None:
     """Return what an error may be chained to: the system's words, or LiteLLM's refusal.
 
     Anything else that was raised once a request had gone out may hold what the peer
@@ -356,7 +366,7 @@ class _Call:
     litellm: Any
     request: ChatRequest = field(repr=False)
     shape: Shape = field(repr=False)
-    exchange: Exchange
+    exchange: Attempt
     stream: bool
     queued: float = 0.0
     ends: float = math.inf
@@ -391,10 +401,10 @@ class _Turn:
     async def __aenter__(self) -> Client:
         self._lease = await self._adapter.client()
         client = self._lease.client
-        if client.turns is not None:
+        if client.permits is not None:
             came = time.monotonic()
             try:
-                await client.turns.acquire()
+                await client.permits.acquire()
             except BaseException:
                 await self._lease.release()
                 raise
@@ -402,8 +412,8 @@ class _Turn:
         return client
 
     async def __aexit__(self, kind: object, exc: object, trace: object) -> None:
-        if self._lease.client.turns is not None:
-            self._lease.client.turns.release()
+        if self._lease.client.permits is not None:
+            self._lease.client.permits.release()
         if self._call.queued and isinstance(exc, LLMServiceError | APIKeyError):
             exc.details["queued"] = self._call.queued
         # It knows the frames that it passed, and they know this call.
@@ -473,7 +483,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
             responses=self.provider.name == "openai"
             and info.get("mode") == "responses",
         )
-        exchange = Exchange(extra_body=request.extra_body)
+        exchange = Attempt(extra_body=request.extra_body)
         return _Call(litellm, request, shaped, exchange, stream)
 
     def _direct(self, call: _Call) -> bool:
@@ -501,10 +511,10 @@ class LiteLLMAdapter(BaseLLMAdapter):
                 f"{self.endpoint.base_url}{outgoing.path}",
                 outgoing.headers,
                 to_json(outgoing.body),
-                exchange=exchange,
+                exchange,
             )
             if not (call.stream and exchange.status == 200):
-                await client.read(exchange.response, exchange)
+                await client.read(exchange)
         except Exception as exc:  # noqa: BLE001 - mapped
             raise self._failure(call, exc) from _os_error(exc, call.exchange)
         if exchange.status != 200:
@@ -531,7 +541,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
         except TimeoutError as exc:
             raise self._failure(call, exc) from _os_error(exc, call.exchange)
         exchange = call.exchange
-        pieces = client.pieces(exchange.response, exchange, keep=False)
+        pieces = client.pieces(exchange, keep=False)
         over = math.inf  # when what follows the end mark is waited for no longer
         try:
             while reader.error is None:
@@ -616,7 +626,9 @@ class LiteLLMAdapter(BaseLLMAdapter):
         exchange = call.exchange
         chunks: list[StreamChunk] = []
         if call.format is not None:
-            exchange.on_piece = lambda piece: chunks.extend(reader.feed(piece))
+            exchange.body = _Tap(
+                lambda piece: chunks.extend(reader.feed(piece)), exchange
+            )
         response: Any = None
         failed: tuple[Exception, Exception | None] | None = None
         try:
@@ -625,7 +637,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
             items = aiter(response)
             while True:
                 async with asyncio.timeout_at(call.ends):
-                    item = await self._seen(exchange, lambda: anext(items, None))
+                    item = await anext(items, None)
                 if item is None:
                     break
                 self._check_seen(call)
@@ -635,7 +647,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
                     yield chunks.pop(0)
             if call.format is None:
                 reader.take_end()
-            elif not (reader.ended or exchange.whole):
+            elif not (reader.ended or exchange.is_whole):
                 async with asyncio.timeout_at(call.ends):
                     chunks += await self._rest(call, reader)
         except Exception as exc:  # noqa: BLE001 - judged below, by what the wire saw
@@ -646,7 +658,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
                 exchange.response.close()
             if response is not None:
                 await response.aclose()
-        if exchange.status == 200 and exchange.whole and exchange.error is None:
+        if exchange.status == 200 and exchange.is_whole and exchange.error is None:
             # The bytes are all there: whatever LiteLLM made of them, they tell.
             try:
                 chunks += reader.close()
@@ -673,7 +685,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
             return chunks
         async for piece in content.iter_any():
             chunks += reader.feed(piece)
-        exchange.whole = True
+        exchange.is_whole = True
         return chunks
 
     async def _begun(self, call: _Call, arguments: dict[str, Any]) -> Any:
@@ -683,9 +695,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
         would drop it there, never awaited; so it is let out, and stopped at the fence.
         """
         exchange = call.exchange
-        task = asyncio.create_task(
-            self._seen(exchange, lambda: call.litellm.acompletion(**arguments))
-        )
+        task = asyncio.create_task(call.litellm.acompletion(**arguments))
         # Heard here, as a caller who is cancelled twice does not wait for it.
         task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         try:
@@ -693,22 +703,13 @@ class LiteLLMAdapter(BaseLLMAdapter):
         except asyncio.CancelledError:
             if exchange.requests:
                 task.cancel()
-            exchange.abandoned = True
+            exchange.is_abandoned = True
             await asyncio.wait([task])
             raise
         try:
             return task.result()
         finally:
             del task  # its repr has LiteLLM's exception in it, and that the answer
-
-    @staticmethod
-    async def _seen(exchange: Exchange, step: Callable[[], Any]) -> Any:
-        """Await a step of LiteLLM's with the exchange as the current one."""
-        token = wire.current.set(exchange)
-        try:
-            return await step()
-        finally:
-            wire.current.reset(token)
 
     def _arguments(self, call: _Call, client: Client) -> dict[str, Any]:
         litellm_gate.without_reroutes()
@@ -726,7 +727,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
             "custom_llm_provider": self.provider.litellm,
             "messages": shaped.messages,
             **shaped.parameters,
-            "client": _sdk_client(client),
+            "client": _sdk_client(self.provider, client, call.exchange),
             "api_key": PLACEHOLDER,
             "timeout": call.request.timeout,
             "max_retries": 0,
@@ -971,35 +972,50 @@ def _pool_key(endpoint: Endpoint) -> tuple[str, str | None, bytes]:
     # The key of the process keeps the digest from being compared with anything.
     secret = endpoint.secret.get_secret_value().encode()
     digest = blake2b(secret, digest_size=16, key=_PROCESS).digest()
-    return endpoint.provider.name, endpoint.base_url, digest
+    return endpoint.service, endpoint.base_url, digest
 
 
 _PROCESS = os.urandom(16)
 
 
-def _sdk_client(client: Client) -> Any:
-    """Return what LiteLLM takes as `client=` for the client's provider."""
-    if client.sdk is None:
-        http = wire.httpx_client(client)
-        if client.endpoint.provider.litellm == "openai":
-            from openai import AsyncOpenAI
+def _sdk_client(provider: Provider, client: Client, attempt: Attempt) -> Any:
+    """Return what LiteLLM takes as `client=` for one attempt."""
+    if provider.litellm == "openai":
+        import openai
 
-            client.sdk = AsyncOpenAI(
-                api_key=PLACEHOLDER,
-                base_url=client.endpoint.base_url,
-                http_client=http,
-                max_retries=0,
-            )
-        else:
-            from litellm.llms.custom_httpx.http_handler import AsyncHTTPHandler
+        # httpx2.AsyncClient from version 3 on.
+        base = openai.DefaultAsyncHttpxClient.__mro__[1]
+        library: Any = base.__module__.partition(".")[0]
+        return openai.AsyncOpenAI(
+            api_key=PLACEHOLDER,
+            base_url=client.endpoint.base_url,
+            http_client=wire.httpx_client(client, attempt, library),
+            max_retries=0,
+        )
+    from litellm.llms.custom_httpx.http_handler import AsyncHTTPHandler
 
-            # The transport in the constructor spares it a client of its own; the
-            # client set afterwards is one that follows no redirect.
-            client.sdk = AsyncHTTPHandler(
-                transport=http._transport  # noqa: SLF001 - made by us
-            )
-            client.sdk.client = http
-    return client.sdk
+    # The transport in the constructor spares it a client of its own; the
+    # client set afterwards is one that follows no redirect.
+    http = wire.httpx_client(client, attempt)
+    handler = AsyncHTTPHandler(
+        transport=http._transport  # noqa: SLF001 - made by us
+    )
+    handler.client = http
+    return handler
+
+
+class _Tap(bytearray):
+    """Gives the pieces of a 200 to a reader in place of keeping them."""
+
+    def __init__(self, take: Callable[[bytes], None], attempt: Attempt) -> None:
+        self._take = take
+        self._attempt = attempt
+
+    def __iadd__(self, piece: Any) -> Any:  # type: ignore[misc]
+        if self._attempt.status != 200:
+            return super().__iadd__(piece)
+        self._take(piece)
+        return self
 
 
 _seen_options: set[tuple[str, str, str]] = set()
