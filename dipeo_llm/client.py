@@ -197,7 +197,8 @@ class Client:
                     middlewares=(delivery.follow,),
                 )
             except (aiohttp.ClientConnectionError, OSError) as exc:
-                if isinstance(exc, TimeoutError) or not delivery.was_stale:
+                is_over = isinstance(exc, TimeoutError) or self.session.closed
+                if is_over or not delivery.was_stale:
                     raise
             finally:
                 delivery.error = None  # a reference cycle through its traceback
