@@ -22,7 +22,7 @@ class Attempt:
     extra_body: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Merged into the body of the request just before it is sent."""
     requests: int = 0
-    """Requests that were sent."""
+    """Requests that were sent: 1, or 2 if the first one met a stale connection."""
     request_body: bytes = field(default=b"", repr=False)
     status: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -35,7 +35,9 @@ class Attempt:
     is_whole: bool = False
     """Whether the answer was read to its end."""
     is_abandoned: bool = False
-    """Whether the attempt was cancelled before its request was sent."""
+    """Whether the attempt was cancelled; nothing may be sent any more."""
+    is_kept: bool = True
+    """Whether `httpx_client` keeps the body of a 200; other bodies are always kept."""
     queued: float = 0.0
     """Seconds that the attempt waited for a permit."""
     due: float = math.inf

@@ -99,7 +99,7 @@ class BaseLLMAdapter:
     token_counter: ClassVar[TokenCounter | None] = None
     question_headers: ClassVar[Mapping[str, str]] = {}
     """Headers of a question besides completions."""
-    headers: ClassVar[frozenset[str] | None] = http.ALLOWED_HEADERS
+    headers: ClassVar[frozenset[str] | None] = http.STANDARD_HEADERS
     """Headers that may leave beside the key; None forwards what LiteLLM sets."""
 
     def __init__(

@@ -28,7 +28,7 @@ from dipeo_llm.adapters.translation import (
     find_config,
     map_options,
 )
-from dipeo_llm.client import PLACEHOLDER
+from dipeo_llm.client import PLACEHOLDER, STANDARD_HEADERS
 from dipeo_llm.domain import (
     StreamChunk,
     ToolCallDelta,
@@ -88,6 +88,7 @@ class ClaudeAdapter(BaseLLMAdapter):
         "input_tokens",
         frozenset({"model", "messages", "system", "tools", "tool_choice", "thinking"}),
     )
+    headers = STANDARD_HEADERS | {"anthropic-version", "anthropic-beta"}
     question_headers: ClassVar[Mapping[str, str]] = {"anthropic-version": "2023-06-01"}
 
     def complete_base_url(self, url: str) -> str:

@@ -104,6 +104,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
         cannot promise that a stream came to its end.
         """
         reader = OpenAIStream()
+        attempt.is_kept = False
         async with asyncio.timeout_at(attempt.due):
             response = await self._call(attempt, client)
         chunks = aiter(response)
@@ -230,14 +231,17 @@ class LiteLLMAdapter(BaseLLMAdapter):
 
     def _sdk_client(self, client: Client, attempt: CompletionAttempt) -> Any:
         """Return what LiteLLM takes as `client=` for the provider, for one attempt."""
-        over = http.httpx_client(client, attempt)
         if self.provider.takes_openai_client:
-            from openai import AsyncOpenAI
+            import openai
 
-            return AsyncOpenAI(
+            # Its clients are httpx2's from version 3 on.
+            library: Any = openai.DefaultAsyncHttpxClient.__mro__[1].__module__
+            return openai.AsyncOpenAI(
                 api_key=PLACEHOLDER,
                 base_url=self.endpoint.base_url,
-                http_client=over,
+                http_client=http.httpx_client(
+                    client, attempt, library.partition(".")[0]
+                ),
                 max_retries=0,
             )
         from litellm.llms.custom_httpx.http_handler import AsyncHTTPHandler
@@ -248,6 +252,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
 
         # The transport in the constructor spares LiteLLM a client of its own; the client
         # that is set afterwards follows no redirect.
+        over = http.httpx_client(client, attempt)
         handler = Handler(transport=over._transport)  # noqa: SLF001 - made by us
         handler.client = over
         return handler
