@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
-from dipeo_llm import litellm_import as litellm_gate
+from dipeo_llm import litellm_tables as litellm_gate
 from dipeo_llm.adapters import failures, translation
 from dipeo_llm.adapters.base import BaseLLMAdapter
 from dipeo_llm.adapters.request import shape

@@ -33,7 +33,8 @@ from dipeo_llm.errors import (
     StructuredOutputError,
 )
 from dipeo_llm.keys import find_key
-from dipeo_llm.litellm_import import capabilities_of, infer_provider, load_litellm
+from dipeo_llm.litellm_import import load_litellm
+from dipeo_llm.litellm_tables import capabilities_of, infer_provider
 from dipeo_llm.message_formatter import MessageFormatter, checked
 from dipeo_llm.ports import APIKeyPort, LLMDomainService
 from dipeo_llm.retry import Deadline, RetryDecision
@@ -284,7 +285,10 @@ class LLMInfraService:
         Raises:
             InvalidRequestError: The model cannot be placed.
         """
-        return capabilities_of(*_placed(model, service))
+        provider, name = _placed(model, service)
+        return capabilities_of(
+            provider.name, provider.litellm, name, priced=provider.format != "ollama"
+        )
 
     async def get_available_models(self, api_key_id: str) -> list[str]:
         """Return the names of the models that the provider offers to a key, sorted.
@@ -580,7 +584,8 @@ def _placed(model: str, service: Any) -> tuple[Provider, str]:
     """Find the provider of a model string, and the model's name without a prefix."""
     provider, name = providers.split(model, service)
     if provider is None:
-        provider = infer_provider(name) or providers.local(name)
+        inferred = infer_provider(name)
+        provider = providers.by_name(inferred) if inferred else providers.local(name)
         if provider is None:
             raise providers.unknown_model(model)
         name = name.removeprefix(f"{provider.litellm}/")

@@ -24,14 +24,14 @@ from pydantic import SecretStr
 from pydantic_core import to_json
 
 from dipeo_llm import client as wire
-from dipeo_llm import litellm_import as litellm_gate
+from dipeo_llm import litellm_tables
 from dipeo_llm.adapters import events as answers
 from dipeo_llm.adapters import failures, translation
 from dipeo_llm.adapters.events import MalformedStreamError, Reading, StreamReader
 from dipeo_llm.adapters.factory import Provider, by_name, check_reach
 from dipeo_llm.adapters.failures import CallError
 from dipeo_llm.adapters.request import Shape, shape
-from dipeo_llm.adapters.usage import priced_apart, rate_limits, token_usage
+from dipeo_llm.adapters.usage import rate_limits, token_usage
 from dipeo_llm.client import PLACEHOLDER, Client, Endpoint, Exchange
 from dipeo_llm.domain import (
     ChatRequest,
@@ -51,7 +51,11 @@ from dipeo_llm.errors import (
     ServiceUnavailableError,
 )
 from dipeo_llm.keys import fits_a_header
-from dipeo_llm.litellm_import import load_litellm
+from dipeo_llm.litellm_import import (
+    environment_is_whole,
+    load_litellm,
+    without_reroutes,
+)
 from dipeo_llm.message_formatter import checked
 from dipeo_llm.pool import Lease, Pool
 from dipeo_llm.settings import Settings, http_url
@@ -272,8 +276,11 @@ class BaseLLMAdapter(ABC):
 
         Imports LiteLLM if nothing has yet, which takes seconds.
         """
-        return litellm_gate.supports(
-            self.provider, self.model_name, "supports_function_calling"
+        return litellm_tables.supports(
+            self.provider.litellm,
+            self.provider.name,
+            self.model_name,
+            "supports_function_calling",
         )
 
     async def aclose(self) -> None:
@@ -282,7 +289,7 @@ class BaseLLMAdapter(ABC):
             await self._pool.aclose()
 
     async def _open(self) -> Client:
-        await litellm_gate.environment_is_whole()
+        await environment_is_whole()
         tls = await wire.tls_context(self.endpoint, self.settings)
         limit = self.settings.max_concurrency
         key = _pool_key(self.endpoint)
@@ -465,7 +472,12 @@ class LiteLLMAdapter(BaseLLMAdapter):
 
     async def _call(self, request: ChatRequest, *, stream: bool) -> _Call:
         litellm = await load_litellm()
-        info = litellm_gate.model_info(litellm, self.provider, self.model_name) or {}
+        info = (
+            litellm_tables.model_info(
+                litellm, self.provider.litellm, self.model_name, self.provider.name
+            )
+            or {}
+        )
         shaped = shape(
             self.provider,
             self.model_name,
@@ -711,8 +723,12 @@ class LiteLLMAdapter(BaseLLMAdapter):
             wire.current.reset(token)
 
     def _arguments(self, call: _Call, client: Client) -> dict[str, Any]:
-        litellm_gate.without_reroutes()
-        litellm_gate.know_model(call.litellm, self.provider, self.model_name)
+        without_reroutes()
+        litellm_tables.know_model(
+            call.litellm,
+            self.model_name,
+            translation.untold(self.provider, self.model_name),
+        )
         shaped = call.shape
         if self.provider.litellm == "openai":
             # LiteLLM turns "developer" into "system" for all but the o-series, and
@@ -878,11 +894,9 @@ class LiteLLMAdapter(BaseLLMAdapter):
         headers = call.exchange.headers
         reading = answers.read(call.format or "openai", body)
         usage = token_usage(reading.usage)
-        cost = None
-        if not priced_apart(reading.usage):
-            cost = litellm_gate.cost(
-                call.litellm, self.provider, self.model_name, usage
-            )
+        cost = litellm_tables.cost(
+            call.litellm, self.provider.litellm, self.model_name, usage, reading.usage
+        )
         return ChatResult(
             text=reading.text,
             texts=reading.texts,

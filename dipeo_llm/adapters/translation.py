@@ -8,6 +8,7 @@ failed call. Sends nothing.
 """
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,28 @@ from dipeo_llm.adapters.factory import Provider, by_name
 from dipeo_llm.adapters.request import Shape, copied, shape
 from dipeo_llm.client import PLACEHOLDER
 from dipeo_llm.domain import ChatRequest
-from dipeo_llm.litellm_import import know_model
+from dipeo_llm.litellm_tables import know_model
 
 _log = logging.getLogger("dipeo_llm")
+
+
+_LOCAL = {
+    "mode": "chat",
+    "input_cost_per_token": 0.0,
+    "output_cost_per_token": 0.0,
+    "supports_function_calling": True,
+}
+_UNTOLD: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "google": {"gemini": {"mode": "chat", "supports_system_messages": True}},
+    "ollama": {"ollama_chat": _LOCAL, "ollama": _LOCAL},
+}
+
+
+def untold(provider: Provider, model: str) -> Mapping[str, Mapping[str, Any]]:
+    """Return the rows that LiteLLM's table lacks for a model of a provider."""
+    if provider.format == "google" and re.match("gemma-[1-3]", model):
+        return {}
+    return _UNTOLD.get(provider.format or "", {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +69,7 @@ def translate(
     """
     if shaped.format == "responses":
         return _responses(litellm, model, shaped, stream)
-    know_model(litellm, provider, model)
+    know_model(litellm, model, untold(provider, model))
     optional = _options(litellm, provider, model, shaped)
     return FORMATS[shaped.format or ""](
         litellm, provider, model, shaped.messages, optional, stream
