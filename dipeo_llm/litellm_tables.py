@@ -312,7 +312,8 @@ def _litellm_usage(
     return litellm.Usage(
         prompt_tokens=usage.input,
         completion_tokens=usage.output,
-        total_tokens=usage.total,
+        # By the sum LiteLLM sees that xAI's thoughts are counted already.
+        total_tokens=usage.input + usage.output,
         prompt_tokens_details={
             **(read or {}),
             "cached_tokens": usage.cached,
