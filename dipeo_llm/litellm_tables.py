@@ -204,14 +204,13 @@ def cost(
 def _litellm_cost(
     litellm: Any, litellm_name: str, model: str, counts: Any, tier: str | None = None
 ) -> float:
-    return sum(
-        litellm.cost_per_token(
-            model=model,
-            custom_llm_provider=litellm_name,
-            usage_object=counts,
-            service_tier=tier,
-        )
+    read, said = litellm.cost_per_token(
+        model=model,
+        custom_llm_provider=litellm_name,
+        usage_object=counts,
+        service_tier=tier,
     )
+    return float(read + said)
 
 
 class _Prices(NamedTuple):
