@@ -582,8 +582,11 @@ class BaseLLMAdapter:
         """Log, once per model and option, an option that was asked for and not sent."""
         request = attempt.request
         names = [*request.sampling]
+        form = form_of(request.response_format)
         if request.tools and request.tool_choice not in (None, "auto", "none"):
             names.append("tool_choice")
+        if form and form.response_format == {"type": "json_object"}:
+            names.append("response_format")
         model = (self.provider.name, self.model_name)
         new = [name for name in names if (*model, name) not in _seen_options]
         for name in new:
@@ -594,10 +597,11 @@ class BaseLLMAdapter:
     def sends(self, attempt: CompletionAttempt, option: str) -> bool:
         """Say whether an option changes the request, by translating it without."""
         request = attempt.request
-        kept = {k: v for k, v in request.sampling.items() if k != option}
-        without = replace(request, sampling=kept)
-        if option == "tool_choice":
-            without = replace(request, tool_choice=None)
+        if option in request.sampling:
+            kept = {k: v for k, v in request.sampling.items() if k != option}
+            without = replace(request, sampling=kept)
+        else:
+            without = replace(request, **{option: None})
         bodies = [
             self.translate(
                 attempt.litellm, self.preparer.prepare(each), stream=attempt.is_stream

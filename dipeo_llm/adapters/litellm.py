@@ -20,7 +20,12 @@ from dipeo_llm.adapters.provider import Provider
 from dipeo_llm.adapters.reading import JSON, Reading
 from dipeo_llm.client import PLACEHOLDER, Client
 from dipeo_llm.domain import ChatResult
-from dipeo_llm.errors import CallError, InvalidRequestError, LLMServiceError
+from dipeo_llm.errors import (
+    CallError,
+    InvalidRequestError,
+    LLMServiceError,
+    ServiceUnavailableError,
+)
 from dipeo_llm.media import MediaRules
 from dipeo_llm.streaming import Items
 
@@ -179,6 +184,12 @@ class LiteLLMAdapter(BaseLLMAdapter):
             return self._refusal(attempt)
         if not isinstance(exc, Exception):
             return exc
+        if attempt.is_stream and attempt.status is not None:
+            return ServiceUnavailableError(
+                f"LiteLLM could not read the stream of {self.provider.name}:"
+                f" {self._clean(str(exc))}",
+                **self._answer_fields(attempt),
+            )
         if attempt.status is not None:
             try:
                 self._check_object(attempt)
