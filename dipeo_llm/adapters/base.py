@@ -7,11 +7,10 @@ prompts or retries.
 
 import asyncio
 import logging
-import math
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import blake2b
 from typing import Any, ClassVar
@@ -148,7 +147,7 @@ class BaseLLMAdapter:
         Cancelling it closes the connection of the request.
         """
         attempt = await self._begin(request, is_stream=False)
-        async with self._permit(attempt) as client:
+        async with _Permit(self, attempt) as client:
             with self._map_errors(attempt):
                 async with asyncio.timeout_at(attempt.due):
                     return await attempt.adapter.exchange(attempt, client)
@@ -170,7 +169,7 @@ class BaseLLMAdapter:
         """
         attempt = await self._begin(request, is_stream=True)
         idle = attempt.request.idle_timeout or attempt.request.timeout
-        async with self._permit(attempt) as client:
+        async with _Permit(self, attempt) as client:
             items = attempt.adapter.receive(attempt, client)
             try:
                 with self._map_errors(attempt):
@@ -218,30 +217,6 @@ class BaseLLMAdapter:
             return self
         return self.sibling("litellm")
 
-    @asynccontextmanager
-    async def _permit(self, attempt: CompletionAttempt) -> AsyncIterator[Client]:
-        """Lease the client and wait for a permit, first come first served.
-
-        A caller that is cancelled while it waits takes no permit.
-        """
-        async with await self.client() as client:
-            if client.permits is not None:
-                start = time.monotonic()
-                await client.permits.acquire()
-                attempt.queued = time.monotonic() - start
-            try:
-                attempt.allow(attempt.request.timeout, "did not answer within")
-                yield client
-            except CallError as exc:
-                if attempt.queued:
-                    exc.details["queued"] = attempt.queued
-                raise
-            finally:
-                if client.permits is not None:
-                    client.permits.release()
-                # The exception's traceback keeps this attempt alive; break the cycle.
-                attempt.error = None
-
     async def exchange(self, attempt: CompletionAttempt, client: Client) -> ChatResult:
         """Send a request and read the whole answer."""
         await self._send(attempt, client)
@@ -257,7 +232,7 @@ class BaseLLMAdapter:
             await self._send(attempt, client)
         pieces = client.pieces(attempt, keep=False)
         try:
-            async for piece in self._read_pieces(attempt, reader, pieces):
+            while (piece := await _next_piece(attempt, reader, pieces)) is not None:
                 for chunk in reader.feed(piece):
                     yield _rename_tool(chunk, names) if names else chunk
             for chunk in reader.close():
@@ -273,29 +248,6 @@ class BaseLLMAdapter:
         body = self._check_stream(attempt, reader)
         self._log_left_out(attempt)
         yield self._make_result(attempt, body)
-
-    async def _read_pieces(
-        self,
-        attempt: CompletionAttempt,
-        reader: StreamReader,
-        pieces: AsyncGenerator[bytes, None],
-    ) -> AsyncIterator[bytes]:
-        """Yield pieces in time, until an error or shortly after the terminator."""
-        end = math.inf
-        while reader.error is None:
-            if reader.is_ended:
-                end = min(end, asyncio.get_running_loop().time() + _AFTER_THE_END)
-            # Only a wait for the network costs a timer; one piece holds many chunks.
-            try:
-                async with asyncio.timeout_at(min(attempt.due, end)):
-                    piece = await anext(pieces, None)
-            except TimeoutError:
-                if not reader.is_ended:
-                    raise
-                return  # the answer is whole, and the server keeps the connection open
-            if piece is None:
-                return
-            yield piece
 
     async def _send(self, attempt: CompletionAttempt, client: Client) -> None:
         """Send the request; read the body unless a stream has begun with 200."""
@@ -597,11 +549,14 @@ class BaseLLMAdapter:
     def sends(self, attempt: CompletionAttempt, option: str) -> bool:
         """Say whether an option changes the request, by translating it without."""
         request = attempt.request
-        if option in request.sampling:
-            kept = {k: v for k, v in request.sampling.items() if k != option}
-            without = replace(request, sampling=kept)
-        else:
-            without = replace(request, **{option: None})
+        without = replace(
+            request,
+            sampling={k: v for k, v in request.sampling.items() if k != option},
+            tool_choice=None if option == "tool_choice" else request.tool_choice,
+            response_format=(
+                None if option == "response_format" else request.response_format
+            ),
+        )
         bodies = [
             self.translate(
                 attempt.litellm, self.preparer.prepare(each), stream=attempt.is_stream
@@ -915,6 +870,69 @@ def _find_row(name: Any) -> Provider:
     from dipeo_llm.adapters.factory import by_name
 
     return by_name(name)
+
+
+class _Permit:
+    """Leases an adapter's client for one attempt, and waits for a permit on it.
+
+    First come, first served; a caller that is cancelled while it waits takes no permit.
+    """
+
+    def __init__(self, adapter: BaseLLMAdapter, attempt: CompletionAttempt) -> None:
+        self._adapter = adapter
+        self._attempt = attempt
+        self._lease: Lease[Client]
+
+    async def __aenter__(self) -> Client:
+        self._lease = await self._adapter.client()
+        client = self._lease.client
+        if client.permits is not None:
+            start = time.monotonic()
+            try:
+                await client.permits.acquire()
+            except BaseException:
+                await self._lease.release()
+                raise
+            self._attempt.queued = time.monotonic() - start
+        self._attempt.allow(self._attempt.request.timeout, "did not answer within")
+        return client
+
+    async def __aexit__(self, kind: object, exc: object, trace: object) -> None:
+        if self._lease.client.permits is not None:
+            self._lease.client.permits.release()
+        if self._attempt.queued and isinstance(exc, CallError):
+            exc.details["queued"] = self._attempt.queued
+        # The exception's traceback keeps this attempt alive; break the cycle.
+        self._attempt.error = None
+        await self._lease.release()
+
+
+async def _next_piece(
+    attempt: CompletionAttempt,
+    reader: StreamReader,
+    pieces: AsyncGenerator[bytes, None],
+) -> bytes | None:
+    """Return the next piece of a stream, None after its end.
+
+    The end is the provider's error, the end of the body, or a moment after the
+    terminator: some servers keep the connection open.
+
+    Raises:
+        TimeoutError: The next piece is late.
+    """
+    if reader.error is not None:
+        return None
+    if reader.is_ended:
+        now = asyncio.get_running_loop().time()
+        attempt.close_due = min(attempt.close_due, now + _AFTER_THE_END)
+    # Only a wait for the network costs a timer; one piece holds many chunks.
+    try:
+        async with asyncio.timeout_at(min(attempt.due, attempt.close_due)):
+            return await anext(pieces, None)
+    except TimeoutError:
+        if not reader.is_ended:
+            raise
+        return None
 
 
 def _rename_tool(chunk: StreamChunk, names: Mapping[str, str]) -> StreamChunk:
