@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import errno
 import io
 import json
 import os
@@ -10,13 +11,14 @@ import re
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process, create_subprocess_exec
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dipeo_llm import Person
 from dipeo_llm.cli import main
 from tests.conftest import PROVIDERS
 from tests.provider_server import (
@@ -110,9 +112,34 @@ async def until(true: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
+def names_in(folder: Path) -> list[str]:
+    """Return what there is in a folder."""
+    return sorted(path.name for path in folder.iterdir())
+
+
 def body(server: ProviderServer) -> Any:
     """Return what the last request asked for."""
     return server.requests[-1].json
+
+
+USAGE = r"12 tokens in, 5 out, cost unknown, \d+\.\d s\n"
+Typed = Callable[[str | bytes], None]
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch) -> Typed:
+    """Put what the user types on stdin."""
+
+    def typing(text: str | bytes) -> None:
+        data = text.encode() if isinstance(text, str) else text
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+    return typing
+
+
+def turns(server: ProviderServer) -> list[tuple[str, Any]]:
+    """Return the conversation as the last request told it."""
+    return [(m["role"], m["content"]) for m in body(server)["messages"]]
 
 
 # --- chat ---------------------------------------------------------------------------
@@ -139,6 +166,8 @@ async def test_chat_prints_the_answer_of_the_provider_that_the_name_tells(
         (["--temperature", "0.5"], {"temperature": 0.5}),
         (["--temperature", "0"], {"temperature": 0}),
         (["--max-tokens", "7"], {"max_tokens": 7}),
+        (["--top-p", "0.5"], {"top_p": 0.5}),
+        (["--seed", "-7"], {"seed": -7}),
         (
             ["--system", "Be brief."],
             {
@@ -160,6 +189,79 @@ async def test_an_option_of_chat_reaches_the_provider(
 
     assert code == 0
     assert {name: body(server).get(name) for name in sent} == sent
+
+
+@pytest.mark.usefixtures("environment")
+async def test_the_effort_of_reasoning_reaches_a_model_that_reasons(
+    run: Run, server: ProviderServer
+) -> None:
+    """How long the model thinks can be chosen."""
+    code, _, _ = await run("chat", "gpt-5-mini", "Hi", "--reasoning-effort", "low")
+
+    assert (code, body(server)["reasoning_effort"]) == (0, "low")
+
+
+@pytest.mark.usefixtures("environment")
+async def test_deadline_ends_a_call_with_its_retries(
+    run: Run, server: ProviderServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seconds after --deadline are what all attempts have together."""
+    monkeypatch.setenv("DIPEO_LLM_MAX_RETRIES", "9")
+    server.default = Fault("stall")
+    limits = ["--timeout", "0.2", "--deadline", "0.5"]
+
+    code, out, said = await run("chat", "llama3.2", "Hi", *limits)
+
+    assert (code, out) == (1, "")
+    assert "deadline of 0.5 s" in said
+
+
+@pytest.mark.usefixtures("environment")
+async def test_usage_prints_tokens_cost_and_seconds_beside_the_answer(
+    run: Run, server: ProviderServer
+) -> None:
+    """The line is on stderr, so that the answer can still be piped."""
+    server.reply(Answer("42", input_tokens=1000, cached_tokens=200, output_tokens=9))
+
+    code, out, said = await run("chat", "gpt-4.1-nano", "Hi", "--usage")
+
+    assert (code, out) == (0, "42\n")
+    assert re.fullmatch(
+        r"1000 tokens in \(200 cached\), 9 out, 0\.00\d+ USD, \d+\.\d s\n", said
+    )
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize(
+    ("argv", "stdin", "model", "question"),
+    [
+        (["Hi"], "", "gpt-4.1-nano", "Hi"),
+        (["and rivers"], "", "gpt-4.1-nano", "and rivers"),
+        (["gpt-5", "Hi"], "", "gpt-5", "Hi"),
+        (["gpt-5"], "Hi", "gpt-5", "Hi"),
+        ([], "Hi", "gpt-4.1-nano", "Hi"),
+        (["openai/my-own"], "Hi", "my-own", "Hi"),
+    ],
+)
+async def test_a_model_in_the_environment_need_not_be_named(
+    run: Run,
+    server: ProviderServer,
+    monkeypatch: pytest.MonkeyPatch,
+    typed: Typed,
+    argv: list[str],
+    stdin: str,
+    model: str,
+    question: str,
+) -> None:
+    """DIPEO_LLM_MODEL is the default; what reads as a model's name is one."""
+    monkeypatch.setenv("DIPEO_LLM_MODEL", "gpt-4.1-nano")
+    typed(stdin)
+
+    code, _, _ = await run("chat", *argv)
+
+    assert code == 0
+    assert body(server)["model"] == model
+    assert turns(server) == [("user", question)]
 
 
 @pytest.mark.usefixtures("environment")
@@ -306,6 +408,49 @@ async def test_a_prompt_of_one_dash_is_read_from_stdin(server: ProviderServer) -
 
 @pytest.mark.usefixtures("environment")
 @pytest.mark.parametrize(
+    ("prompt", "stdin", "question"),
+    [
+        (["Summarise this:"], "Dear Ada,\n", "Summarise this:\n\nDear Ada,\n"),
+        (["Hi"], "", "Hi"),
+        (["Hi"], " \n", "Hi"),
+        ([], "Dear Ada,\n", "Dear Ada,\n"),
+        (["-"], "Dear Ada,\n", "Dear Ada,\n"),
+        ([""], "Dear Ada,\n", "Dear Ada,\n"),
+        ([], "\ufeffDear Ada,\n", "Dear Ada,\n"),
+    ],
+)
+async def test_piped_text_is_the_question_or_goes_with_it(
+    run: Run,
+    server: ProviderServer,
+    typed: Typed,
+    prompt: list[str],
+    stdin: str,
+    question: str,
+) -> None:
+    """`cat letter.txt | dipeo-llm chat M "Summarise this:"`; a BOM is taken off."""
+    typed(stdin)
+
+    code, _, said = await run("chat", "llama3.2", *prompt)
+
+    assert (code, said) == (0, "")
+    assert turns(server) == [("user", question)]
+
+
+@pytest.mark.parametrize("prompt", [[], ["-"], [""]])
+async def test_without_any_question_nothing_is_sent(
+    run: Run, server: ProviderServer, typed: Typed, prompt: list[str]
+) -> None:
+    """Who forgot the question is told how to give one."""
+    typed("")
+
+    code, out, said = await run("chat", "llama3.2", *prompt)
+
+    assert (code, out, server.requests) == (2, "", [])
+    assert said.startswith("dipeo-llm: there is no question: give PROMPT")
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize(
     ("data", "complaint"),
     [
         (
@@ -436,13 +581,27 @@ async def test_reasoning_is_shown_on_stderr_where_it_is_asked_for(
 
 
 @pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize(
+    ("no_color", "expected"),
+    [
+        (
+            "",
+            b"\x1b[2mwaiting for qwen3:4b ...\x1b[0m\r\x1b[K\x1b[2ma\\x1b[2J\x1b[0m\r\n",
+        ),
+        ("1", b"waiting for qwen3:4b ...\r\x1b[Ka\\x1b[2J\r\n"),
+    ],
+)
 async def test_reasoning_on_a_terminal_is_dim_and_harmless(
-    server: ProviderServer,
+    server: ProviderServer, no_color: str, expected: bytes
 ) -> None:
-    """Thoughts cannot drive the terminal either."""
+    """Thoughts cannot drive the terminal either, and NO_COLOR is respected."""
     server.reply(Answer("42", reasoning="a\x1b[2J"))
     screen, terminal = pty.openpty()
-    process = await start("chat", "qwen3:4b", "Hi", "--show-reasoning", stderr=terminal)
+    process = await start(
+        *("chat", "qwen3:4b", "Hi", "--show-reasoning"),
+        stderr=terminal,
+        env={"NO_COLOR": no_color, "TERM": "xterm"},
+    )
 
     got = await finish(process)
 
@@ -450,7 +609,7 @@ async def test_reasoning_on_a_terminal_is_dim_and_harmless(
     os.close(terminal)
     os.close(screen)
     assert got == (0, "42\n", "")
-    assert shown.endswith(b"\r\x1b[K\x1b[2ma\\x1b[2J\r\n\x1b[0m")
+    assert shown == expected
 
 
 @pytest.mark.usefixtures("environment")
@@ -492,6 +651,38 @@ async def test_pictures_go_out_beside_the_question(
         {"type": "image_url", "image_url": {"url": data}},
         {"type": "image_url", "image_url": {"url": url}},
     ]
+
+
+@pytest.mark.usefixtures("environment")
+async def test_a_file_may_lie_wherever_the_person_may_read(
+    run: Run, server: ProviderServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path on a command line means what it means to every other command."""
+    (folder / "a.png").write_bytes(PNG)
+    (folder / "plan.pdf").write_bytes(b"%PDF-1.7 plan")
+    (folder / "below").mkdir()
+    monkeypatch.chdir(folder / "below")
+    files = ["--image", "../a.png", "--file", str(folder / "plan.pdf")]
+
+    code, _, said = await run("chat", "gpt-4.1-nano", "What?", *files)
+
+    assert (code, said) == (0, "")
+    _, picture, plan = body(server)["messages"][0]["content"]
+    assert picture["type"] == "image_url"
+    assert plan["file"]["filename"] == "plan.pdf"
+
+
+@pytest.mark.usefixtures("environment")
+async def test_a_url_of_file_need_not_be_a_picture(
+    run: Run, server: ProviderServer
+) -> None:
+    """A PDF in a URL goes out as a document."""
+    url = "data:application/pdf;base64,JVBERi0xLjc="
+
+    code, _, said = await run("chat", "gpt-4.1-nano", "What?", "--file", url)
+
+    assert (code, said) == (0, "")
+    assert body(server)["messages"][0]["content"][1]["file"]["file_data"] == url
 
 
 @pytest.mark.usefixtures("environment", "folder")
@@ -626,25 +817,6 @@ async def test_a_tool_that_the_provider_has_not_is_refused_before_anything_is_se
 
 # --- conversations ------------------------------------------------------------------
 
-USAGE = r"12 tokens in, 5 out, cost unknown, \d+\.\d s\n"
-Typed = Callable[[str | bytes], None]
-
-
-@pytest.fixture
-def typed(monkeypatch: pytest.MonkeyPatch) -> Typed:
-    """Put what the user types on stdin."""
-
-    def typing(text: str | bytes) -> None:
-        data = text.encode() if isinstance(text, str) else text
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-
-    return typing
-
-
-def turns(server: ProviderServer) -> list[tuple[str, Any]]:
-    """Return the conversation as the last request told it."""
-    return [(m["role"], m["content"]) for m in body(server)["messages"]]
-
 
 @pytest.mark.usefixtures("environment")
 @pytest.mark.parametrize("end", ["/quit\nNever asked\n", ""])
@@ -755,6 +927,226 @@ async def test_a_conversation_on_a_terminal_prompts_and_ends_with_ctrl_d(
     assert re.fullmatch(USAGE, got[2])
     assert shown == b"> |Hi\r\nHello from the loopback.\r\n> |"
     assert turns(server) == [("user", "Hi\n")]
+
+
+class Screen:
+    """A terminal that a process has for its three streams."""
+
+    def __init__(self) -> None:
+        self._screen, self.terminal = pty.openpty()
+        os.set_blocking(self._screen, False)
+        self.shown = ""
+
+    async def start(self, *argv: str, **env: str) -> Process:
+        """Start the command on this terminal."""
+        ends = dict.fromkeys(("stdin", "stdout", "stderr"), self.terminal)
+        return await start(*argv, env={"TERM": "dumb", "NO_COLOR": "1", **env}, **ends)
+
+    async def until(self, text: str) -> None:
+        """Wait for a text; it is then taken off what is shown."""
+
+        def is_shown() -> bool:
+            with suppress(BlockingIOError):
+                self.shown += os.read(self._screen, 4096).decode()
+            return text in self.shown
+
+        await until(is_shown)
+        self.shown = self.shown.partition(text)[2]
+
+    def type(self, text: str) -> None:
+        """Type on the keyboard."""
+        os.write(self._screen, text.encode())
+
+    def close(self) -> None:
+        """Take the terminal away."""
+        os.close(self.terminal)
+        os.close(self._screen)
+
+
+@pytest.fixture
+def screen() -> Iterator[Screen]:
+    """Open a terminal."""
+    opened = Screen()
+    yield opened
+    opened.close()
+
+
+@pytest.mark.usefixtures("environment")
+async def test_ctrl_c_in_an_answer_of_a_conversation_ends_the_answer_only(
+    server: ProviderServer, screen: Screen
+) -> None:
+    """The next question is asked with all that was on the screen."""
+    server.reply(Answer("One."))
+    server.reply(Answer("two three", pieces=2, stall_after=1))
+    process = await screen.start("chat", "llama3.2", "First?", "--interactive")
+    await screen.until("One.\r\n")
+    await screen.until("> ")
+    screen.type("Second?\n")
+    await screen.until("Second?\r\ntwo t")
+
+    process.send_signal(signal.SIGINT)
+    await screen.until("\r\n> ")
+    await until(lambda: server.in_flight == 0)
+    screen.type("Third?\n")
+    await screen.until("Hello from the loopback.\r\n")
+    await screen.until("> ")
+    process.send_signal(signal.SIGINT)
+    await screen.until("/quit or Ctrl-D ends the conversation\r\n> ")
+    screen.type("/quit\n")
+
+    assert (await finish(process))[0] == 0
+    assert turns(server) == [
+        ("user", "First?"),
+        ("assistant", "One."),
+        ("user", "Second?\n"),
+        ("assistant", "two t"),
+        ("user", "Third?\n"),
+    ]
+
+
+@pytest.mark.usefixtures("environment")
+async def test_ctrl_c_before_an_answer_forgets_the_question(
+    server: ProviderServer, screen: Screen
+) -> None:
+    """Nothing was said that could be gone on from."""
+    server.reply(Fault("stall"))
+    process = await screen.start("chat", "llama3.2", "First?", "--interactive")
+    await until(lambda: server.in_flight == 1)
+
+    process.send_signal(signal.SIGINT)
+    await screen.until("\r\n> ")
+    screen.type("Second?\n")
+    await screen.until("Hello from the loopback.\r\n")
+    await screen.until("> ")
+    screen.type("\x04")
+
+    assert (await finish(process))[0] == 0
+    assert turns(server) == [("user", "Second?\n")]
+
+
+@pytest.mark.usefixtures("environment")
+async def test_a_conversation_is_saved_and_continued(
+    run: Run, server: ProviderServer, folder: Path, typed: Typed
+) -> None:
+    """The file holds a Person: model, system prompt, and what both have said."""
+    first = ["chat", "gpt-5", "First?", "--system", "Be brief."]
+    await run(*first, "--conversation", "talk.json")
+    typed("Third?\n")
+
+    code, _, _ = await run(
+        "chat", "Second?", "--conversation", "talk.json", "--interactive"
+    )
+
+    hello = ("assistant", "Hello from the loopback.")
+    assert code == 0
+    assert body(server)["model"] == "gpt-5"
+    assert turns(server) == [
+        ("developer", "Be brief."),
+        *(("user", "First?"), hello),
+        *(("user", "Second?"), hello),
+        ("user", "Third?\n"),
+    ]
+    person = Person.model_validate_json((folder / "talk.json").read_text())
+    assert [m.content for m in person.messages[-2:]] == ["Third?\n", hello[1]]
+    assert names_in(folder) == ["talk.json"]
+    assert "sk-openai" not in (folder / "talk.json").read_text()
+
+
+@pytest.mark.usefixtures("environment")
+async def test_a_conversation_can_go_on_with_another_model_and_prompt(
+    run: Run, server: ProviderServer, folder: Path
+) -> None:
+    """What is typed counts more than what was saved, and is saved in turn."""
+    talk = ["--conversation", "talk.json"]
+    await run("chat", "gpt-5", "First?", "--system", "Be brief.", *talk)
+    (folder / "talk.json").chmod(0o640)
+    (folder / "link.json").symlink_to("talk.json")
+
+    await run(
+        *("chat", "claude-haiku-4-5", "Second?", "--system", "Be long."),
+        *("--conversation", "link.json"),
+    )
+    await run("chat", "Third?", *talk)
+
+    assert server.requests[-1].provider == "anthropic"
+    assert "Be long." in str(body(server)["system"])
+    assert len(body(server)["messages"]) == 5
+    assert (folder / "link.json").is_symlink()
+    assert (folder / "talk.json").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.usefixtures("environment")
+async def test_a_question_that_fails_leaves_the_file_as_it_was(
+    run: Run, server: ProviderServer, folder: Path
+) -> None:
+    """A conversation can be continued after any failure."""
+    talk = ["--conversation", "talk.json"]
+    await run("chat", "gpt-5", "First?", *talk)
+    before = (folder / "talk.json").read_bytes()
+    server.default = error("openai", 500)
+
+    code, _, _ = await run("chat", "Second?", *talk)
+
+    assert (code, (folder / "talk.json").read_bytes()) == (1, before)
+
+
+@pytest.mark.usefixtures("environment", "server")
+async def test_a_file_that_cannot_be_written_keeps_what_it_held(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer is printed, the failure is told, and nothing is left behind."""
+    talk = ["--conversation", "talk.json"]
+    await run("chat", "gpt-5", "First?", *talk)
+    before = (folder / "talk.json").read_bytes()
+
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    code, out, said = await run("chat", "Second?", *talk)
+
+    assert (code, out) == (1, "Hello from the loopback.\n")
+    assert said == "dipeo-llm: [Errno 28] No space left on device\n"
+    assert (folder / "talk.json").read_bytes() == before
+    assert names_in(folder) == ["talk.json"]
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"id": "a", "llm_config": {"prompt": "x"}}',
+        '{"id": "a", "messages": [{"content": "x"}]}',
+        "\xff",
+    ],
+)
+async def test_a_file_without_a_conversation_is_a_wrong_argument(
+    run: Run, server: ProviderServer, folder: Path, text: str
+) -> None:
+    """It is named before anything is sent, and not overwritten."""
+    (folder / "talk.json").write_text(text, "latin-1")
+
+    code, out, said = await run("chat", "gpt-5", "Hi", "--conversation", "talk.json")
+
+    assert (code, out, server.requests) == (2, "", [])
+    assert said.startswith("dipeo-llm: the file 'talk.json' of --conversation cannot")
+    assert said.count("\n") == 1
+    assert (folder / "talk.json").read_text("latin-1") == text
+
+
+@pytest.mark.usefixtures("environment")
+async def test_a_folder_that_is_missing_is_named_before_anything_is_sent(
+    run: Run, server: ProviderServer, folder: Path
+) -> None:
+    """No answer is paid for that could not be kept."""
+    path = str(folder / "none" / "talk.json")
+
+    code, _, said = await run("chat", "gpt-5", "Hi", "--conversation", path)
+
+    assert (code, server.requests) == (2, [])
+    assert "its folder" in said
 
 
 @pytest.mark.parametrize(
@@ -1203,6 +1595,23 @@ async def test_half_a_character_from_a_model_is_printed_as_unknown(
 
 
 @pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+async def test_json_is_valid_whatever_the_output_encodes(
+    server: ProviderServer, encoding: str
+) -> None:
+    """A program can read it, and a person too where the output is UTF-8."""
+    server.reply(Answer("größe \N{SNOWMAN}"))
+
+    process = await start(
+        *("chat", "llama3.2", "Hi", "--json"), env={"PYTHONIOENCODING": encoding}
+    )
+
+    code, out, _ = await finish(process)
+    assert (code, json.loads(out)["text"]) == (0, "größe \N{SNOWMAN}")
+    assert out.isascii() == (encoding != "utf-8")
+
+
+@pytest.mark.usefixtures("environment")
 async def test_what_the_output_cannot_encode_is_printed_as_an_escape(
     server: ProviderServer,
 ) -> None:
@@ -1306,7 +1715,98 @@ sys.exit(main(["chat", "", "-"]))
     assert (code, out, said) == (1, "", lines)
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+async def test_a_retry_is_told_on_a_terminal_only(
+    *, is_terminal: bool, screen: Screen
+) -> None:
+    """A person learns what the wait is for; a log file does not fill with it."""
+    retry = "openai/gpt-4.1-nano: 429, next attempt in 2.0 s (2 of 4)"
+    program = f"""
+import io, logging, sys
+from dipeo_llm.cli import main
+
+class Logging(io.BytesIO):
+    def read(self, size=-1):
+        logging.getLogger("dipeo_llm.calls").warning({retry!r})
+        return super().read(size)
+
+sys.stdin = io.TextIOWrapper(Logging(b"Hi"))
+sys.exit(main(["chat", "", "-"]))
+"""
+    stderr = screen.terminal if is_terminal else PIPE
+    process = await create_subprocess_exec(
+        *(sys.executable, "-c", program), stderr=stderr
+    )
+
+    _, _, said = await finish(process)
+
+    if is_terminal:
+        await screen.until(f"{retry}\x1b[0m\r\n")
+    else:
+        assert said == "dipeo-llm: '' is not the name of a model\n"
+
+
+# --- completion ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("do", ["doctor"]),
+        ("chat --reas", ["--reasoning-effort"]),
+        ("chat --reasoning-effort mi", ["minimal"]),
+        ("chat --service an", ["anthropic"]),
+        ("models goo", ["google"]),
+        ("models --key-id GE", ["GEMINI_API_KEY"]),
+        ("cassettes l", ["list"]),
+    ],
+)
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+async def test_a_shell_completes_commands_options_and_values(
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    shell: str,
+    words: str,
+    expected: list[str],
+) -> None:
+    """Each of the three asks in its own way and gets the same."""
+    *_, last = typed = f"dipeo-llm {words}".split()
+    number = len(typed) - 1
+    monkeypatch.setenv("_DIPEO_LLM_COMPLETE", f"{shell}_complete")
+    monkeypatch.setenv("COMP_WORDS", " ".join(typed))
+    monkeypatch.setenv("COMP_CWORD", last if shell == "fish" else str(number))
+
+    code, out, _ = await run()
+
+    found = [re.split(r"[,\t]", line) for line in out.split("\n")]
+    values = {part for line in found for part in line}
+    assert code == 0
+    assert set(expected) <= values
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+async def test_completion_prints_a_script_for_the_shell(run: Run, shell: str) -> None:
+    """The script calls this command by its name."""
+    code, out, said = await run("completion", shell)
+
+    assert (code, said) == (0, "")
+    assert f"_DIPEO_LLM_COMPLETE={shell}_complete" in out
+    assert "dipeo-llm" in out
+
+
 # --- help ---------------------------------------------------------------------------
+
+SUBCOMMANDS = ["chat", "models", "provider", "doctor", "cassettes", "completion"]
+
+
+@pytest.mark.parametrize("argv", [[], *([name] for name in SUBCOMMANDS)])
+async def test_help_teaches_by_examples(run: Run, argv: list[str]) -> None:
+    """Every command shows how it is typed."""
+    code, out, _ = await run(*argv, "--help")
+
+    examples = out.partition("Examples:\n")[2]
+    assert code == 0
+    assert f"dipeo-llm {' '.join(argv)}" in examples
 
 
 @pytest.mark.parametrize(

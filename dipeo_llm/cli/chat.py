@@ -98,7 +98,10 @@ Variables and exit codes: dipeo-llm --help
     help="A PDF, sound or picture to look at. Repeat it for more.",
 )
 @click.option(
-    "--interactive", is_flag=True, help="Hold a conversation, until /quit or Ctrl-D."
+    "-i",
+    "--interactive",
+    is_flag=True,
+    help="Hold a conversation, until /quit or Ctrl-D.",
 )
 @click.option(
     "--conversation",

@@ -227,7 +227,7 @@ def _save(person: Person, path: Path) -> None:
     )
     try:
         with file:
-            file.write(person.model_dump_json(indent=2) + "\n")
+            file.write(person.model_dump_json(indent=2, exclude_none=True) + "\n")
             file.flush()
             os.fsync(file.fileno())
         if path.exists():

@@ -5,7 +5,7 @@ import platform
 import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
-from importlib.metadata import requires, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -108,10 +108,15 @@ def _check_versions() -> Iterator[Finding]:
         needed = Requirement(line)
         if needed.marker and not needed.marker.evaluate():
             continue
-        found = version(needed.name)
+        try:
+            found = version(needed.name)
+        except PackageNotFoundError:
+            found = "is missing"
         said = f"{needed.name} {found} (required: {needed.specifier or 'any'})"
-        if not needed.specifier.contains(found, prereleases=True):
-            yield Finding("fail", f"{said}; pip install '{line}'")
+        if found == "is missing" or found not in needed.specifier:
+            yield Finding(
+                "fail", f"{said}; pip install '{needed.name}{needed.specifier}'"
+            )
         elif needed.name == "litellm":
             yield Finding("ok", said)
 

@@ -112,8 +112,10 @@ def write_aside(text: str) -> None:
     """Write to stderr what is not part of the answer: dim and escaped on a terminal."""
     if _Line.has_status:
         leave_stderr_line()
-    escaped = escape(text) if is_terminal(sys.stderr) else text
-    _write_stderr(paint(escaped, 2, sys.stderr))
+    if is_terminal(sys.stderr):
+        body = text.rstrip("\n")
+        text = paint(escape(body), 2, sys.stderr) + text[len(body) :]
+    _write_stderr(text)
     _Line.is_open_on_stderr = not text.endswith("\n")
 
 
