@@ -1,7 +1,6 @@
-"""`dipeo-llm chat`: what can be typed after it, and what is made of that.
+"""`dipeo-llm chat`: its options and its help.
 
-Knows the options of one command. `inputs` reads what they name, and `conversation`
-makes the calls.
+`inputs` reads the files that the options name; `conversation` makes the calls.
 """
 
 import os
@@ -29,9 +28,11 @@ _HELP = """\
 Ask MODEL one question and print its answer, or hold a conversation (--interactive).
 
 PROMPT is the question. Piped text is added below it, or is the question if PROMPT is
-missing or "-". MODEL may be left out if DIPEO_LLM_MODEL names one: a single argument is
-then the prompt, unless it reads as a model's name.
+missing or "-". MODEL may be left out if DIPEO_LLM_MODEL or the --conversation file
+names one: a single argument is then the prompt, unless it reads as a model's name.
 """
+
+_EFFORTS = ("none", "minimal", "low", "medium", "high")
 
 _EPILOG = """\
 Examples:
@@ -64,7 +65,9 @@ Variables and exit codes: dipeo-llm --help
 """
 
 
-@click.command(cls=Command, help=_HELP, epilog=_EPILOG)
+@click.command(
+    cls=Command, help=_HELP, short_help="Ask a model, or talk with it.", epilog=_EPILOG
+)
 @click.argument("model", required=False, type=text)
 @click.argument("prompt", required=False, type=text)
 @click.option(
@@ -134,14 +137,14 @@ Variables and exit codes: dipeo-llm --help
     "--temperature",
     metavar="NUMBER",
     type=Number(min=0),
-    help="Sampling temperature: 0 or above, often up to 2. Left out for a model"
-    " without it, as are the next three.",
+    help="Sampling temperature, often up to 2. Not sent to a model that takes none;"
+    " nor are the next three.",
 )
 @click.option(
     "--top-p",
     metavar="NUMBER",
     type=Number(min=0, max=1),
-    help="Sample from the likeliest tokens with this total probability, 0 to 1.",
+    help="Sample from the likeliest tokens with this total probability.",
 )
 @click.option(
     "--seed",
@@ -151,8 +154,13 @@ Variables and exit codes: dipeo-llm --help
 )
 @click.option(
     "--reasoning-effort",
-    type=click.Choice(["none", "minimal", "low", "medium", "high"]),
-    help="How long the model thinks.",
+    metavar="LEVEL",
+    type=text,
+    shell_complete=lambda *args: [
+        level for level in _EFFORTS if level.startswith(args[2])
+    ],
+    help="How long the model thinks: none, minimal, low, medium, high, or another level"
+    " of the provider's.",
 )
 @click.option(
     "--tool",

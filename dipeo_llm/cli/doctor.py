@@ -46,7 +46,9 @@ class Finding(NamedTuple):
     text: str
 
 
-@click.command(cls=Command, help=_HELP, epilog=_EPILOG)
+@click.command(
+    cls=Command, help=_HELP, short_help="Check that calls can be made.", epilog=_EPILOG
+)
 @click.option("--offline", is_flag=True, help="Ask no provider.")
 @click.option(
     "--timeout",

@@ -28,6 +28,10 @@ def read_prompt(prompt: str | None) -> str:
     typed = "" if prompt is None or prompt == "-" else prompt
     piped = ""
     if prompt == "-" or not terminal.is_terminal(sys.stdin):
+        if terminal.is_terminal(sys.stdin):
+            terminal.write_hint("type the question; Ctrl-D on a new line ends it")
+        else:
+            terminal.show_status("reading stdin ...")
         try:
             piped = _read_stdin()
         except _ClosedError:

@@ -48,7 +48,12 @@ The exit code is 1 if nobody claims the name.
 """
 
 
-@click.command(cls=Command, help=_MODELS, epilog=_MODELS_EPILOG)
+@click.command(
+    cls=Command,
+    help=_MODELS,
+    short_help="List the models that a provider offers.",
+    epilog=_MODELS_EPILOG,
+)
 @click.argument(
     "service", required=False, type=service, shell_complete=complete_service
 )
