@@ -14,6 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from pydantic import ValidationError
+
 from dipeo_llm.cli import inputs, results, terminal
 from dipeo_llm.cli.options import (
     Exit,
@@ -211,12 +213,13 @@ def read_conversation(path: Path) -> Person | None:
             isinstance(message, Message) for message in person.messages
         ):
             raise ValueError("it is not a Person with an llm_config and messages")
+    except ValidationError as exc:
+        why = f"it is not a Person: {exc.errors()[0]['msg']}"
     except (OSError, ValueError) as exc:
-        raise UsageError(
-            f"the file {str(path)!r} of --conversation cannot be used:"
-            f" {inputs.reason(exc)}"
-        ) from None
-    return person
+        why = inputs.reason(exc)
+    else:
+        return person
+    raise UsageError(f"the file {str(path)!r} of --conversation cannot be used: {why}")
 
 
 def _save(person: Person, path: Path) -> None:

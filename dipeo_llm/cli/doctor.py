@@ -15,10 +15,10 @@ from dipeo_llm.adapters import factory
 from dipeo_llm.cli import terminal
 from dipeo_llm.cli.options import SECONDS, Command, Exit, find_provider, run
 from dipeo_llm.errors import DiPeOLLMError, SettingsError
-from dipeo_llm.settings import Settings
 
 if TYPE_CHECKING:
     from dipeo_llm.service import LLMInfraService
+    from dipeo_llm.settings import Settings
 
 _HELP = """\
 Check what a call needs: versions, LiteLLM, settings, prompt folder, keys and providers.
@@ -78,6 +78,8 @@ async def _check(limit: float | None) -> AsyncIterator[Finding]:
     Args:
         limit: Seconds for each provider's answer; None asks none.
     """
+    from dipeo_llm import Settings
+
     python = f"Python {platform.python_version()} ({sys.executable})"
     yield Finding("ok", python)
     for finding in _check_versions():
@@ -167,7 +169,7 @@ async def _check_litellm() -> Finding:
 
 
 async def _check_providers(
-    settings: Settings, limit: float | None
+    settings: "Settings", limit: float | None
 ) -> AsyncIterator[Finding]:
     """Ask all providers at once that a key or an address is set for."""
     import asyncio

@@ -21,7 +21,6 @@ from dipeo_llm.cli.options import (
     service,
 )
 from dipeo_llm.errors import APIKeyNotFoundError, DiPeOLLMError
-from dipeo_llm.settings import Settings
 
 _MODELS = """\
 List the models that a provider offers to your key, one on a line, as `chat` takes them.
@@ -85,6 +84,8 @@ async def _list_models(provider: str, key_id: str | None, **settings: Any) -> li
 
 def _find_providers() -> list[str]:
     """Name the providers that the environment holds a key or an address for."""
+    from dipeo_llm import Settings
+
     listed = [row for row in factory.PROVIDERS if row.base_url]
     addressed = Settings.from_env().base_urls
     found = [

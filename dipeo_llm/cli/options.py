@@ -23,7 +23,6 @@ from dipeo_llm.errors import (
     InvalidRequestError,
     SettingsError,
 )
-from dipeo_llm.settings import Settings, http_url
 
 if TYPE_CHECKING:
     import asyncio
@@ -105,6 +104,8 @@ def service(argument: str) -> str:
 
 
 def _url(argument: str) -> str:
+    from dipeo_llm.settings import http_url
+
     try:
         return http_url(argument)
     except ValueError as exc:
@@ -177,7 +178,12 @@ def open_service(
         base_url: None keeps the address of the settings.
         **changes: Fields of `Settings`; None keeps the environment's.
     """
-    from dipeo_llm import EnvironmentAPIKeys, LLMInfraService, SystemPromptHandler
+    from dipeo_llm import (
+        EnvironmentAPIKeys,
+        LLMInfraService,
+        Settings,
+        SystemPromptHandler,
+    )
 
     settings = Settings.from_env()
     if base_url is not None:
