@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from dipeo_llm.domain import Capabilities, TokenUsage
-from dipeo_llm.litellm_import import import_litellm, load_litellm
+from dipeo_llm.litellm_import import import_litellm, load_litellm, loaded_litellm
 
 _log = logging.getLogger("dipeo_llm")
 
@@ -65,6 +65,13 @@ def model_info(
         ):
             return row
     return None
+
+
+def known_model_info(litellm_name: str, model: str, name: str) -> Mapping[str, Any]:
+    """Return a model's row, {} where there is none or nothing has imported LiteLLM."""
+    litellm = loaded_litellm()
+    found = model_info(litellm, litellm_name, model, name) if litellm else None
+    return found or {}
 
 
 def supports(litellm_name: str, name: str, model: str, what: str) -> bool | None:

@@ -8,6 +8,7 @@ prompts or retries.
 import asyncio
 import logging
 import os
+import re
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,10 +31,12 @@ from dipeo_llm.adapters.request import (
     COMMON_FIELDS,
     Message,
     PreparedRequest,
+    complete_arguments,
     copy_json,
     copy_messages,
     drop_cache_control,
     keep_fields,
+    rename_tools,
 )
 from dipeo_llm.adapters.tools import sort_tools
 from dipeo_llm.adapters.translation import Outgoing, check_translation
@@ -98,6 +101,10 @@ class BaseLLMAdapter:
     token_counter: ClassVar[TokenCounter | None] = None
     question_headers: ClassVar[Mapping[str, str]] = {}
     """Headers of a question besides completions."""
+    tool_name: ClassVar[re.Pattern[str]] = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+    """Matches a name that the provider takes for a tool."""
+    longest_tool_name: ClassVar[int] = 64
+    """Most characters of such a name."""
     headers: ClassVar[frozenset[str] | None] = http.STANDARD_HEADERS
     """Headers that may leave beside the key; None forwards what LiteLLM sets."""
 
@@ -282,8 +289,11 @@ class BaseLLMAdapter:
         Raises:
             InvalidRequestError: The provider cannot do what is asked.
         """
-        messages = self.prepare_messages(copy_messages(request.messages))
-        prepared = PreparedRequest(messages, dict(request.sampling))
+        messages = copy_messages(request.messages)
+        complete_arguments(messages)
+        prepared = PreparedRequest(
+            self.prepare_messages(messages), dict(request.sampling)
+        )
         options = prepared.options
         tools = sort_tools(request.tools)
         all_tools = copy_json(tools.functions)
@@ -296,8 +306,38 @@ class BaseLLMAdapter:
         form = form_of(request.response_format)
         if form is not None:
             options["response_format"] = copy_json(form.response_format)
+        self._limit_tokens(options)
+        rename_tools(prepared, self.tool_name, self.longest_tool_name)
         self.adjust_options(prepared)
         return prepared
+
+    def _limit_tokens(self, options: dict[str, Any]) -> None:
+        """Lower `max_tokens` to the model's limit, and log it once; drop fractions of 0.
+
+        DiPeO asks for 256,000 tokens of any model.
+        """
+        for name in ("max_tokens", "n", "seed"):
+            if isinstance(value := options.get(name), float) and value.is_integer():
+                options[name] = int(value)
+        asked = options.get("max_tokens")
+        if asked is None:
+            return
+        info = litellm_tables.known_model_info(
+            self.provider.litellm, self.model_name, self.provider.name
+        )
+        limit = info.get("max_output_tokens")
+        if isinstance(limit, int) and 0 < limit < asked:
+            options["max_tokens"] = limit
+            key = (self.provider.name, self.model_name, "max_tokens over the limit")
+            if key not in _seen_options:
+                _seen_options.add(key)
+                _log.info(
+                    "%s/%s writes at most %d tokens: max_tokens=%s was lowered",
+                    self.provider.name,
+                    self.model_name,
+                    limit,
+                    asked,
+                )
 
     def prepare_messages(self, messages: list[Message]) -> list[Message]:
         """Return copied messages in the shape that the provider takes."""
