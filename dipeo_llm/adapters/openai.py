@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from dipeo_llm.adapters.base import BaseLLMAdapter
 from dipeo_llm.adapters.events import StreamReader
@@ -36,6 +37,7 @@ from dipeo_llm.adapters.translation import (
 from dipeo_llm.domain import (
     ImageGenerationResult,
     StreamChunk,
+    ToolCall,
     ToolCallDelta,
     ToolConfig,
     ToolType,
@@ -75,9 +77,35 @@ DEEPSEEK = Provider(
     claims=re.compile(r"deepseek-(?:chat|reasoner)"),
 )
 
+_OPENAI_HOST = "api.openai.com"
 _CHAT_ONLY = re.compile(r"(?:ft:)?(?:gpt-[34]|chatgpt-)")
 _TAKES_NO_STOP = re.compile(r"o[34](?:-|$)")
 _REASONS = re.compile(r"(?:ft:)?o[1-9](?:-|:|$)")
+# "Model incompatible request argument supplied: temperature",
+# https://community.openai.com/t/gpt-4o-search-preview-temperature/1142226 (2026-11-25)
+_SEARCHES = re.compile(r"gpt-4o(?:-mini)?-search-preview")
+# The efforts of the series whose levels LiteLLM's table does not hold (1.110.2):
+# https://platform.openai.com/docs/guides/reasoning and the model pages
+# https://platform.openai.com/docs/models/gpt-5-pro, …/gpt-5-codex (2026-11-25).
+_EFFORTS: tuple[tuple[re.Pattern[str], frozenset[str]], ...] = (
+    (re.compile(r"o1-mini|o1-preview"), frozenset()),
+    (re.compile(r"o[134](?:-|$)"), frozenset({"low", "medium", "high"})),
+    (re.compile(r"gpt-5-pro"), frozenset({"high"})),
+    (
+        re.compile(r"gpt-5\.\d+-pro"),
+        frozenset({"medium", "high", "xhigh"}),
+    ),
+    (re.compile(r"gpt-5(?:\.1)?-codex(?!-max)"), frozenset({"low", "medium", "high"})),
+    (
+        re.compile(r"gpt-5\.\d+-codex"),
+        frozenset({"low", "medium", "high", "xhigh"}),
+    ),
+    (re.compile(r"gpt-5-chat|(?:gpt-5.*-)?chat-latest"), frozenset()),
+)
+# They answer 400 or 422 to a field of a message that they do not know:
+# https://console.groq.com/docs/openai, https://docs.mistral.ai/api,
+# https://inference-docs.cerebras.ai/api-reference/chat-completions (2026-11-25).
+_REFUSES_REASONING = frozenset({"groq", "mistral", "cerebras"})
 
 
 class ChatGPTAdapter(BaseLLMAdapter):
@@ -88,22 +116,45 @@ class ChatGPTAdapter(BaseLLMAdapter):
     # https://platform.openai.com/docs/api-reference/models/list (2026-11-23)
     model_list = ModelList("/models", "data", "id")
 
+    @property
+    def is_openai(self) -> bool:
+        """Whether the server is OpenAI's own, not one that speaks its format."""
+        host = urlsplit(self.endpoint.base_url or "").hostname or ""
+        return host == _OPENAI_HOST or host.endswith(f".{_OPENAI_HOST}")
+
     def prepare_messages(self, messages: list[Message]) -> list[Message]:
-        """Keep OpenAI's fields, and send system prompts as the role "developer"."""
+        """Keep OpenAI's fields, and send system prompts as the role "developer".
+
+        DeepSeek and Kimi answer 400 to a tool turn without its `reasoning_content`
+        (https://api-docs.deepseek.com/guides/thinking_mode,
+        https://platform.moonshot.ai/docs/guide/use-kimi-k2-thinking-model), and Gemini
+        behind this format to one without its thought signature
+        (https://ai.google.dev/gemini-api/docs/thought-signatures; all 2026-11-25).
+        """
         prepared = keep_fields(
-            messages, OPENAI_FIELDS, system_role=self.provider.system_role
+            messages,
+            OPENAI_FIELDS | {"reasoning_content"},
+            system_role=self.provider.system_role,
         )
         for message in prepared:
             message.setdefault("content", None)
             if message["role"] == "tool":
                 message.pop("name", None)
-            if message.get("tool_calls"):
-                message["tool_calls"] = [
-                    {k: v for k, v in call.items() if k in {"id", "type", "function"}}
-                    for call in message["tool_calls"]
-                ]
+            calls = message.get("tool_calls")
+            if not calls or self.is_openai or self.provider.name in _REFUSES_REASONING:
+                message.pop("reasoning_content", None)
+            if calls:
+                message["tool_calls"] = [self._prepare_call(call) for call in calls]
         drop_cache_control(prepared)
         return prepared
+
+    def _prepare_call(self, call: JSON) -> JSON:
+        kept = {k: v for k, v in call.items() if k in {"id", "type", "function"}}
+        own = call.get("provider_specific_fields")
+        signature = own.get("thought_signature") if isinstance(own, Mapping) else None
+        if signature and not self.is_openai:
+            kept["extra_content"] = {"google": {"thought_signature": signature}}
+        return kept
 
     def own_tool(self, tool: ToolConfig, options: dict[str, Any]) -> list[JSON]:
         """Return OpenAI's web search or image generation.
@@ -123,35 +174,51 @@ class ChatGPTAdapter(BaseLLMAdapter):
         return [{"type": "web_search", **config}]
 
     def adjust_options(self, prepared: PreparedRequest) -> None:
-        """Drop an effort that older chat models refuse, and `stop` for o3 and o4-mini.
+        """Drop options that the model refuses and LiteLLM would send.
 
-        LiteLLM no longer knows the retired o-series models. Source:
+        LiteLLM no longer knows the retired o-series models, and not every effort that a
+        model takes. Source:
         https://platform.openai.com/docs/api-reference/chat/create (2026-11-25).
         """
         if self.provider is not OPENAI:
             return
-        options = prepared.options
-        if _CHAT_ONLY.match(self.model_name):
+        options, model = prepared.options, self.model_name
+        effort = options.get("reasoning_effort")
+        levels = next((e for name, e in _EFFORTS if name.match(model)), None)
+        if _CHAT_ONLY.match(model) or (levels is not None and effort not in levels):
             options.pop("reasoning_effort", None)
-        if _REASONS.match(self.model_name):
+        if _REASONS.match(model):
             if "max_tokens" in options:
                 options["max_completion_tokens"] = options.pop("max_tokens")
             options.pop("temperature", None)
             options.pop("top_p", None)
-        if _TAKES_NO_STOP.match(self.model_name):
+        if _TAKES_NO_STOP.match(model):
             options.pop("stop", None)
+        if _SEARCHES.match(model):
+            for name in ("temperature", "top_p", "n"):
+                options.pop(name, None)
 
     def other_endpoint(
         self, litellm: Any, prepared: PreparedRequest
     ) -> BaseLLMAdapter | None:
-        """Return the Responses endpoint for a model or a tool that only it takes."""
+        """Return the Responses endpoint for a request that only it takes.
+
+        LiteLLM knows the models, and that newer ones take function tools beside
+        reasoning there only; OpenAI's own tools are there only too.
+        """
         if self.provider is not OPENAI:
             return None
+        options = prepared.options
+        tools = options.get("tools", ())
+        if any(tool.get("type") != "function" for tool in tools):
+            return self.sibling("responses")
+        effort = options.get("reasoning_effort")
+        if tools and _must_bridge(
+            litellm, self.model_name, tools, effort, self.endpoint.base_url
+        ):
+            return self.sibling("responses")
         info = model_info(litellm, "openai", self.model_name) or {}
-        needs_responses = info.get("mode") == "responses" or any(
-            tool.get("type") != "function" for tool in prepared.options.get("tools", ())
-        )
-        return self.sibling("responses") if needs_responses else None
+        return self.sibling("responses") if info.get("mode") == "responses" else None
 
     def counting_adapter(self) -> BaseLLMAdapter | None:
         """Return OpenAI's Responses endpoint, which counts tokens."""
@@ -202,6 +269,24 @@ class ChatGPTAdapter(BaseLLMAdapter):
         return OpenAIStream()
 
 
+def _must_bridge(
+    litellm: Any, model: str, tools: Any, effort: Any, base_url: str | None
+) -> bool:
+    """Ask LiteLLM whether a request with tools must go to the Responses endpoint."""
+    try:
+        from litellm.responses.bridge_check import responses_api_bridge_check as check
+    except ImportError:  # 1.105
+        check = litellm.main.responses_api_bridge_check
+    info, _ = check(
+        model=model,
+        custom_llm_provider="openai",
+        tools=tools,
+        reasoning_effort=effort,
+        api_base=base_url,
+    )
+    return bool(info.get("mode") == "responses")
+
+
 def read_chat_completion(body: Mapping[str, Any]) -> Reading:
     """Read a chat completion; LiteLLM's own results have this shape too."""
     choices = body.get("choices") or []
@@ -209,17 +294,17 @@ def read_chat_completion(body: Mapping[str, Any]) -> Reading:
     first = messages[0] if messages else {}
     texts = [_join_text(message.get("content")) for message in messages]
     finish = choices[0].get("finish_reason") if choices else None
+    calls = first.get("tool_calls") or ()
+    if not calls and first.get("function_call"):  # the form that `tool_calls` replaced
+        calls = [{"function": first["function_call"]}]
     return Reading(
         text=texts[0] if texts else "",
         texts=texts if len(texts) > 1 else [],
-        reasoning=first.get("reasoning_content") or first.get("reasoning") or None,
-        tool_calls=[
-            read_tool_call(
-                call.get("id") or make_call_id(body.get("id"), index, call),
-                *read_function(call),
-            )
-            for index, call in enumerate(first.get("tool_calls") or ())
-        ],
+        reasoning=first.get("reasoning_content")
+        or first.get("reasoning")
+        or _join_thinking(first.get("content"))
+        or None,
+        tool_calls=[_read_call(body, index, call) for index, call in enumerate(calls)],
         finish="tool_calls" if finish == "function_call" else finish,
         refusal=first.get("refusal") or None,
         model=body.get("model"),
@@ -238,10 +323,35 @@ def read_chat_completion(body: Mapping[str, Any]) -> Reading:
     )
 
 
+def _read_call(body: Mapping[str, Any], index: int, call: JSON) -> ToolCall:
+    call_id = call.get("id") or make_call_id(body.get("id"), index, call)
+    made = read_tool_call(call_id, *read_function(call))
+    # Gemini's OpenAI endpoint, and LiteLLM's own results.
+    extra = (call.get("extra_content") or {}).get("google") or {}
+    own = call.get("provider_specific_fields") or {}
+    signature = extra.get("thought_signature") or own.get("thought_signature")
+    made.thought_signature = signature if isinstance(signature, str) else None
+    return made
+
+
 def _join_text(content: Any) -> str:
     if isinstance(content, list):
         return "".join(part.get("text") or "" for part in content)
     return content or ""
+
+
+def _join_thinking(content: Any) -> str:
+    """Return the text of Mistral's thinking parts.
+
+    Source: https://docs.mistral.ai/capabilities/reasoning (2026-11-25).
+    """
+    if not isinstance(content, list):
+        return ""
+    return "".join(
+        _join_text(part.get("thinking"))
+        for part in content
+        if part.get("type") == "thinking"
+    )
 
 
 def _read_image(url: str) -> ImageGenerationResult | None:
@@ -292,15 +402,24 @@ class OpenAIStream(StreamReader):
             if name == "reasoning" and delta.get("reasoning_content"):
                 continue  # the same again, under both of its names
             if piece := _join_text(delta.get(name)):
-                self._text.setdefault((index, name), []).append(piece)
-                if index == 0 and name == "content":
-                    chunks.append(StreamChunk(piece))
-                elif index == 0 and name != "refusal":
-                    chunks.append(StreamChunk(reasoning=piece))
+                self._add_text(index, name, piece, chunks)
+        if thought := _join_thinking(delta.get("content")):
+            self._add_text(index, "reasoning_content", thought, chunks)
         if delta.get("annotations"):
             kept.setdefault("annotations", []).extend(delta["annotations"])
         for call in delta.get("tool_calls") or ():
             self._call(index, call, chunks)
+        if function := delta.get("function_call"):
+            self._call(index, {"index": 0, "function": function}, chunks)
+
+    def _add_text(
+        self, index: int, name: str, piece: str, chunks: list[StreamChunk]
+    ) -> None:
+        self._text.setdefault((index, name), []).append(piece)
+        if index == 0 and name == "content":
+            chunks.append(StreamChunk(piece))
+        elif index == 0 and name != "refusal":
+            chunks.append(StreamChunk(reasoning=piece))
 
     def _call(self, choice: int, call: JSON, chunks: list[StreamChunk]) -> None:
         name, arguments = read_function(call)
@@ -317,6 +436,8 @@ class OpenAIStream(StreamReader):
         kept["name"] = name or kept["name"]
         if arguments:
             kept["text"].append(arguments)
+        if call.get("extra_content"):
+            kept["extra"] = call["extra_content"]
         if choice == 0:
             told = kept["id"] if call.get("id") else None
             chunks.append(
@@ -371,4 +492,5 @@ def _begins_a_call(kept: JSON, call: JSON, name: str | None) -> bool:
 
 def _whole_call(call: JSON) -> JSON:
     function = {"name": call["name"], "arguments": "".join(call["text"])}
-    return {"id": call["id"], "type": "function", "function": function}
+    whole = {"id": call["id"], "type": "function", "function": function}
+    return {**whole, "extra_content": call["extra"]} if "extra" in call else whole
