@@ -1,4 +1,4 @@
-"""What goes wrong at a provider, and which error a caller gets for it."""
+"""Failed responses of providers, and the exceptions that callers get for them."""
 
 import email.utils
 import json
@@ -54,7 +54,7 @@ each_provider = pytest.mark.parametrize("provider", PROVIDERS)
 
 _KEY, _ASK, _LONG = APIKeyError, InvalidRequestError, ContextWindowError
 _MODEL, _RATE, _DOWN = ModelNotFoundError, RateLimitError, ServiceUnavailableError
-# By folder and the end of the name; what the class is, and the wait that is asked for.
+# A recording, the class of its error, and the requested wait in seconds.
 REAL: dict[str, tuple[type[CallError], float | None]] = {
     "anthropic/err400-claude-haiku-4-5-f19c": (_LONG, None),
     "anthropic/err400-claude-opus-4-6-fe55": (_ASK, None),
@@ -104,7 +104,7 @@ REAL: dict[str, tuple[type[CallError], float | None]] = {
 @pytest.mark.skipif(not RECORDINGS.is_dir(), reason="the recordings are not here")
 @pytest.mark.parametrize("name", REAL)
 def test_errors_that_providers_really_sent(name: str) -> None:
-    """Each recorded refusal gets its class, its waiting time and one line of words."""
+    """Each recorded error gets its class, its wait and a printable message."""
     response = json.loads((RECORDINGS / f"{name}.json").read_text("utf-8"))["response"]
     cls, wait = REAL[name]
 
@@ -127,13 +127,13 @@ def test_errors_that_providers_really_sent(name: str) -> None:
 
 @pytest.mark.skipif(not RECORDINGS.is_dir(), reason="the recordings are not here")
 def test_every_recorded_error_is_in_the_table() -> None:
-    """A recording that is added is looked at."""
+    """A new recording must be added to the table."""
     found = {f"{path.parent.name}/{path.stem}" for path in RECORDINGS.glob("*/err*")}
 
     assert found == set(REAL)
 
 
-# --- words to errors -----------------------------------------------------------------
+# --- messages to errors -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_every_recorded_error_is_in_the_table() -> None:
             ContentFilterError,
         ),
         (400, {"code": "model_not_found", "message": "x"}, ModelNotFoundError),
-        # The output's limit is no context window: shortening the messages helps not.
+        # A limit of the output is not the context window.
         (
             400,
             {"message": "max_tokens is too large: 99999. This model supports 16384."},
@@ -213,10 +213,10 @@ def test_every_recorded_error_is_in_the_table() -> None:
         (529, {}, ServiceUnavailableError),
         (599, {}, ServiceUnavailableError),
         (307, {}, LLMServiceError),
-        # Not every 500 that speaks of a context is for its length.
+        # Not every 500 that mentions a context is about its length.
         (500, {"message": "context canceled"}, ServiceUnavailableError),
         (503, {"message": "exceeds the context"}, ServiceUnavailableError),
-        # Not every 403 is for the key, but most are.
+        # A 403 without a known code is about the key.
         (403, {"message": "Not allowed", "metadata": {}}, APIKeyError),
         (403, {"message": "x", "metadata": {"reasons": []}}, APIKeyError),
         (429, {"message": "quota, limit: 0.5, model: x"}, RateLimitError),
@@ -226,7 +226,7 @@ def test_every_recorded_error_is_in_the_table() -> None:
 def test_class_of_an_error(
     status: int, body: Mapping[str, Any], cls: type[CallError]
 ) -> None:
-    """The status and the provider's code or words decide, and nothing else."""
+    """The status, the code and the message decide."""
     got = from_answer(
         status, {}, json.dumps({"error": body}).encode(), service="x", model="m"
     )
@@ -236,8 +236,7 @@ def test_class_of_an_error(
 
 _QUOTA, _FILTER = QuotaExceededError, ContentFilterError
 _OPENROUTER = "Provider returned error"
-# What servers were seen to say, in the forms that they say it in: the status, the error,
-# and what it is. The sources stand beside the patterns in `failures`.
+# Real errors whose class the status alone does not tell.
 SAID: dict[str, tuple[int, Any, type[CallError]]] = {
     "Anthropic, with max_tokens": (
         400,
@@ -245,16 +244,6 @@ SAID: dict[str, tuple[int, Any, type[CallError]]] = {
             "type": "invalid_request_error",
             "message": "input length and `max_tokens` exceed context limit: 178959 +"
             " 64000 > 200000, decrease input length or `max_tokens` and try again",
-        },
-        _LONG,
-    ),
-    "SGLang": (
-        400,
-        {
-            "message": "The input (61709 tokens) is longer than the model's context"
-            " length (32768 tokens).",
-            "type": "BadRequestError",
-            "code": 400,
         },
         _LONG,
     ),
@@ -404,6 +393,72 @@ SAID: dict[str, tuple[int, Any, type[CallError]]] = {
         },
         _FILTER,
     ),
+    # https://github.com/camel-ai/owl/issues/432
+    "DashScope, a prompt": (
+        400,
+        {
+            "code": "data_inspection_failed",
+            "message": "Input data may contain inappropriate content.",
+            "type": "data_inspection_failed",
+        },
+        _FILTER,
+    ),
+    # https://github.com/QwenLM/qwen-code/issues/2905
+    "DashScope, a prompt, without a code": (
+        400,
+        {
+            "message": "<400> InternalError.Algo.DataInspectionFailed: Input text data may"
+            " contain inappropriate content."
+        },
+        _FILTER,
+    ),
+    # https://www.volcengine.com/docs/82379/1299023
+    "Ark, a prompt": (
+        400,
+        {
+            "code": "InputTextSensitiveContentDetected",
+            "message": "The request failed because the input text may contain sensitive"
+            " information.",
+            "type": "BadRequest",
+        },
+        _FILTER,
+    ),
+    # https://github.com/langchain4j/langchain4j/issues/1079
+    "Zhipu, a prompt": (
+        400,
+        {
+            "code": "1301",
+            "message": "系统检测到输入或生成内容可能包含不安全或敏感内容",
+        },
+        _FILTER,
+    ),
+    # https://github.com/MoonshotAI/kimi-cli/issues/1002
+    "Moonshot, a prompt": (
+        400,
+        {
+            "code": 400,
+            "message": "The request was rejected because it was considered high risk",
+            "param": "prompt",
+            "type": "content_filter",
+        },
+        _FILTER,
+    ),
+    # https://github.com/openai/openai-cookbook/issues/1224
+    "New API, a prompt": (
+        400,
+        {
+            "message": "input contains sensitive words: [test] (request id: x)",
+            "type": "new_api_error",
+            "code": "sensitive_words_detected",
+        },
+        _FILTER,
+    ),
+    # https://github.com/UKGovernmentBEIS/inspect_ai/pull/2267
+    "xAI, a prompt": (
+        403,
+        "Content violates usage guidelines. Failed check: SAFETY_CHECK_TYPE_BIO",
+        _FILTER,
+    ),
     "OpenAI, a model that is closed to a project": (
         403,
         {
@@ -486,8 +541,8 @@ SAID: dict[str, tuple[int, Any, type[CallError]]] = {
 
 
 @pytest.mark.parametrize("kind", SAID)
-def test_what_a_server_was_seen_to_say(kind: str) -> None:
-    """Its words tell what no status tells, and none of it is tried again."""
+def test_a_real_error(kind: str) -> None:
+    """The code or the message decides, and none of these errors is retryable."""
     status, error, cls = SAID[kind]
 
     got = from_answer(status, {}, json.dumps({"error": error}).encode(), service="x")
@@ -497,25 +552,592 @@ def test_what_a_server_was_seen_to_say(kind: str) -> None:
     assert got.status_code == status
 
 
-def test_a_request_that_is_larger_than_a_minutes_tokens() -> None:
-    """OpenAI's limit for a minute may be less than one request: then no wait helps."""
-    error = {
-        "message": "Request too large for gpt-4o in organization org-x on tokens per min"
-        " (TPM): Limit 30000, Requested 45411. The input or output tokens must be reduced"
-        " in order to run successfully.",
-        "type": "tokens",
-        "param": None,
-        "code": "rate_limit_exceeded",
-    }
+# Bodies that reject a prompt for its length: the status, the body, and where it was seen.
+# All were read 2026-11-25.
+_GITHUB = "https://github.com"
+TOO_LONG_BODIES: dict[str, tuple[int, Any, str]] = {
+    "Moonshot": (
+        400,
+        {
+            "error": {
+                "message": "Invalid request: Your request exceeded model token limit:"
+                " 262144 (requested: 269030)",
+                "type": "invalid_request_error",
+            }
+        },
+        f"{_GITHUB}/MoonshotAI/kimi-cli/issues/2011",
+    ),
+    "Moonshot, older": (
+        400,
+        {"error": {"message": "model max length exceeded, max length:8192"}},
+        f"{_GITHUB}/MoonshotAI/MoonshotAI-Cookbook/issues/18",
+    ),
+    "Moonshot, by size": (
+        400,
+        {"error": {"message": "total message size 2100954 exceeds limit 2097152"}},
+        f"{_GITHUB}/MoonshotAI/kimi-code/issues/1862",
+    ),
+    "Ark, GLM": (
+        400,
+        {
+            "error": {
+                "code": "InvalidParameter",
+                "message": "Input length 203743 exceeds the maximum length 202752.",
+                "param": "",
+                "type": "BadRequest",
+            }
+        },
+        f"{_GITHUB}/langgenius/dify/issues/32221",
+    ),
+    "Ark, Doubao": (
+        400,
+        {
+            "error": {
+                "code": "InvalidParameter",
+                "message": "Total tokens of image and text exceed max message tokens."
+                " Request id: 0217",
+                "type": "BadRequest",
+            }
+        },
+        f"{_GITHUB}/sipeed/picoclaw/issues/183",
+    ),
+    "SGLang": (
+        400,
+        {
+            "object": "error",
+            "message": "The input (61709 tokens) is longer than the model's context length"
+            " (40960 tokens).",
+            "type": "BadRequestError",
+            "param": None,
+            "code": 400,
+        },
+        f"{_GITHUB}/QwenLM/Qwen3/issues/1321",
+    ),
+    "SGLang, in all": (
+        400,
+        {
+            "object": "error",
+            "message": "Requested token count exceeds the model's maximum context length of"
+            " 4096 tokens. You requested a total of 4320 tokens: 1320 tokens from the input"
+            " messages and 3000 tokens for the completion.",
+            "type": "BadRequestError",
+            "code": 400,
+        },
+        f"{_GITHUB}/sgl-project/sglang/issues/3642",
+    ),
+    "SGLang, without truncation": (
+        400,
+        {
+            "object": "error",
+            "message": "Input length (11 tokens) exceeds the maximum allowed length"
+            " (10 tokens). Use a shorter input or enable --allow-auto-truncate.",
+            "code": 400,
+        },
+        f"{_GITHUB}/mmcdermott/MEDS_EIC_AR/pull/172",
+    ),
+    "DashScope": (
+        400,
+        {
+            "error": {
+                "code": "invalid_parameter_error",
+                "message": "<400> InternalError.Algo.InvalidParameter: Range of input length"
+                " should be [1, 983616]",
+                "param": None,
+                "type": "invalid_request_error",
+            },
+            "request_id": "81a373d6-28bd-9968-8335-e22a2127c41b",
+        },
+        f"{_GITHUB}/agentscope-ai/QwenPaw/issues/6255",
+    ),
+    "DashScope, native": (
+        400,
+        {
+            "code": "InvalidParameter",
+            "message": "Range of input length should be [1, 6000]",
+            "request_id": "x",
+        },
+        f"{_GITHUB}/LLM-Red-Team/qwen-free-api/issues/23",
+    ),
+    "Z.ai": (
+        400,
+        {"error": {"code": "1261", "message": "Prompt exceeds max length"}},
+        f"{_GITHUB}/zeroclaw-labs/zeroclaw/issues/4124",
+    ),
+    "GitHub Copilot": (
+        400,
+        {
+            "error": {
+                "message": "prompt token count of 138898 exceeds the limit of 64000",
+                "code": "model_max_prompt_tokens_exceeded",
+            }
+        },
+        f"{_GITHUB}/microsoft/copilot-intellij-feedback/issues/94",
+    ),
+    "GitHub Copilot, without a code": (
+        400,
+        {
+            "error": {
+                "message": "prompt token count of 65446 exceeds the limit of 64000",
+                "param": "",
+                "code": "",
+                "type": "",
+            }
+        },
+        f"{_GITHUB}/microsoft/vscode-copilot-release/issues/6700",
+    ),
+    "GitHub Models": (
+        413,
+        {
+            "error": {
+                "code": "tokens_limit_reached",
+                "message": "Request body too large for gpt-4o model. Max size: 8000 tokens.",
+                "details": "Request body too large for gpt-4o model. Max size: 8000 tokens.",
+            }
+        },
+        f"{_GITHUB}/eslint/tsc-meetings/pull/593",
+    ),
+    "Bedrock": (
+        400,
+        {"message": "Input is too long for requested model."},
+        f"{_GITHUB}/aws-samples/assessment-generator/issues/2",
+    ),
+    "Bedrock, behind a gateway": (
+        400,
+        {
+            "detail": "An error occurred (ValidationException) when calling the Converse"
+            " operation: The model returned the following errors: Input is too long for"
+            " requested model."
+        },
+        f"{_GITHUB}/continuedev/continue/issues/9592",
+    ),
+    "Bedrock, Claude": (
+        400,
+        {
+            "message": "The model returned the following errors: prompt is too long: 227255"
+            " tokens > 200000 maximum"
+        },
+        f"{_GITHUB}/aaif-goose/goose/pull/7504",
+    ),
+    "OpenAI, by its limit": (
+        400,
+        {
+            "error": {
+                "message": "Input tokens exceed the configured limit of 272000 tokens. Your"
+                " messages resulted in 289650 tokens. Please reduce the length of the"
+                " messages.",
+                "type": "invalid_request_error",
+                "code": None,
+            }
+        },
+        f"{_GITHUB}/cline/cline/issues/5474",
+    ),
+    "OpenAI, a message": (
+        400,
+        {
+            "error": {
+                "message": "Invalid 'input[0].content': string too long. Expected a string"
+                " with maximum length 10485760, but got a string with length 62114761"
+                " instead.",
+                "type": "invalid_request_error",
+                "param": "input[0].content",
+                "code": "string_above_max_length",
+            }
+        },
+        f"{_GITHUB}/VectorlyApp/bluebox/issues/31",
+    ),
+    "DeepSeek": (
+        400,
+        {
+            "error": {
+                "message": "This model's maximum context length is 131072 tokens. However,"
+                " you requested 131134 tokens (122942 in the messages, 8192 in the"
+                " completion). Please reduce the length of the messages or completion.",
+                "type": "invalid_request_error",
+                "param": None,
+                "code": "invalid_request_error",
+            }
+        },
+        f"{_GITHUB}/evalstate/fast-agent/issues/621",
+    ),
+    "vLLM": (
+        400,
+        {
+            "error": {
+                "message": "This model's maximum context length is 128000 tokens. However,"
+                " you requested 65535 output tokens and your prompt contains at least 62466"
+                " input tokens, for a total of at least 128001 tokens.",
+                "type": "BadRequestError",
+                "code": 400,
+            }
+        },
+        f"{_GITHUB}/vllm-project/vllm/issues/42474",
+    ),
+    "Groq": (
+        400,
+        {
+            "error": {
+                "message": "Please reduce the length of the messages or completion.",
+                "type": "invalid_request_error",
+                "param": "messages",
+                "code": "context_length_exceeded",
+            }
+        },
+        f"{_GITHUB}/OpenHands/OpenHands/issues/1902",
+    ),
+    "Cerebras": (
+        400,
+        {
+            "message": "Please reduce the length of the messages or completion. Current"
+            " length is 42328 while limit is 40000",
+            "type": "invalid_request_error",
+        },
+        f"{_GITHUB}/cline/cline/issues/5140",
+    ),
+    "SiliconFlow": (
+        400,
+        {
+            "code": 20015,
+            "message": "length of prompt_tokens (57535) must be less than max_seq_len"
+            " (32768)",
+            "data": None,
+        },
+        f"{_GITHUB}/langgenius/dify/issues/19394",
+    ),
+    "SiliconFlow, newer": (
+        400,
+        {
+            "code": 20015,
+            "message": "number of input tokens (83121) have exceeded max_prompt_tokens"
+            " (65536) limit.",
+            "data": None,
+        },
+        f"{_GITHUB}/continuedev/continue/issues/9971",
+    ),
+    "Qianfan": (
+        400,
+        {
+            "error": {
+                "code": "tokens_too_long",
+                "message": "Prompt tokens too long",
+                "type": "invalid_request_error",
+            },
+            "id": "as-x",
+        },
+        "https://cloud.baidu.com/doc/qianfan-api/s/rmwbl43x7",
+    ),
+    "MiniMax": (
+        400,
+        {
+            "type": "error",
+            "error": {
+                "type": "invalid_request_error",
+                "message": "invalid params, context window exceeds limit (2013)",
+            },
+        },
+        f"{_GITHUB}/MiniMax-AI/MiniMax-M2/issues/119",
+    ),
+    "Vertex": (
+        400,
+        {
+            "error": {
+                "code": 400,
+                "message": "Unable to submit request because the input token count is"
+                " 1251952 but model only supports up to 1048576. Reduce the input token"
+                " count and try again.",
+                "status": "INVALID_ARGUMENT",
+            }
+        },
+        f"{_GITHUB}/google-gemini/gemini-cli/issues/19727",
+    ),
+    "Gemini, without a count": (
+        400,
+        [
+            {
+                "error": {
+                    "code": 400,
+                    "message": "The input token count exceeds the maximum number of tokens"
+                    " allowed (1048576).",
+                    "status": "INVALID_ARGUMENT",
+                }
+            }
+        ],
+        f"{_GITHUB}/arkavo-org/arkavo-edge/issues/371",
+    ),
+    "Cohere": (
+        400,
+        {
+            "message": "too many tokens: total number of tokens (prompt and prediction)"
+            " cannot exceed 2048 - received 6354. Try using a shorter prompt or a smaller"
+            " max_tokens value."
+        },
+        f"{_GITHUB}/cohere-ai/sandbox-topically/issues/4",
+    ),
+    "Together": (
+        400,
+        {
+            "error": {
+                "message": "Input validation error: `inputs` tokens + `max_new_tokens` must"
+                " be <= 4097. Given: 80125 `inputs` tokens and 4096 `max_new_tokens`",
+                "type": "invalid_request_error",
+                "param": "max_tokens",
+                "code": None,
+            }
+        },
+        f"{_GITHUB}/BerriAI/litellm/issues/4934",
+    ),
+    "text-generation-inference": (
+        422,
+        {
+            "error": "Input validation error: `inputs` must have less than 4096 tokens."
+            " Given: 4545",
+            "error_type": "validation",
+        },
+        f"{_GITHUB}/meta-llama/llama/issues/1103",
+    ),
+    "TensorRT-LLM": (
+        400,
+        {"error": "Prompt length (200) exceeds maximum input length (1)"},
+        f"{_GITHUB}/triton-inference-server/tensorrtllm_backend/issues/565",
+    ),
+    "llama.cpp, counted": (
+        400,
+        {
+            "error": {
+                "code": 400,
+                "message": "request (355724 tokens) exceeds the available context size"
+                " (262144 tokens), try increasing it",
+                "type": "exceed_context_size_error",
+            }
+        },
+        f"{_GITHUB}/ItzCrazyKns/Vane/issues/1011",
+    ),
+    "vMLX": (
+        400,
+        {
+            "detail": "prompt_too_long: tokenized VLM text prompt has 20771 tokens, max"
+            " prompt/context tokens is 20119"
+        },
+        f"{_GITHUB}/jjang-ai/vmlx/issues/254",
+    ),
+    "LiteLLM's proxy": (
+        400,
+        {
+            "error": {
+                "message": "litellm.ContextWindowExceededError: Max Input Tokens=272000,"
+                " Got=301450",
+                "type": None,
+                "param": None,
+                "code": "400",
+            }
+        },
+        f"{_GITHUB}/BerriAI/litellm/pull/38368",
+    ),
+}
 
-    got = from_answer(429, {}, json.dumps({"error": error}).encode(), service="openai")
 
-    assert type(got) is RateLimitError
+@pytest.mark.parametrize("server_name", TOO_LONG_BODIES)
+@pytest.mark.parametrize("told_with", ["its status", "200"])
+def test_a_prompt_that_is_too_long(server_name: str, told_with: str) -> None:
+    """Every server's wording is a ContextWindowError, also in a 200 with an error."""
+    status, body, _ = TOO_LONG_BODIES[server_name]
+    if told_with == "200":
+        status = 200
+
+    got = from_answer(status, {}, json.dumps(body).encode(), service="x")
+
+    assert type(got) is ContextWindowError
     assert not got.retryable
+    assert got.status_code == status
 
 
-def test_the_words_of_the_provider_behind_a_provider() -> None:
-    """What OpenRouter's own provider said is shown, without the key and not in full."""
+# Bodies that mention lengths, limits or tokens, and are not about the prompt's length.
+NOT_TOO_LONG: dict[str, tuple[int, Any, type[CallError], bool]] = {
+    # https://github.com/proma-ai/Proma/issues/1453
+    "Ark, max_tokens": (
+        400,
+        {
+            "error": {
+                "code": "InvalidParameter",
+                "message": "The parameter `max_tokens` specified in the request is not valid:"
+                " integer above maximum value, expected a value <= 131072, but got 512000"
+                " instead.",
+                "param": "max_tokens",
+                "type": "BadRequest",
+            }
+        },
+        InvalidRequestError,
+        False,
+    ),
+    # https://github.com/RooCodeInc/Roo-Code/issues/5729
+    "Groq, max_tokens": (
+        400,
+        {
+            "error": {
+                "message": "`max_tokens` must be less than or equal to `16384`, the maximum"
+                " value for `max_tokens` is less than the `context_window` for this model",
+                "type": "invalid_request_error",
+                "param": "max_tokens",
+            }
+        },
+        InvalidRequestError,
+        False,
+    ),
+    # https://github.com/stanfordnlp/dspy/issues/8724
+    "Azure, max_tokens": (
+        400,
+        {
+            "error": {
+                "message": "max_tokens is too large: 20000. This model supports at most 16384"
+                " completion tokens, whereas you provided 20000."
+            }
+        },
+        InvalidRequestError,
+        False,
+    ),
+    # https://github.com/vllm-project/vllm/issues/19861
+    "vLLM, max_tokens": (
+        400,
+        {
+            "object": "error",
+            "message": "'max_tokens' or 'max_completion_tokens' is too large: 9000. This"
+            " model's maximum context length is 8192 tokens and your request has 10 input"
+            " tokens (9000 > 8192 - 10).",
+            "type": "BadRequestError",
+            "code": 400,
+        },
+        InvalidRequestError,
+        False,
+    ),
+    # https://github.com/charmbracelet/crush/issues/946
+    "Bedrock, max_tokens": (
+        400,
+        {
+            "message": "The maximum tokens you requested exceeds the model limit of 32768"
+        },
+        InvalidRequestError,
+        False,
+    ),
+    # https://github.com/open-webui/open-webui/issues/10507
+    "DashScope, max_tokens": (
+        400,
+        {
+            "error": {
+                "message": "<400> InternalError.Algo.InvalidParameter: Range of max_tokens"
+                " should be [1, 8192]"
+            }
+        },
+        InvalidRequestError,
+        False,
+    ),
+    # https://github.com/HKUDS/nanobot/issues/651
+    "DeepSeek, max_tokens": (
+        400,
+        {
+            "error": {
+                "message": "Invalid max_tokens value, the valid range of max_tokens is"
+                " [1, 8192]",
+                "type": "invalid_request_error",
+                "code": "invalid_request_error",
+            }
+        },
+        InvalidRequestError,
+        False,
+    ),
+    # https://github.com/langmanus/langmanus/issues/119
+    "OpenAI, the id of a call": (
+        400,
+        {
+            "error": {
+                "message": "Invalid 'messages[10].tool_calls[0].id': string too long."
+                " Expected a string with maximum length 40, but got a string with length 63"
+                " instead.",
+                "code": "string_above_max_length",
+            }
+        },
+        InvalidRequestError,
+        False,
+    ),
+    # https://github.com/minorun365/agent-book/issues/29
+    "Bedrock, a day's tokens": (
+        429,
+        {"message": "Too many tokens per day, please wait before trying again."},
+        RateLimitError,
+        True,
+    ),
+    "Bedrock, a day's tokens, behind a gateway": (
+        500,
+        {"detail": "Too many tokens, please wait before trying again."},
+        ServiceUnavailableError,
+        True,
+    ),
+    # https://github.com/cline/cline/issues/4971
+    "Groq, a minute's tokens in one request": (
+        413,
+        {
+            "error": {
+                "message": "Request too large for model `moonshotai/kimi-k2-instruct` in"
+                " organization `org_x` service tier `on_demand` on tokens per minute (TPM):"
+                " Limit 10000, Requested 15088, please reduce your message size and try"
+                " again.",
+                "type": "tokens",
+                "code": "rate_limit_exceeded",
+            }
+        },
+        RateLimitError,
+        False,
+    ),
+    "OpenAI, a minute's tokens": (
+        429,
+        {
+            "error": {
+                "message": "Rate limit reached for gpt-4o in organization org-x on tokens"
+                " per min (TPM): Limit 30000, Used 27000, Requested 4500. Please try again"
+                " in 3s.",
+                "type": "tokens",
+                "code": "rate_limit_exceeded",
+            }
+        },
+        RateLimitError,
+        True,
+    ),
+    # https://github.com/fork-dev/TrackerWin/issues/2595
+    "OpenAI, a minute's tokens in one request": (
+        429,
+        {
+            "error": {
+                "message": "Request too large for gpt-4o in organization org-x on tokens per"
+                " min (TPM): Limit 30000, Requested 45411. The input or output tokens must"
+                " be reduced in order to run successfully.",
+                "type": "tokens",
+                "code": "rate_limit_exceeded",
+            }
+        },
+        RateLimitError,
+        False,
+    ),
+    # https://github.com/anomalyco/opencode/issues/14064
+    "a proxy, by bytes": (
+        413,
+        {"message": "Request Entity Too Large"},
+        InvalidRequestError,
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("server_name", NOT_TOO_LONG)
+def test_limits_of_another_kind(server_name: str) -> None:
+    """A limit of the output, or of a minute, is not the context window."""
+    status, body, cls, retryable = NOT_TOO_LONG[server_name]
+
+    got = from_answer(status, {}, json.dumps(body).encode(), service="x")
+
+    assert type(got) is cls
+    assert got.retryable is retryable
+
+
+def test_the_message_of_a_provider_behind_openrouter() -> None:
+    """OpenRouter's error shows the provider's message, redacted and shortened."""
     raw = "bad key sk-secret-1 " + "x" * 1000
     error = {"message": _OPENROUTER, "code": 400, "metadata": {"raw": raw}}
 
@@ -532,8 +1154,8 @@ def test_the_words_of_the_provider_behind_a_provider() -> None:
 
 
 @pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 502, 503, 504, 529])
-def test_statuses_that_are_worth_another_try(status: int) -> None:
-    """They are retryable, unless the provider says in a header that they are not."""
+def test_retryable_statuses(status: int) -> None:
+    """They are retryable unless a header says otherwise."""
     told = {"X-Should-Retry": "false"}
 
     assert from_answer(status, {}, b"", service="x").retryable
@@ -541,8 +1163,8 @@ def test_statuses_that_are_worth_another_try(status: int) -> None:
 
 
 @pytest.mark.parametrize("status", [302, 400, 401, 402, 403, 404, 413, 418, 422])
-def test_statuses_that_are_not(status: int) -> None:
-    """They are refused once and for all, whatever a header says."""
+def test_statuses_that_are_not_retryable(status: int) -> None:
+    """They are not retryable, whatever a header says."""
     told = {"x-should-retry": "true"}
 
     assert not from_answer(status, {}, b"", service="x").retryable
@@ -573,7 +1195,7 @@ def test_statuses_that_are_not(status: int) -> None:
 )
 @pytest.mark.parametrize("status", [400, 429, 500])
 def test_a_body_of_any_form(status: int, body: bytes) -> None:
-    """No body, however odd, hides the status that came with it."""
+    """No body hides the status."""
     got = from_answer(status, {}, body, service="x")
 
     assert got.status_code == status
@@ -582,7 +1204,7 @@ def test_a_body_of_any_form(status: int, body: bytes) -> None:
 
 
 def test_an_error_that_is_the_whole_body() -> None:
-    """Not each server wraps its error; a state of failure beside it hides none of it."""
+    """A body without an error object is the error itself."""
     body = b'{"status": "failed", "code": "c", "message": "the whole is the error"}'
 
     got = from_answer(400, {}, body, service="x")
@@ -592,7 +1214,7 @@ def test_an_error_that_is_the_whole_body() -> None:
 
 
 def test_a_redirect_says_what_to_do() -> None:
-    """Where it leads is not followed; the base URL is wrong."""
+    """Redirects are not followed; the base URL must be fixed."""
     got = from_answer(307, {}, b"Moved", service="x")
 
     assert str(got) == (
@@ -601,7 +1223,7 @@ def test_a_redirect_says_what_to_do() -> None:
 
 
 def test_what_an_error_keeps() -> None:
-    """The provider's code and type, its request id and the wait are on the error."""
+    """The error has the code, the type, the request id and the wait, and pickles."""
     body = b'{"error": {"message": "no", "code": "c", "type": "t"}}'
     headers = {"X-Request-ID": "req_1", "Retry-After": "7"}
 
@@ -615,7 +1237,7 @@ def test_what_an_error_keeps() -> None:
     assert (str(copy), vars(copy)) == (str(got), vars(got))
 
 
-# --- waits, ids, words ----------------------------------------------------------------
+# --- waits, ids, messages ----------------------------------------------------------------
 
 
 def _retry_info(delay: Any) -> bytes:
@@ -653,13 +1275,13 @@ def _retry_info(delay: Any) -> bytes:
 def test_retry_after(
     headers: Mapping[str, str], body: bytes, seconds: float | None
 ) -> None:
-    """Milliseconds, seconds, a date, or Google's RetryInfo; what is none of it is None."""
+    """Milliseconds, seconds, a date, or Google's RetryInfo; None for anything else."""
     assert retry_after(headers, body) == seconds
 
 
 @pytest.mark.parametrize("zone", ["GMT", "-0000", "+0200"])
 def test_retry_after_a_date(zone: str) -> None:
-    """A date in the future is so many seconds from now, in whatever zone."""
+    """A date gives the seconds from now, in any time zone."""
     offset = 7200 if zone == "+0200" else 0
     stamp = email.utils.formatdate(time.time() + 100 + offset, usegmt=True)
 
@@ -688,15 +1310,15 @@ def test_retry_after_a_date(zone: str) -> None:
     ],
 )
 def test_seconds_until(text: str, seconds: float | None) -> None:
-    """A reset is a duration in any of the providers' spellings, or a time."""
+    """A reset is a duration in any provider's format, or a time."""
     got = seconds_until(text)
 
     assert got == (seconds if seconds is None else pytest.approx(seconds))
 
 
 @pytest.mark.parametrize("text", ["1.2.3s", ".s", "1..5m", "..ms"])
-def test_seconds_until_a_number_that_is_none(text: str) -> None:
-    """A header that cannot be read ends no call."""
+def test_seconds_until_an_invalid_number(text: str) -> None:
+    """An unreadable header is None."""
     assert seconds_until(text) is None
 
 
@@ -713,7 +1335,7 @@ def test_seconds_until_a_number_that_is_none(text: str) -> None:
     ],
 )
 def test_request_id(headers: Mapping[str, str], body: bytes, found: str | None) -> None:
-    """From a header, else from Anthropic's body."""
+    """The id comes from a header, else from Anthropic's body."""
     assert request_id(headers, body) == found
 
 
@@ -737,13 +1359,34 @@ def test_request_id(headers: Mapping[str, str], body: bytes, found: str | None) 
         ("", ""),
     ],
 )
-def test_words_for_one_line_of_a_log(said: str, line: str) -> None:
-    """No key, no control character, one line, and not too long."""
+def test_a_message_for_one_log_line(said: str, line: str) -> None:
+    """One line without the key and control characters, and not too long."""
     assert clean(said, "sk-secret-1") == line
 
 
+@pytest.mark.parametrize(
+    ("secret", "said", "line"),
+    [
+        ("x", "exceeds the limit, x", "exceeds the limit, [key]"),
+        ("key-1", "monkey-1 sent key-1.", "monkey-1 sent [key]."),
+        (
+            "a/b",
+            r'path "a/b", "a\/b", a%2Fb, ca/bd',
+            'path "[key]", "[key]", [key], ca/bd',
+        ),
+        ("x.y", "xzy x.y", "xzy [key]"),
+        ("k-long-8", "mk-long-8s", "m[key]s"),
+    ],
+)
+def test_a_short_key_is_redacted_as_a_whole_token(
+    secret: str, said: str, line: str
+) -> None:
+    """A key of fewer than eight characters does not destroy words that contain it."""
+    assert clean(said, secret) == line
+
+
 def test_a_key_that_is_cut_by_the_end_of_the_line() -> None:
-    """The key is taken out before the text is shortened, so no half of it stays."""
+    """The key is redacted before the text is cut, so no part of it remains."""
     got = clean("x" * 595 + "sk-secret-1", "sk-secret-1")
 
     assert "sk-" not in got
@@ -754,14 +1397,14 @@ def test_a_key_that_is_cut_by_the_end_of_the_line() -> None:
 
 @pytest.fixture
 async def once(keys: StaticAPIKeys) -> AsyncIterator[LLMInfraService]:
-    """Open a service that makes one retry at most, and at once."""
+    """Open a service that makes one immediate retry at most."""
     settings = Settings(max_retries=1, retry_wait=0.01, retry_wait_max=0.02, timeout=20)
     async with LLMInfraService(keys, settings=settings) as opened:
         yield opened
 
 
 async def fails(service: LLMInfraService, provider: str) -> CallError:
-    """Make a call that must fail, and return its error."""
+    """Return the error of a call that must fail."""
     with pytest.raises(DiPeOLLMError) as caught:
         await service.complete(HELLO, MODELS[provider], provider)
     got = caught.value
@@ -796,10 +1439,10 @@ STATUSES: dict[int, tuple[type[CallError], int]] = {
 async def test_a_status(
     once: LLMInfraService, server: ProviderServer, provider: str, status: int
 ) -> None:
-    """Each status has its class and its number of requests, with every provider."""
+    """Each status has its class and its number of requests, for every provider."""
     headers = {"x-request-id": "req_7"} if provider in {"openai", "ollama"} else {}
     headers = {"request-id": "req_7"} if provider == "anthropic" else headers
-    # Of other providers than Anthropic there is no word on it.
+    # The header cannot turn a final error into a retryable one.
     headers["x-should-retry"] = "true"
     server.default = error(provider, status, headers=headers)
     cls, requests = STATUSES[status]
@@ -818,7 +1461,7 @@ async def test_a_status(
 async def test_a_rate_limit_that_says_when(
     once: LLMInfraService, server: ProviderServer, provider: str
 ) -> None:
-    """The wait is on the error, from a header or from Google's body."""
+    """The error has the wait from a header or from Google's body."""
     server.default = error(provider, 429, retry_delay=0.05)
 
     got = await fails(once, provider)
@@ -828,10 +1471,10 @@ async def test_a_rate_limit_that_says_when(
     assert got.attempts == 2
 
 
-async def test_an_empty_account_is_not_asked_again(
+async def test_an_empty_account_is_not_retried(
     once: LLMInfraService, server: ProviderServer
 ) -> None:
-    """OpenAI's 429 insufficient_quota is a RateLimitError that waiting does not fix."""
+    """OpenAI's 429 insufficient_quota is not retried."""
     server.default = error("openai", 429, code="insufficient_quota")
 
     got = await fails(once, "openai")
@@ -843,10 +1486,10 @@ async def test_an_empty_account_is_not_asked_again(
 
 
 @each_provider
-async def test_a_proxys_words_in_plain_text(
+async def test_a_proxys_plain_text(
     once: LLMInfraService, server: ProviderServer, provider: str
 ) -> None:
-    """A 503 of something before the provider is told in its own words."""
+    """A proxy's 503 keeps the proxy's message."""
     said = b"upstream connect error or disconnect/reset before headers"
     server.default = Raw(503, headers={"content-type": "text/plain"}, body=said)
 
@@ -862,7 +1505,7 @@ async def test_a_proxys_words_in_plain_text(
 async def test_a_connection_that_breaks(
     once: LLMInfraService, server: ProviderServer, provider: str, kind: str
 ) -> None:
-    """A connection that breaks is tried again, once an attempt, without a status."""
+    """A broken connection is retried, with one request an attempt."""
     server.reply(Fault(kind), Fault(kind), Answer())
 
     got = await fails(once, provider)
@@ -897,7 +1540,7 @@ async def test_nobody_listens(provider: str) -> None:
 
 
 HTML = b"<html><body>502 Bad Gateway</body></html>"
-NO_ANSWERS: dict[str, bytes] = {
+WITHOUT_ANSWER: dict[str, bytes] = {
     "html": HTML,
     "empty": b"",
     "spaces": b" \n",
@@ -919,13 +1562,13 @@ NO_ANSWERS: dict[str, bytes] = {
 
 
 @each_provider
-@pytest.mark.parametrize("kind", NO_ANSWERS)
-async def test_a_200_that_is_no_answer(
+@pytest.mark.parametrize("kind", WITHOUT_ANSWER)
+async def test_a_200_without_an_answer(
     once: LLMInfraService, server: ProviderServer, provider: str, kind: str
 ) -> None:
-    """What is no answer is never returned as an empty one; it is tried again."""
+    """It is retried, and never returned as an empty answer."""
     content_type = "text/html" if kind == "html" else "application/json"
-    body = NO_ANSWERS[kind]
+    body = WITHOUT_ANSWER[kind]
     server.default = Raw(headers={"content-type": content_type}, body=body)
 
     got = await fails(once, provider)
@@ -974,7 +1617,7 @@ async def test_a_200_that_is_no_answer(
             RateLimitError,
         ),
         ("ollama", {"error": "llama runner terminated"}, ServiceUnavailableError),
-        # The code is nearer to the point than the type.
+        # The code is more precise than the type.
         (
             "openai",
             {
@@ -1007,7 +1650,7 @@ async def test_a_200_that_is_no_answer(
             {"error": {"message": "x", "status": "CANCELLED"}},
             LLMServiceError,
         ),
-        # LM Studio's, and Ollama's
+        # LM Studio, and Ollama.
         ("openai", {"error": {"message": SAID["LM Studio"][1]}}, _LONG),
         ("openai", {"error": "Context size has been exceeded."}, _LONG),
         ("ollama", {"error": "the input length exceeds the context length"}, _LONG),
@@ -1020,7 +1663,7 @@ async def test_a_200_that_is_an_error(
     body: Mapping[str, Any],
     cls: type[CallError],
 ) -> None:
-    """Its own words decide on the class, and the status stays the one that was sent."""
+    """The error decides on the class, and the status remains 200."""
     server.default = Raw(body=json.dumps(body).encode())
 
     got = await fails(once, provider)
@@ -1048,7 +1691,7 @@ TOO_LONG = {
 async def test_a_conversation_that_is_too_long(
     once: LLMInfraService, server: ProviderServer, provider: str
 ) -> None:
-    """A 400 for its length is a ContextWindowError, in whatever words."""
+    """A 400 for the length is a ContextWindowError."""
     server.default = error(provider, 400, TOO_LONG[provider])
 
     got = await fails(once, provider)
@@ -1072,7 +1715,7 @@ async def test_content_that_is_refused(
     code: str | None,
     said: str,
 ) -> None:
-    """A 400 for its content is a ContentFilterError."""
+    """A 400 for the content is a ContentFilterError."""
     server.default = error(provider, 400, said, code=code)
 
     got = await fails(once, provider)
@@ -1085,7 +1728,7 @@ async def test_content_that_is_refused(
 async def test_a_key_that_the_provider_refuses(
     server: ProviderServer, provider: str
 ) -> None:
-    """Each provider's own refusal of a bad key, Google's 400 too, is an APIKeyError."""
+    """Each provider's response to a bad key is an APIKeyError, also Google's 400."""
     key = f"sk-bad-{provider}-0123456789"
     if provider == "ollama":
         server.default = error(provider, 401, "unauthorized")
@@ -1105,7 +1748,7 @@ async def test_a_key_that_the_provider_refuses(
 async def test_an_answer_that_echoes_the_key(
     once: LLMInfraService, server: ProviderServer, provider: str, status: int
 ) -> None:
-    """Whatever the provider repeats, no line, no escape and no key reaches a log."""
+    """No line break, escape sequence or key of a response reaches a message."""
     said = f"bad key sk-test-{provider}\nsecond line \x1b[31mred"
     server.default = error(provider, status, said)
 
@@ -1116,10 +1759,10 @@ async def test_an_answer_that_echoes_the_key(
 
 
 @each_provider
-async def test_a_model_that_is_not_there(
+async def test_an_unknown_model(
     once: LLMInfraService, server: ProviderServer, provider: str
 ) -> None:
-    """A model's wrong name is a ModelNotFoundError that shows the name."""
+    """A wrong model name is a ModelNotFoundError that shows the name."""
     with pytest.raises(ModelNotFoundError, match="no-such-model") as caught:
         await once.complete(HELLO, "no-such-model", provider, service=provider)
 
@@ -1128,10 +1771,10 @@ async def test_a_model_that_is_not_there(
 
 
 @each_provider
-async def test_a_stranger_in_the_answer(
+async def test_a_malformed_answer(
     once: LLMInfraService, server: ProviderServer, provider: str
 ) -> None:
-    """What LiteLLM raises on its own account has no traceback in its message."""
+    """An exception of LiteLLM's leaves no traceback in the message."""
     odd: dict[str, Any] = {
         "choices": [{"message": {"content": {"a": 1}, "tool_calls": 5}}],
         "content": [{"type": "tool_use", "input": 5}, 5],
