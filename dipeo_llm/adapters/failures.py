@@ -34,8 +34,8 @@ CallError = APIKeyError | LLMServiceError
 _REQUEST_ID_HEADERS = ("x-request-id", "request-id", "x-goog-request-id")
 
 # Patterns for the codes and messages of real responses. Anthropic, Google and Ollama
-# have no codes for these errors. tests/test_failures.py has the responses and their
-# sources.
+# have no codes for these errors. The responses and their sources are in
+# tests/error_bodies.jsonl.
 _TOO_LONG = re.compile(
     # Codes: OpenAI, llama.cpp, GitHub Copilot, GitHub Models, vMLX, LiteLLM's proxy,
     # Ark, Qianfan.
