@@ -420,7 +420,7 @@ def request_id(headers: Mapping[str, str], body: bytes = b"") -> str | None:
 
 def clean(text: str, secret: str = "") -> str:
     """Make a provider's message fit for one log line: no key, no control characters."""
-    for form in spellings(secret):
+    for form in sorted(spellings(secret), key=len, reverse=True):
         if len(secret) < _SHORTEST_KEY:
             # A key such as "x" must not be redacted inside of words.
             text = re.sub(rf"(?<![\w-]){re.escape(form)}(?![\w-])", "[key]", text)
