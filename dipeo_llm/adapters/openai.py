@@ -309,7 +309,7 @@ def read_chat_completion(body: Mapping[str, Any]) -> Reading:
         refusal=first.get("refusal") or None,
         model=body.get("model"),
         id=body.get("id"),
-        usage=body.get("usage"),
+        usage=_read_usage(body),
         searches=merge_pages(
             WebSearchResult(url=c.get("url", ""), title=c.get("title") or "")
             for a in first.get("annotations") or ()
@@ -320,6 +320,14 @@ def read_chat_completion(body: Mapping[str, Any]) -> Reading:
             for part in first.get("images") or ()
             if (image := _read_image(part.get("image_url", {}).get("url", "")))
         ],
+    )
+
+
+def _read_usage(body: Mapping[str, Any]) -> Any:
+    """Return the usage with the service tier, which decides the price."""
+    usage, tier = body.get("usage"), body.get("service_tier")
+    return (
+        {**usage, "service_tier": tier} if tier and isinstance(usage, dict) else usage
     )
 
 
@@ -379,7 +387,7 @@ class OpenAIStream(StreamReader):
         """The call that a fragment with this index goes to, by choice and index."""
 
     def _event(self, event: JSON, chunks: list[StreamChunk]) -> None:
-        for name in ("id", "model", "usage"):
+        for name in ("id", "model", "usage", "service_tier"):
             if event.get(name) is not None:
                 self._head[name] = event[name]
         for choice in event.get("choices") or ():
