@@ -186,7 +186,7 @@ def thinking(**config: Any) -> Body:
     return {"generationConfig": {"thinkingConfig": config}}
 
 
-SEARCH = {"googleSearch": {}}
+SEARCH: Body = {"googleSearch": {}}
 FLASH, PRO = "gemini-2.5-flash", "gemini-2.5-pro"
 TOOLED = {"reasoning_effort": "medium", "tools": [tool()]}
 ENABLED = {"type": "enabled", "budget_tokens": 1024}
@@ -219,9 +219,9 @@ BAD_CHAT: list[tuple[str, Body]] = [
     ("n", chat(n=0)),
     ("stream_options", chat(stream_options={"include_usage": True})),
     ("parallel_tool_calls", chat("o3", parallel_tool_calls=True, tools=[tool()])),
-    ("tool_choice.function", chat(tool_choice="auto")),
+    ("tool_choice", chat(tool_choice="auto")),
     (
-        "tool_choice",
+        "tool_choice.function",
         chat(tools=[tool()], tool_choice={"type": "function", "name": "f"}),
     ),
     (

@@ -89,7 +89,7 @@ _EFFORTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"gpt-6-sol|gpt-6-luna|gpt-6\.1-terra", ("none", *_TO_XHIGH, "max")),
     (r"gpt-(?:3\.5|4|audio)[\w.-]*|chatgpt-4o-latest", ()),
 )
-# https://github.com/BerriAI/litellm-docs/pull/1173 (2026-09-03): chat has no "max".
+# https://github.com/genkit-ai/genkit-dart/pull/423 (2026-09-09): chat has no "max".
 _MAX_ONLY_AT_RESPONSES = re.compile(r"gpt-[6-9].*")
 
 
