@@ -671,11 +671,6 @@ BAD_GEMINI: list[tuple[str, str, Body]] = [
         FLASH,
         {"contents": [{"role": "assistant", "parts": [{"text": "x"}]}]},
     ),
-    (
-        "contents[0].role",
-        FLASH,
-        {"contents": [{"role": "model", "parts": [{"text": "x"}]}]},
-    ),
     ("contents[0].parts", FLASH, {"contents": [{"role": "user", "parts": []}]}),
     ("contents[0].parts[0].data", FLASH, {"contents": [{"parts": [{}]}]}),
     (
@@ -910,7 +905,7 @@ BAD_GEMINI: list[tuple[str, str, Body]] = [
 BAD_OLLAMA: list[tuple[str, Body]] = [
     ("model", {"messages": [USER]}),
     ("options.stop", ollama(options={"stop": "x"})),
-    ("options.num_predict", ollama(options={"num_predict": 1.5})),
+    ("options.num_predict", ollama(options={"num_predict": "5"})),
     ("options.temperature", ollama(options={"temperature": "hot"})),
     ("messages[0].role", ollama(messages=[{"role": "developer", "content": "x"}])),
     ("messages[0].content", ollama(messages=[{"role": "user", "content": [{"type": "text", "text": "x"}]}])),
@@ -989,6 +984,8 @@ GOOD: list[tuple[str, str, Body]] = [
     )),
     ("google", f"/v1beta/models/{FLASH}:streamGenerateContent?alt=sse", gemini(tools=declared(parametersJsonSchema=STRICT))),
     ("ollama", OLLAMA, ollama(think=True, options={"stop": ["x"], "num_predict": 5})),
+    ("ollama", OLLAMA, ollama(options={"num_predict": 5.0})),
+    ("ollama", OLLAMA, ollama(tools=[tool(parameters={"type": "object", "$defs": {"A": OBJECT}, "properties": {"a": {"type": "array", "items": {"$ref": "#/$defs/A"}}}})])),
     ("ollama", OLLAMA, ollama("gpt-oss:20b", think="low")),
     ("ollama", OLLAMA, ollama("llama3.2", think=False, format=STRICT, tools=[tool()])),
 ]  # fmt: skip
@@ -1016,6 +1013,10 @@ LOST: list[tuple[str, str, str, Body]] = [
     )),
     ("ollama", OLLAMA, "tool_choice", ollama(tool_choice="none")),
     ("ollama", OLLAMA, "options.max_tokens", ollama(options={"max_tokens": 5})),
+    ("ollama", OLLAMA, "options.num_predict", ollama(options={"num_predict": 1.5})),
+    ("ollama", OLLAMA, "tools[0].function.parameters.properties.a.const", ollama(
+        tools=[tool(parameters={**OBJECT, "properties": {"a": {"const": "x"}}})]
+    )),
     ("ollama", OLLAMA, "think", ollama("gpt-oss:20b", think=True)),
     ("ollama", OLLAMA, "messages[1]", ollama(messages=[USER, {"role": "tool", "content": "x"}])),
     ("ollama", OLLAMA, "tools[0].function.parameters.properties.a.$ref", ollama(
@@ -1082,6 +1083,17 @@ def test_the_key_travels_in_its_header(
     body = bodies.get(provider, ollama())
 
     assert at in fields(violations_of(provider, "POST", path, headers, body))
+
+
+def test_another_host_may_have_no_responses_endpoint() -> None:
+    """Which endpoint takes function tools is a rule of OpenAI's own host."""
+    body = chat("gpt-5.6-terra", tools=[tool()])
+    there, here = "api.openai.com", "127.0.0.1:8000"
+
+    at_openai = {**HEADERS["openai"], "host": there}
+    assert fields(violations_of("openai", "POST", CHAT, at_openai, body)) == ["tools"]
+    elsewhere = {**HEADERS["openai"], "host": here}
+    assert violations_of("openai", "POST", CHAT, elsewhere, body) == []
 
 
 def test_a_get_is_no_request_for_a_chat() -> None:

@@ -120,6 +120,12 @@ _SERIES: tuple[tuple[str, Series], ...] = (
 )
 
 
+def series_of(model: str) -> Series | None:
+    """Return what a model takes, or None if nothing is known of it."""
+    found: Series | None = table_row(_SERIES, model)
+    return found
+
+
 def _metadata(value: Any) -> str | None:
     if not isinstance(value, Mapping) or set(value) - {"user_id"}:
         return f"takes user_id only, is {value!r}"
@@ -195,7 +201,7 @@ def _violations(
         if name not in body:
             yield f"{name}: field required"
     model = str(body.get("model", ""))
-    series: Series | None = table_row(_SERIES, model)
+    series = series_of(model)
     yield from _messages(body, series)
     yield from _blocks("system", body.get("system"), {"text"})
     yield from _tools(body, series)

@@ -218,9 +218,6 @@ def _contents(body: Json, model: str) -> Iterator[str]:
         before = calls
     if before:
         yield "contents: the last function calls have no response"
-    elif (contents[-1].get("role") or "user") == "model":
-        # "Please ensure that single/multiturn requests end with a user role"
-        yield f"contents[{len(contents) - 1}].role: must be user in the last turn"
     yield from _signatures(contents, model)
 
 
@@ -601,6 +598,11 @@ _THINKS_NOT = re.compile(
     r"gemini-(?:1\.\d|2\.0)-.*|gemma-[123].*|learnlm.*|gemini-2\.5-.*(?:tts|image).*"
     r"|gemini-gemma-2-.*"
 )
+
+
+def thinks(model: str) -> bool:
+    """Say whether a model is known to take a budget or a level of thinking."""
+    return bool(table_row(_BUDGETS, model) or table_row(_LEVELS, model))
 
 
 def _thinking(config: Json, model: str) -> Iterator[str]:

@@ -59,8 +59,16 @@ _NUMBERS = [
     "mirostat_tau",
     "mirostat_eta",
 ]
+
+
+def _whole(value: Any) -> str | None:
+    """Check as Go's `Options.FromMap` does: a fraction is cut off without a word."""
+    wrong = number()(value)
+    return wrong or (None if value == int(value) else f"has a fraction: {value}")
+
+
 OPTIONS: dict[str, Check] = {
-    **dict.fromkeys(_INTEGERS, integer()),
+    **dict.fromkeys(_INTEGERS, _whole),
     **dict.fromkeys(_NUMBERS, number()),
     **dict.fromkeys(("use_mmap", "numa", "penalize_newline", "low_vram"), boolean),
     "mirostat": integer(0, 2),
@@ -124,7 +132,8 @@ def _violations(
 
 def _fields(at: str, value: Any, table: Mapping[str, Check]) -> Iterator[str]:
     for said in known_fields(at, value, table, null=True):
-        yield Lost(said) if said.endswith(": unknown field") else said
+        passed_over = said.endswith(": unknown field") or "has a fraction" in said
+        yield Lost(said) if passed_over else said
 
 
 def _think(think: Any, model: str) -> Iterator[str]:
@@ -205,14 +214,15 @@ def _format(form: Any) -> Iterator[str]:
                 yield f"{where}.pattern: looks around, which is not supported"
 
 
-# What `ToolFunction` and `ToolProperty` hold; anything else never reaches the model.
+# What `ToolFunctionParameters` and `ToolProperty` do not hold never reaches the model.
+# Below `items` everything is kept.
 _FUNCTION: dict[str, Check] = {
     "name": string,
     "description": string,
     "parameters": obj,
     "strict": boolean,
 }
-_MEANS = ("$ref", "allOf", "oneOf")
+_PASSED_OVER = ("$ref", "allOf", "oneOf", "const")
 
 
 def _tool(at: str, tool: Any) -> Iterator[str]:
@@ -232,15 +242,17 @@ def _tool(at: str, tool: Any) -> Iterator[str]:
     yield from well_formed(parameters, where)
     if not isinstance(parameters.get("type"), str):
         yield f"{where}.type: must be a string, is {parameters.get('type')!r}"
-    for key in _MEANS:
-        if key in parameters:
-            yield Lost(f"{where}.{key}: is passed over")
-    for name, node in (parameters.get("properties") or {}).items():
-        for inner, part in subschemas(node, f"{where}.properties.{name}"):
-            if not isinstance(part, Mapping):
-                if not inner.endswith(".additionalProperties"):
-                    yield f"{inner}: must be an object, is {part!r}"
-                continue
-            for key in _MEANS:
-                if key in part:
-                    yield Lost(f"{inner}.{key}: is passed over")
+    yield from _property(where, {k: v for k, v in parameters.items() if k != "type"})
+
+
+def _property(at: str, schema: Any) -> Iterator[str]:
+    if not isinstance(schema, Mapping):
+        yield f"{at}: must be an object, is {schema!r}"
+        return
+    for key in _PASSED_OVER:
+        if key in schema:
+            yield Lost(f"{at}.{key}: is passed over")
+    for name, inner in (schema.get("properties") or {}).items():
+        yield from _property(f"{at}.properties.{name}", inner)
+    for i, inner in enumerate(schema.get("anyOf") or ()):
+        yield from _property(f"{at}.anyOf[{i}]", inner)

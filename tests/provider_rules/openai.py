@@ -119,17 +119,22 @@ def _violations(
     if body.get("top_logprobs") is not None and not body.get("logprobs"):
         yield "top_logprobs: needs logprobs"
     if own:
-        yield from _by_model(body, model)
+        yield from _by_model(body, model, at_openai=_at_openai(headers))
 
 
-def _by_model(body: Json, model: str) -> Iterator[str]:
+def _at_openai(headers: Mapping[str, str]) -> bool:
+    """Say whether a request goes to OpenAI itself: another host may have no /responses."""
+    host = next((v for k, v in headers.items() if k.lower() == "host"), "")
+    return host.partition(":")[0] in ("", "api.openai.com")
+
+
+def _by_model(body: Json, model: str, *, at_openai: bool) -> Iterator[str]:
     effort = body.get("reasoning_effort")
     if models.responses_only(model):
         yield f"path: {model} is served at /v1/responses only"
     tools = [t for t in body.get("tools") or () if isinstance(t, Mapping)]
-    if models.tools_need_responses(model, effort) and any(
-        tool.get("type") == "function" for tool in tools
-    ):
+    functions = any(tool.get("type") == "function" for tool in tools)
+    if at_openai and functions and models.tools_need_responses(model, effort):
         yield (
             f"tools: {model} takes function tools here with reasoning_effort 'none'"
             " only; use /v1/responses"
