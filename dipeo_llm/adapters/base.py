@@ -105,6 +105,8 @@ class BaseLLMAdapter:
     """Matches a name that the provider takes for a tool."""
     longest_tool_name: ClassVar[int] = 64
     """Most characters of such a name."""
+    most_stops: ClassVar[int | None] = None
+    """Most texts of `stop`; None is no limit."""
     headers: ClassVar[frozenset[str] | None] = http.STANDARD_HEADERS
     """Headers that may leave beside the key; None forwards what LiteLLM sets."""
 
@@ -307,9 +309,18 @@ class BaseLLMAdapter:
         if form is not None:
             options["response_format"] = copy_json(form.response_format)
         self._limit_tokens(options)
+        self._check_stops(options.get("stop"))
         rename_tools(prepared, self.tool_name, self.longest_tool_name)
         self.adjust_options(prepared)
         return prepared
+
+    def _check_stops(self, stop: Any) -> None:
+        if self.most_stops and isinstance(stop, list) and len(stop) > self.most_stops:
+            raise InvalidRequestError(
+                f"`stop` has {len(stop)} texts; {self.provider.name} takes at most"
+                f" {self.most_stops}",
+                **self._fields(),
+            )
 
     def _limit_tokens(self, options: dict[str, Any]) -> None:
         """Lower `max_tokens` to the model's limit, and log it once; drop fractions of 0.

@@ -43,6 +43,7 @@ from dipeo_llm.domain import (
     ToolType,
     WebSearchResult,
 )
+from dipeo_llm.errors import InvalidRequestError
 from dipeo_llm.litellm_tables import model_info
 from dipeo_llm.media import PDF, PICTURES, MediaRules
 
@@ -79,22 +80,33 @@ DEEPSEEK = Provider(
 
 _OPENAI_HOST = "api.openai.com"
 _CHAT_ONLY = re.compile(r"(?:ft:)?(?:gpt-[34]|chatgpt-)")
-_TAKES_NO_STOP = re.compile(r"o[34](?:-|$)")
+_TAKES_NO_STOP = re.compile(r"(?:ft:)?o[34](?:-|$)")
 _REASONS = re.compile(r"(?:ft:)?o[1-9](?:-|:|$)")
-# "Model incompatible request argument supplied: temperature",
-# https://community.openai.com/t/gpt-4o-search-preview-temperature/1142226 (2026-11-25)
-_SEARCHES = re.compile(r"gpt-4o(?:-mini)?-search-preview")
+# Names without a version, which LiteLLM does not know (1.110.2), for models that reason:
+# https://platform.openai.com/docs/models (2026-11-25).
+_LATEST = re.compile(r"(?:gpt-[a-z]+-|chat-)latest")
+# They search in every answer and take little else:
+# https://platform.openai.com/docs/guides/tools-web-search?api-mode=chat (2026-11-25).
+_SEARCH_PREVIEW = re.compile(r"gpt-4o(?:-mini)?-search-preview")
+_SEARCHES = re.compile(r".*-search-(?:preview|api)")
+_CANNOT_SEARCH = re.compile(r"(?:ft:)?gpt-4\.1-nano")
+# https://platform.openai.com/docs/guides/deep-research (2026-11-25)
+_DEEP_RESEARCH = re.compile(r".*-deep-research")
+# https://platform.openai.com/docs/guides/structured-outputs#supported-models
+# (2026-11-25)
+_TAKES_NO_SCHEMA = re.compile(
+    r"(?:ft:)?(?:gpt-3\.5|gpt-4(?:$|:|-\d{4}(?:$|-|:)|-turbo|-32k)|gpt-4o-2024-05-13"
+    r"|chatgpt-|o1-mini|o1-preview)"
+)
 # The efforts of the series whose levels LiteLLM's table does not hold (1.110.2):
 # https://platform.openai.com/docs/guides/reasoning and the model pages
 # https://platform.openai.com/docs/models/gpt-5-pro, …/gpt-5-codex (2026-11-25).
 _EFFORTS: tuple[tuple[re.Pattern[str], frozenset[str]], ...] = (
     (re.compile(r"o1-mini|o1-preview"), frozenset()),
-    (re.compile(r"o[134](?:-|$)"), frozenset({"low", "medium", "high"})),
+    (_DEEP_RESEARCH, frozenset({"medium"})),
+    (re.compile(r"(?:ft:)?o[134](?:-|$)"), frozenset({"low", "medium", "high"})),
     (re.compile(r"gpt-5-pro"), frozenset({"high"})),
-    (
-        re.compile(r"gpt-5\.\d+-pro"),
-        frozenset({"medium", "high", "xhigh"}),
-    ),
+    (re.compile(r"gpt-5\.\d+-pro"), frozenset({"medium", "high", "xhigh"})),
     (re.compile(r"gpt-5(?:\.1)?-codex(?!-max)"), frozenset({"low", "medium", "high"})),
     (
         re.compile(r"gpt-5\.\d+-codex"),
@@ -112,6 +124,7 @@ class ChatGPTAdapter(BaseLLMAdapter):
     """Talks to OpenAI, or to a server that speaks its chat completions."""
 
     rows = (OPENAI, DEEPSEEK)
+    most_stops = 4
     probe = Probe("gpt-4.1-nano", ("messages", "max_tokens", "temperature", "tools"))
     # https://platform.openai.com/docs/api-reference/models/list (2026-11-23)
     model_list = ModelList("/models", "data", "id")
@@ -168,7 +181,9 @@ class ChatGPTAdapter(BaseLLMAdapter):
             return [{"type": "image_generation", **config}]
         if tool.type not in {ToolType.WEB_SEARCH, ToolType.WEB_SEARCH_PREVIEW}:
             return super().own_tool(tool, options)
-        if "search" in self.model_name:
+        if _CANNOT_SEARCH.match(self.model_name):
+            return super().own_tool(tool, options)
+        if _SEARCHES.match(self.model_name):
             options["web_search_options"] = config
             return []
         return [{"type": "web_search", **config}]
@@ -187,16 +202,35 @@ class ChatGPTAdapter(BaseLLMAdapter):
         levels = next((e for name, e in _EFFORTS if name.match(model)), None)
         if _CHAT_ONLY.match(model) or (levels is not None and effort not in levels):
             options.pop("reasoning_effort", None)
-        if _REASONS.match(model):
+        if _REASONS.match(model) or _LATEST.match(model):
             if "max_tokens" in options:
                 options["max_completion_tokens"] = options.pop("max_tokens")
             options.pop("temperature", None)
             options.pop("top_p", None)
-        if _TAKES_NO_STOP.match(model):
+        if any(m.match(model) for m in (_TAKES_NO_STOP, _LATEST, _SEARCH_PREVIEW)):
             options.pop("stop", None)
-        if _SEARCHES.match(model):
-            for name in ("temperature", "top_p", "n"):
+        if _SEARCH_PREVIEW.match(model):
+            for name in ("temperature", "top_p", "n", "seed"):
                 options.pop(name, None)
+        self._check_abilities(options)
+
+    def _check_abilities(self, options: Mapping[str, Any]) -> None:
+        """Refuse what cannot be left out without changing the answer's meaning."""
+        model, tools = self.model_name, options.get("tools", ())
+        has_functions = any(tool.get("type") == "function" for tool in tools)
+        has_schema = (options.get("response_format") or {}).get("type") == "json_schema"
+        refused = None
+        if _DEEP_RESEARCH.match(model):
+            if has_functions or has_schema:
+                refused = "does not take functions or a response_format"
+            elif not tools:
+                refused = "needs a tool to search with, such as ToolType.WEB_SEARCH"
+        elif has_functions and _SEARCHES.match(model):
+            refused = "does not take functions"
+        elif has_schema and _TAKES_NO_SCHEMA.match(model):
+            refused = "does not take a JSON schema; newer models do"
+        if refused:
+            raise InvalidRequestError(f"{model} {refused}", **self._fields())
 
     def other_endpoint(
         self, litellm: Any, prepared: PreparedRequest
@@ -210,7 +244,9 @@ class ChatGPTAdapter(BaseLLMAdapter):
             return None
         options = prepared.options
         tools = options.get("tools", ())
-        if any(tool.get("type") != "function" for tool in tools):
+        if any(tool.get("type") != "function" for tool in tools) or (
+            tools and self.is_openai and _LATEST.match(self.model_name)
+        ):
             return self.sibling("responses")
         effort = options.get("reasoning_effort")
         if tools and _must_bridge(
