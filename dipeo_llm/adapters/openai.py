@@ -92,8 +92,8 @@ _SEARCHES = re.compile(r".*-search-(?:preview|api)")
 _CANNOT_SEARCH = re.compile(r"(?:ft:)?gpt-4\.1-nano")
 # https://platform.openai.com/docs/guides/deep-research (2026-11-25)
 _DEEP_RESEARCH = re.compile(r".*-deep-research")
+# Structured output came with gpt-4o-2024-08-06 (2026-11-25):
 # https://platform.openai.com/docs/guides/structured-outputs#supported-models
-# (2026-11-25)
 _TAKES_NO_SCHEMA = re.compile(
     r"(?:ft:)?(?:gpt-3\.5|gpt-4(?:$|:|-\d{4}(?:$|-|:)|-turbo|-32k)|gpt-4o-2024-05-13"
     r"|chatgpt-|o1-mini|o1-preview)"
