@@ -136,6 +136,18 @@ class Message(BaseModel):
         ]
 
 
+def _check_number(value: Any) -> Any:
+    if isinstance(value, bool | str):  # which pydantic would convert
+        raise ValueError("it must be a number")  # noqa: TRY004 - pydantic collects it
+    return value
+
+
+_Number = Annotated[float, BeforeValidator(_check_number)]
+_Temperature = Annotated[_Number, Field(ge=0, lt=float("inf"))]
+_Seconds = Annotated[_Number, Field(gt=0, lt=float("inf"))]
+_Count = Annotated[int, BeforeValidator(_check_number), Field(ge=1)]
+
+
 class PersonLLMConfig(BaseModel):
     """A person's model, prompt and default options. Unknown fields are refused."""
 
@@ -151,9 +163,9 @@ class PersonLLMConfig(BaseModel):
     """Used if `prompt_file` is None or cannot be read."""
     prompt_file: str | None = None
     """Path of a text file, relative to the base directory."""
-    temperature: float | None = None
+    temperature: _Temperature | None = None
     """The person's default, like the two below; an option of the call wins."""
-    max_tokens: int | None = None
+    max_tokens: _Count | None = None
     reasoning_effort: str | None = None
 
 
@@ -326,12 +338,6 @@ class RateLimits(BaseModel):
     """Seconds until the full number of tokens is available."""
 
 
-def _check_number(value: Any) -> Any:
-    if isinstance(value, bool | str):  # which pydantic would convert
-        raise ValueError("it must be a number")  # noqa: TRY004 - pydantic collects it
-    return value
-
-
 def _list_tools(value: Any) -> Any:
     if value is None:
         return None
@@ -344,29 +350,18 @@ def _list_tools(value: Any) -> Any:
     return list(value)
 
 
-_Seconds = Annotated[
-    float, BeforeValidator(_check_number), Field(gt=0, lt=float("inf"))
-]
-_Count = Annotated[int, BeforeValidator(_check_number), Field(ge=1)]
-
-
 class LLMRequestOptions(BaseModel):
     """Options of a call as one object; a keyword of the call wins over it."""
 
     model_config = ConfigDict(extra="forbid")
 
-    temperature: (
-        Annotated[float, BeforeValidator(_check_number), Field(ge=0, lt=float("inf"))]
-        | None
-    ) = None
+    temperature: _Temperature | None = None
     """Randomness: 0 to 2 for OpenAI and Google, 0 to 1 for Anthropic, 0 or more for
     Ollama. Sent unchanged; above the range, the provider's error is raised."""
     max_tokens: _Count | None = None
     """Most tokens of the answer, including reasoning. None is the provider's limit; for
     Anthropic, which requires a limit, it is LiteLLM's."""
-    top_p: (
-        Annotated[float, BeforeValidator(_check_number), Field(ge=0, le=1)] | None
-    ) = None
+    top_p: Annotated[_Number, Field(ge=0, le=1)] | None = None
     """Share of the likeliest tokens to choose from, 0 to 1."""
     n: _Count | None = None
     """Number of answers, all in `ChatResult.texts`; dropped where only 1 is possible."""
