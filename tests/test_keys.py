@@ -361,17 +361,28 @@ async def test_a_call_without_a_key_id_is_refused_before_it_is_sent(
 
 
 @pytest.mark.parametrize("key", ["", "  ", "\n", None, SecretStr("")])
-async def test_an_empty_key_is_refused_before_it_is_sent(
-    server: ProviderServer, key: Any
-) -> None:
+async def test_an_empty_key_is_refused_before_it_is_sent(key: Any) -> None:
     """A key that is set but empty is reported as missing, by its id."""
-    vault = Vault(lambda _: {"key": key, "base_url": server.base_url("openai")})
+    vault = Vault(lambda _: {"key": key, "base_url": "https://llm.example.com/v1"})
 
     async with LLMInfraService(vault, settings=Settings()) as service:
         with pytest.raises(APIKeyNotFoundError, match="'team-a'"):
             await service.complete(USER, "gpt-4o-mini", "team-a")
 
-    assert server.requests == []
+
+async def test_a_server_on_this_machine_is_called_without_a_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A server such as llama.cpp's needs none, and is not told the environment's."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-cloud")
+    async with ProviderServer(strict=False) as server:
+        settings = Settings(base_urls={"openai": server.base_url("openai")})
+
+        async with LLMInfraService(EnvironmentAPIKeys(), settings=settings) as service:
+            result = await service.complete(USER, "my-model", service="openai")
+
+    assert result.text == "Hello from the loopback."
+    assert "sk-of-the-cloud" not in str(server.requests[0].headers)
 
 
 @pytest.mark.parametrize("bad", ["\r\n", "\n", "\0", "\t", "\x7f", " ", "é", "\u2028"])
