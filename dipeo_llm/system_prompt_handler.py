@@ -74,13 +74,15 @@ class SystemPromptHandler:
             return self._load(prompt_file)
         except (OSError, ValueError) as exc:
             reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else exc
-            problem = f"prompt file {str(prompt_file)!r} cannot be read: {reason}"
             if self._on_missing == "error":
-                raise InvalidRequestError(problem) from exc
+                raise InvalidRequestError(
+                    f"prompt file {str(prompt_file)!r} cannot be read: {reason}"
+                ) from exc
             _log.warning(
-                "%s; %s",
-                problem,
-                "system_prompt is used instead"
+                "prompt file %r is not used: %s; %s",
+                str(prompt_file),
+                reason,
+                "system_prompt stands in"
                 if inline
                 else "the person speaks without a system prompt",
             )
