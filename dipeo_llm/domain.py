@@ -153,7 +153,9 @@ class PersonLLMConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    service: LLMService | str | None = Field(None, union_mode="left_to_right")
+    service: Annotated[LLMService | str | None, Field(union_mode="left_to_right")] = (
+        None
+    )
     """None: the model string decides."""
     model: str
     """A model string, as for `LLMInfraService.complete`; it may have a prefix."""

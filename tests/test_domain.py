@@ -420,7 +420,7 @@ async def test_an_unknown_option_of_a_call_sends_nothing(
 ) -> None:
     """A call with a misspelt keyword fails before anything is sent."""
     with pytest.raises(TypeError, match="'warmth'"):
-        await service.complete(USER, "gpt-4o", "openai", warmth=1)
+        await service.complete(USER, "gpt-4o", "openai", warmth=1)  # type: ignore[call-overload]
 
     assert server.requests == []
 

@@ -53,7 +53,8 @@ def failing(error: Exception) -> Vault:
 
 async def find(port: Any, api_key_id: str | None = "id", **asked: Any) -> Key:
     """Find a key as the service does, for OpenAI where nothing else is said."""
-    asked = {"service": "openai", "needs_key": True} | asked
+    asked.setdefault("service", "openai")
+    asked.setdefault("needs_key", True)
     return await find_key(
         port, api_key_id, owner=lambda name: by_name(name).name, **asked
     )

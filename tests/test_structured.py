@@ -454,7 +454,7 @@ def test_an_answer_that_is_not_wrapped_is_taken_too() -> None:
         (object(), "pydantic"),
         (typing.Callable[[int], int], "CallableSchema"),
         pytest.param(
-            typing.TypedDict("Plain", {"a": int}),
+            typing.TypedDict("Plain", {"a": int}),  # type: ignore[operator]
             "typing_extensions.TypedDict",
             marks=pytest.mark.skipif(
                 sys.version_info >= (3, 12), reason="pydantic takes it since 3.12"
@@ -526,7 +526,7 @@ Typed = tuple[Any, st.SearchStrategy[Any]]
 
 
 def _list(inner: Typed) -> Typed:
-    return list[inner[0]], st.lists(inner[1], max_size=3)  # type: ignore[name-defined]
+    return list.__class_getitem__(inner[0]), st.lists(inner[1], max_size=3)
 
 
 def _optional(inner: Typed) -> Typed:
@@ -534,13 +534,13 @@ def _optional(inner: Typed) -> Typed:
 
 
 def _dict(inner: Typed) -> Typed:
-    kind: Any = dict[str, inner[0]]  # type: ignore[name-defined]
+    kind = dict.__class_getitem__((str, inner[0]))
     return kind, st.dictionaries(st.text(), inner[1], max_size=2)
 
 
 def _pair(inner: tuple[Typed, Typed]) -> Typed:
     (one, ones), (two, twos) = inner
-    return tuple[one, two], st.tuples(ones, twos)  # type: ignore[valid-type]
+    return tuple.__class_getitem__((one, two)), st.tuples(ones, twos)
 
 
 def _record(fields: list[Typed]) -> Typed:
