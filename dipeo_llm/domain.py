@@ -28,11 +28,12 @@ from typing import (
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     PlainValidator,
     ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     field_serializer,
     field_validator,
     model_validator,
@@ -136,16 +137,18 @@ class Message(BaseModel):
         ]
 
 
-def _check_number(value: Any) -> Any:
+def _read_number(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
     if isinstance(value, bool | str):  # which pydantic would convert
         raise ValueError("it must be a number")  # noqa: TRY004 - pydantic collects it
-    return value
+    number = read(value)
+    return value if isinstance(value, int) else number
 
 
-_Number = Annotated[float, BeforeValidator(_check_number)]
+_Number = Annotated[float, WrapValidator(_read_number)]
 _Temperature = Annotated[_Number, Field(ge=0, lt=float("inf"))]
 _Seconds = Annotated[_Number, Field(gt=0, lt=float("inf"))]
-_Count = Annotated[int, BeforeValidator(_check_number), Field(ge=1)]
+_Integer = Annotated[int, WrapValidator(_read_number)]
+_Count = Annotated[_Integer, Field(ge=1)]
 
 
 class PersonLLMConfig(BaseModel):
@@ -369,7 +372,7 @@ class LLMRequestOptions(BaseModel):
     """Number of answers, all in `ChatResult.texts`; dropped where only 1 is possible."""
     stop: str | list[str] | None = None
     """Texts that end the answer; they are not part of it."""
-    seed: Annotated[int, BeforeValidator(_check_number)] | None = None
+    seed: _Integer | None = None
     """Makes the same request more likely to get the same answer."""
     tools: Annotated[Sequence[Tool] | None, PlainValidator(_list_tools)] = None
     """Functions, pydantic classes, function-tool dicts, and `ToolConfig` objects."""
