@@ -4,6 +4,7 @@ Pure. A form is a type that pydantic can describe, a JSON schema, or OpenAI's ow
 `response_format`.
 """
 
+import functools
 import json
 import re
 import reprlib
@@ -55,6 +56,14 @@ def form_of(asked: Any) -> Form | None:
         return asked
     if isinstance(asked, Mapping):
         return _form_of_mapping(asked)
+    try:
+        return _form_of_type(asked)
+    except TypeError:  # not hashable, such as an Annotated with a dict
+        return _form_of_type.__wrapped__(asked)
+
+
+@functools.lru_cache(maxsize=256)  # describing a class takes as long as a call
+def _form_of_type(asked: Any) -> Form:
     try:
         adapter: TypeAdapter[Any] = TypeAdapter(asked)
         described = adapter.json_schema()

@@ -491,6 +491,14 @@ def test_an_answer_that_is_not_one_says_why(fields: Any, reason: str) -> None:
     assert caught.value.reason == reason
 
 
+def test_a_type_is_described_once() -> None:
+    """Describing a class takes as long as a call, so the form is kept."""
+    unhashable = Annotated[int, {"a": 1}]
+
+    assert form_of(River) is form_of(River)
+    assert sent(unhashable) == sent(int) | {"name": sent(unhashable)["name"]}
+
+
 async def test_a_list_comes_back_as_a_list(
     service: LLMInfraService, server: ProviderServer
 ) -> None:
