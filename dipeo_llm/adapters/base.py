@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import blake2b
 from typing import Any, ClassVar
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, urlencode, urlsplit
 
 from pydantic import SecretStr
 from pydantic_core import to_json
@@ -126,10 +126,11 @@ class BaseLLMAdapter:
         self.model_name = model_name
         self.settings = settings or Settings()
         self.check_model()
+        url = self._find_base_url(base_url)
         self.endpoint = Endpoint(
             service=self.provider.name,
-            base_url=self._find_base_url(base_url),
-            secret=self._check_key(api_key),
+            base_url=url,
+            secret=self._check_key(api_key, url),
             key_header=self.provider.key_header,
             allowed_headers=self.headers,
         )
@@ -820,10 +821,13 @@ class BaseLLMAdapter:
         digest = blake2b(secret, digest_size=16, key=_PROCESS).digest()
         return self.provider.name, self.endpoint.base_url, digest
 
-    def _check_key(self, api_key: str | SecretStr | None) -> SecretStr:
+    def _check_key(
+        self, api_key: str | SecretStr | None, base_url: str | None
+    ) -> SecretStr:
         if not isinstance(api_key, SecretStr):
             api_key = SecretStr((api_key or "").strip())
-        if self.provider.needs_key and not api_key:
+        is_local = http.is_loopback(urlsplit(base_url or "").hostname or "")
+        if self.provider.needs_key and not api_key and not is_local:
             raise APIKeyNotFoundError(
                 f"{self.provider.name} needs a key", **self._fields()
             )
