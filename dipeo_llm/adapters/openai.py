@@ -7,6 +7,7 @@ request must go there.
 import json
 import re
 from collections.abc import Mapping
+from hashlib import blake2b
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -151,6 +152,10 @@ class ChatGPTAdapter(BaseLLMAdapter):
         )
         for message in prepared:
             message.setdefault("content", None)
+            if isinstance(name := message.get("name"), str):
+                message["name"] = re.sub(r"[\s<|\\/>]+", "_", name)[:64]
+            if isinstance(call_id := message.get("tool_call_id"), str):
+                message["tool_call_id"] = _shorten(call_id)
             if message["role"] == "tool":
                 message.pop("name", None)
             calls = message.get("tool_calls")
@@ -164,6 +169,7 @@ class ChatGPTAdapter(BaseLLMAdapter):
     def _prepare_call(self, call: JSON) -> JSON:
         kept = {k: v for k, v in call.items() if k in {"id", "type", "function"}}
         own = call.get("provider_specific_fields")
+        kept["id"] = _shorten(str(call.get("id") or ""))
         signature = own.get("thought_signature") if isinstance(own, Mapping) else None
         if signature and not self.is_openai:
             kept["extra_content"] = {"google": {"thought_signature": signature}}
@@ -303,6 +309,16 @@ class ChatGPTAdapter(BaseLLMAdapter):
     def stream_reader(self) -> StreamReader:
         """Return a reader of chat completion chunks."""
         return OpenAIStream()
+
+
+def _shorten(call_id: str) -> str:
+    """Shorten the id of a call, such as another provider's, to what OpenAI takes.
+
+    Source: "Expected a string with maximum length 64" of OpenAI's 400 (2026-11-25).
+    """
+    if 0 < len(call_id) <= 64:
+        return call_id
+    return f"call_{blake2b(call_id.encode(), digest_size=16).hexdigest()}"
 
 
 def _must_bridge(
