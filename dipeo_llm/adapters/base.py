@@ -506,6 +506,7 @@ class BaseLLMAdapter:
                 rate_limits=rate_limits(attempt.headers),
                 refusal=reading.refusal,
                 thinking_blocks=reading.thinking_blocks,
+                content_blocks=reading.content_blocks,
             )
 
     def _cost(

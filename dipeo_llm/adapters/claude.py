@@ -63,6 +63,10 @@ _MOST_TOKENS = (
     (re.compile(r"claude-opus-4(?:-[01])?(?:-\d{8}|-latest)?$"), 32_000),
     (re.compile(r"claude-3-7-|claude-sonnet-4(?:-0)?(?:-\d{8}|-latest)?$"), 64_000),
 )
+# https://platform.claude.com/docs/en/agents-and-tools/tool-use/server-tools
+# (2026-11-25): a conversation with a server tool goes on with the blocks as they came.
+_SERVER_BLOCKS = frozenset({"server_tool_use", "web_search_tool_result"})
+_BLOCKS = "dipeo-llm-content-blocks-"
 _PROPERTY = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 _TAKES_BOTH = re.compile(r"claude-(?:instant|[23])\b")
 _MOST_KEPT = 512
@@ -108,7 +112,15 @@ class ClaudeAdapter(BaseLLMAdapter):
 
     def prepare_messages(self, messages: list[Message]) -> list[Message]:
         """Put one system prompt in front; keep thinking blocks and cache marks."""
-        return put_system_first(messages, COMMON_FIELDS | {"thinking_blocks"})
+        prepared = put_system_first(messages, COMMON_FIELDS | {"thinking_blocks"})
+        for number, message in enumerate(prepared):
+            if _kept_blocks(message):
+                # LiteLLM knows no blocks of server tools: it gets a text, in whose place
+                # `_put_blocks` puts them.
+                message["content"] = f"{_BLOCKS}{number}"
+                message.pop("tool_calls", None)
+                message.pop("thinking_blocks", None)
+        return prepared
 
     def own_tool(self, tool: ToolConfig, options: dict[str, Any]) -> list[JSON]:
         """Return Anthropic's web search.
@@ -149,6 +161,7 @@ class ClaudeAdapter(BaseLLMAdapter):
             raise self.invalid("`stop` has an empty text; anthropic refuses it")
         form = options.get("response_format") or {}
         schema = (form.get("json_schema") or {}).get("schema")
+        self._check_properties("response_format", schema)
         if isinstance(schema, Mapping) and not _is_closed(schema):
             self._ask_through_tool(options, dict(schema))
         for tool in options.get("tools", ()):
@@ -178,8 +191,7 @@ class ClaudeAdapter(BaseLLMAdapter):
         info = known_model_info("anthropic", self.model_name, "anthropic")
         is_refused = info.get("supports_assistant_prefill") is False
         last = messages[-1] if messages else {}
-        is_prefill = last.get("role") == "assistant" and not last.get("thinking_blocks")
-        if is_refused and is_prefill and not last.get("server_blocks"):
+        if is_refused and last.get("role") == "assistant" and not _kept_blocks(last):
             raise self.invalid(
                 f"{self.model_name} does not continue an assistant's message; end the"
                 " conversation with the user's"
@@ -225,6 +237,11 @@ class ClaudeAdapter(BaseLLMAdapter):
         )
 
         row, model = self.provider, self.model_name
+        blocks = {
+            message["content"]: _kept_blocks(message)
+            for message in prepared.messages
+            if _kept_blocks(message)
+        }
         options = map_options(litellm, row, model, prepared)
         options.pop("json_mode", None)
         _fit_thinking(options)
@@ -242,6 +259,7 @@ class ClaudeAdapter(BaseLLMAdapter):
             headers=headers, request_data=body, provider=row.litellm
         )
         body.pop("is_vertex_request", None)
+        _put_blocks(body, blocks)
         if stream:
             body["stream"] = True
         return Outgoing("/v1/messages", {**JSON_HEADERS, **headers}, body)
@@ -320,6 +338,9 @@ class ClaudeAdapter(BaseLLMAdapter):
                         )
                         for r in (found if isinstance(found, list) else ())
                     ]
+        blocks = body.get("content") or ()
+        if stop == "pause_turn" or any(b.get("type") in _SERVER_BLOCKS for b in blocks):
+            reading.content_blocks = list(blocks)
         if stop == "refusal":
             reading.refusal = reading.text or "the model declined"
         reading.reasoning = join_paragraphs(thoughts)
@@ -329,6 +350,26 @@ class ClaudeAdapter(BaseLLMAdapter):
     def stream_reader(self) -> StreamReader:
         """Return a reader of Anthropic's events."""
         return AnthropicStream()
+
+
+def _kept_blocks(message: Mapping[str, Any]) -> list[JSON]:
+    """Return the content blocks that a result of Claude's kept for the next request."""
+    own = message.get("provider_specific_fields")
+    blocks = own.get("content_blocks") if isinstance(own, Mapping) else None
+    return list(blocks or ())
+
+
+def _put_blocks(body: JSON, blocks: Mapping[str, list[JSON]]) -> None:
+    if not blocks:
+        return
+    for message in body["messages"]:
+        content = message["content"]
+        if message["role"] == "assistant" and isinstance(content, list):
+            message["content"] = [
+                block
+                for given in content
+                for block in blocks.get(given.get("text", ""), [given])
+            ]
 
 
 def _is_closed(schema: Any) -> bool:

@@ -360,7 +360,11 @@ def _put_schemas(body: JSON, schemas: _Schemas) -> None:
                 declared["parametersJsonSchema"] = simplify(schema, unread=_UNREAD)
     if schemas.has_search:
         body["tools"].append({"googleSearch": {}})
-        body.setdefault("toolConfig", {})["includeServerSideToolInvocations"] = True
+        config = body.setdefault("toolConfig", {})
+        config["includeServerSideToolInvocations"] = True
+        calling = config.get("functionCallingConfig", {})
+        if calling.get("mode") == "AUTO":  # refused beside a search
+            calling["mode"] = "VALIDATED"
     config = body.get("generationConfig", {})
     if schemas.answer is not None:
         for name in ("responseSchema", "response_schema", "response_json_schema"):

@@ -85,6 +85,8 @@ _TAKES_NO_STOP = re.compile(r"(?:ft:)?o[34](?:-|$)")
 _REASONS = re.compile(r"(?:ft:)?o[1-9](?:-|:|$)")
 # Names without a version, which LiteLLM does not know (1.110.2), for models that reason:
 # https://platform.openai.com/docs/models (2026-11-25).
+# A row of LiteLLM's table without its limit (1.110.2).
+_CYBER = re.compile(r"gpt-5\.\d+-cyber")
 _LATEST = re.compile(r"(?:gpt-[a-z]+-|chat-)latest")
 # They search in every answer and take little else:
 # https://platform.openai.com/docs/guides/tools-web-search?api-mode=chat (2026-11-25).
@@ -237,6 +239,11 @@ class ChatGPTAdapter(BaseLLMAdapter):
             refused = "does not take a JSON schema; newer models do"
         if refused:
             raise InvalidRequestError(f"{model} {refused}", **self._fields())
+
+    def output_limit(self) -> int | None:
+        """Return the most tokens of an answer, None if unknown."""
+        is_cyber = self.provider is OPENAI and _CYBER.match(self.model_name)
+        return super().output_limit() or (128_000 if is_cyber else None)
 
     def other_endpoint(
         self, litellm: Any, prepared: PreparedRequest
