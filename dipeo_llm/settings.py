@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from dipeo_llm.domain import LLMService
@@ -52,15 +52,8 @@ def http_url(text: str) -> str:
     return text.strip().rstrip("/")
 
 
-def _check_number(value: Any) -> Any:
-    if isinstance(value, bool | str):  # which pydantic would convert
-        raise ValueError("it must be a number")  # noqa: TRY004 - pydantic collects it
-    return value
-
-
-_Number = Annotated[float, BeforeValidator(_check_number)]
-_Positive = Annotated[_Number, Field(ge=0.001, lt=float("inf"))]
-_NotNegative = Annotated[_Number, Field(ge=0, lt=float("inf"))]
+_Positive = Annotated[float, Field(strict=True, ge=0.001, allow_inf_nan=False)]
+_NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 _Count = Annotated[int, Field(strict=True, ge=1)]
 
 
