@@ -41,14 +41,18 @@ def http_url(text: str) -> str:
     # urlsplit drops newlines and tabs silently.
     if any(c.isspace() or not c.isprintable() for c in text.strip()):
         raise ValueError("a URL must not contain white space")
-    parts = urlsplit(text.strip())
+    try:
+        parts = urlsplit(text.strip())
+        _ = parts.port
+    except ValueError:
+        # The error of the standard library may show a password.
+        raise ValueError("a URL must have a valid host and port") from None
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ValueError("it must be an http:// or https:// URL")
     if parts.username or parts.password:
         raise ValueError("a URL must not have a user name or password")
     if parts.query or parts.fragment:
         raise ValueError("a base URL must not have a query or a fragment")
-    _ = parts.port  # raises ValueError if it is out of range
     return text.strip().rstrip("/")
 
 
