@@ -50,7 +50,7 @@ def http_url(text: str) -> str:
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ValueError("it must be an http:// or https:// URL")
     if parts.username or parts.password:
-        raise ValueError("a URL must not have a user name or password")
+        raise ValueError("a URL must not carry a user name or password")
     if parts.query or parts.fragment:
         raise ValueError("a base URL must not have a query or a fragment")
     return text.strip().rstrip("/")
@@ -231,7 +231,7 @@ def _read(env: Mapping[str, str], name: str, convert: Callable[[str], _T]) -> _T
         # A URL may hold a password; any other value is shown.
         if "@" in text:
             raise SettingsError(
-                f"{name} cannot be read: it must not have a user name or password"
+                f"{name} cannot be read: it must not carry a user name or password"
             ) from None
         problem = str(exc).rpartition(" cannot be used: ")[2]
         raise SettingsError(f"{name}={text!r} cannot be read: {problem}") from None
@@ -275,7 +275,7 @@ def _ollama_url(text: str) -> str:
     if any(c.isspace() for c in text):
         raise ValueError("a host must not contain white space")
     if "@" in text:
-        raise ValueError("a host must not have a user name or password")
+        raise ValueError("a host must not carry a user name or password")
     url = text if "://" in text else f"http://{text}"
     if "://" not in text and text.count(":") > 1 and not text.startswith("["):
         url = f"http://[{text}]"
