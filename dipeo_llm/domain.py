@@ -623,7 +623,7 @@ def request_from_options(
         messages: In OpenAI's format, oldest first.
         options: Any of OPTIONS. None counts as not given.
         default_timeout: Seconds for an attempt without a `timeout`.
-        default_idle_timeout: Seconds for a stream's next chunk, likewise.
+        default_idle_timeout: Seconds for a stream's next chunk without an `idle_timeout`.
         defaults: Options of lowest rank, such as a person's own.
 
     Raises:

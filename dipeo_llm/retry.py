@@ -25,7 +25,7 @@ class Deadline:
     As an async context manager it cancels its block when the time is over.
 
     Args:
-        seconds: From now, on the running event loop; None is no deadline.
+        seconds: From now, on the running event loop; None: without a deadline.
     """
 
     def __init__(self, seconds: float | None = None) -> None:

@@ -335,6 +335,8 @@ def test_a_field_that_does_not_exist_is_a_type_error() -> None:
     ("field", "value"),
     [
         ("base_urls", {"openai": "https://me:hunter2@gpu/v1"}),
+        ("base_urls", {"openai": "https://me:hunter2/x@gpu/v1"}),
+        ("base_urls", {"openai": "https://me:hunter2@gp\u2100/v1"}),
         ("base_urls", {"openai": ["hunter2"]}),
         ("proxy", ["http://me:hunter2@proxy"]),
         ("extra_headers", {"x-team": ["hunter2"]}),
