@@ -23,17 +23,10 @@ from dipeo_llm import (
 )
 from dipeo_llm.domain import StreamChunk
 from dipeo_llm.settings import Engine
-from tests.conftest import PROVIDERS
+from tests.conftest import HELLO, MODELS, PROVIDERS
 from tests.provider_server import ProviderServer, Raw
 
 ENGINES: tuple[Engine, ...] = ("direct", "litellm")
-MODELS = {
-    "openai": "gpt-4.1-nano",
-    "anthropic": "claude-sonnet-4-5",
-    "google": "gemini-2.5-flash",
-    "ollama": "llama3.2:1b",
-}
-HELLO = [{"role": "user", "content": "Hello"}]
 # A tool of OpenAI's own leads to its Responses endpoint.
 RESPONSES: dict[str, Any] = {"tools": [{"type": "web_search"}]}
 

@@ -20,7 +20,7 @@ from dipeo_llm import (
     ToolConfig,
 )
 from dipeo_llm.settings import Engine
-from tests.conftest import PROVIDERS
+from tests.conftest import HELLO, MODELS, PROVIDERS
 from tests.provider_server import (
     Answer,
     Fault,
@@ -32,14 +32,7 @@ from tests.provider_server import (
 
 ENGINES: tuple[Engine, ...] = ("direct", "litellm")
 
-MODELS = {
-    "openai": "gpt-4.1-nano",
-    "anthropic": "claude-sonnet-4-5",
-    "google": "gemini-2.5-flash",
-    "ollama": "qwen3:4b",
-}
 REASONING_MODELS = MODELS | {"openai": "gpt-5-mini"}
-HELLO: list[dict[str, Any]] = [{"role": "user", "content": "Hello"}]
 
 
 def _error(status: int, provider: str) -> Raw:

@@ -37,16 +37,10 @@ from dipeo_llm import (
     StreamInterruptedError,
 )
 from dipeo_llm.settings import Engine
-from tests.conftest import PROVIDERS, Authority, found_authority
+from tests.conftest import Authority, MODELS, PROVIDERS, found_authority
 from tests.provider_server import Answer, Fault, ProviderServer, Raw, error
 
 ENGINES: tuple[Engine, ...] = tuple(e for e in get_args(Engine) if e != "auto")
-MODELS = {
-    "openai": "gpt-4.1-nano",
-    "anthropic": "claude-sonnet-4-5",
-    "google": "gemini-2.5-flash",
-    "ollama": "llama3.2",
-}
 JSON = {"content-type": "application/json"}
 EMPTY: dict[str, dict[str, Any]] = {
     "openai": {"id": "x", "object": "chat.completion", "choices": []},

@@ -37,17 +37,10 @@ from dipeo_llm import (
 )
 from dipeo_llm.domain import StreamChunk
 from dipeo_llm.settings import Engine
-from tests.conftest import PROVIDERS
+from tests.conftest import HELLO, MODELS, PROVIDERS
 from tests.provider_server import Answer, ProviderServer, Received
 
 ENGINES: tuple[Engine, ...] = ("direct", "litellm")
-MODELS = {
-    "openai": "gpt-4.1-nano",
-    "anthropic": "claude-sonnet-4-5",
-    "google": "gemini-2.5-flash",
-    "ollama": "qwen3:4b",
-}
-HELLO: list[dict[str, Any]] = [{"role": "user", "content": "Hello"}]
 
 
 def _png() -> bytes:

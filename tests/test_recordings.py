@@ -34,6 +34,7 @@ from dipeo_llm import (
 )
 from dipeo_llm.domain import OPTIONS, StreamChunk
 from dipeo_llm.settings import Engine
+from tests.conftest import HELLO
 from tests.provider_server import ProviderServer, Raw
 
 FOLDER = Path(__file__).resolve().parents[2] / "shared" / "recordings"
@@ -436,7 +437,6 @@ def _function(name: str, description: str, schema: Mapping[str, Any]) -> dict[st
     return {"type": "function", "function": function}
 
 
-HELLO = [{"role": "user", "content": "Hello"}]
 
 
 def check(result: ChatResult, said: Said, recording: Recording) -> None:

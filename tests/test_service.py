@@ -27,16 +27,9 @@ from dipeo_llm import (
     TokenUsage,
 )
 from dipeo_llm.settings import Engine
-from tests.conftest import PROVIDERS
+from tests.conftest import HELLO, MODELS, PROVIDERS, each_provider
 from tests.provider_server import Answer, ProviderServer, Raw, Received, error
 
-MODELS = {
-    "openai": "gpt-4.1-nano",
-    "anthropic": "claude-sonnet-4-5",
-    "google": "gemini-2.5-flash",
-    "ollama": "llama3.2:1b",
-}
-HELLO = [{"role": "user", "content": "Hello"}]
 TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -53,7 +46,6 @@ class Weather(BaseModel):
     degrees: int
 
 
-each_provider = pytest.mark.parametrize("provider", PROVIDERS)
 
 
 def says(speaker: str, content: Any, to: str = "optimist") -> Message:

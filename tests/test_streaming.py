@@ -30,17 +30,10 @@ from dipeo_llm import (
 from dipeo_llm.domain import StreamChunk
 from dipeo_llm.settings import Engine
 from dipeo_llm.streaming import ChatStream
-from tests.conftest import PROVIDERS
+from tests.conftest import HELLO, MODELS, PROVIDERS, each_provider
 from tests.provider_server import Answer, Fault, ProviderServer, Raw, error
 
 ENGINES: tuple[Engine, ...] = ("direct", "litellm")
-MODELS = {
-    "openai": "gpt-4.1-nano",
-    "anthropic": "claude-sonnet-4-5",
-    "google": "gemini-2.5-flash",
-    "ollama": "qwen3:4b",
-}
-HELLO = [{"role": "user", "content": "Hello"}]
 TEXT = "Grüße 😀\n«ß»"
 CALLS: list[tuple[str, Any]] = [
     ("weather", {"city": "Köln"}),
@@ -48,7 +41,6 @@ CALLS: list[tuple[str, Any]] = [
 ]
 
 each_engine = pytest.mark.parametrize("engine", ENGINES)
-each_provider = pytest.mark.parametrize("provider", PROVIDERS)
 
 
 def weather(city: str) -> None:
