@@ -109,7 +109,7 @@ def times(server: ProviderServer, *replies: Answer | Raw | Fault) -> list[float]
         (TimeoutError("x"), math.inf, False),
     ],
 )
-def test_decision(error: Exception, left: float, answer: bool | float) -> None:
+async def test_decision(error: Exception, left: float, answer: bool | float) -> None:
     """Give up, back off, or wait as long as the provider asks and the deadline lets."""
     settings = Settings(retry_after_max=30.0)
 
@@ -162,7 +162,7 @@ async def test_two_failures_and_an_answer(
     server: ProviderServer, opened: Open, provider: str
 ) -> None:
     """A call that ends well tells how many requests it took."""
-    server.reply(error(provider, 529), Fault("reset"), Answer("At last."))
+    server.reply(Fault("reset"), error(provider, 529), Answer("At last."))
 
     async with opened() as service:
         result = await ask(service, provider)
