@@ -28,7 +28,6 @@ CANARY = "sk-canary-0123456789abcdef"
 SAID = "Hello from the loopback."
 
 
-
 def adapter_of(
     server: ProviderServer, provider: str, base_url: str | None = None, **settings: Any
 ) -> BaseLLMAdapter:

@@ -22,7 +22,6 @@ from tests.conftest import PROVIDERS, each_provider
 from tests.provider_server import ProviderServer, Raw, Received, error
 
 
-
 class ListingServer(ProviderServer):
     """A server whose listing fails in a way of the test's choice."""
 

@@ -46,8 +46,6 @@ class Weather(BaseModel):
     degrees: int
 
 
-
-
 def says(speaker: str, content: Any, to: str = "optimist") -> Message:
     """Make a message of one person to another."""
     return Message(from_person_id=speaker, to_person_id=to, content=content)
