@@ -74,6 +74,11 @@ def _set(variables: Mapping[str, str | None]) -> None:
             os.environ[name] = value
 
 
+def loaded_litellm() -> Any:
+    """Return the litellm module, None before its import has ended."""
+    return _litellm
+
+
 async def load_litellm() -> Any:
     """Return the litellm module; the first call imports it in a thread.
 

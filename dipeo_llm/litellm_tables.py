@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from dipeo_llm.domain import Capabilities, TokenUsage
-from dipeo_llm.litellm_import import import_litellm, load_litellm
+from dipeo_llm.litellm_import import import_litellm, load_litellm, loaded_litellm
 
 _log = logging.getLogger("dipeo_llm")
 
@@ -65,6 +65,13 @@ def model_info(
         ):
             return row
     return None
+
+
+def known_model_info(litellm_name: str, model: str, name: str) -> Mapping[str, Any]:
+    """Return a model's row, {} where there is none or nothing has imported LiteLLM."""
+    litellm = loaded_litellm()
+    found = model_info(litellm, litellm_name, model, name) if litellm else None
+    return found or {}
 
 
 def supports(litellm_name: str, name: str, model: str, what: str) -> bool | None:
@@ -177,18 +184,20 @@ def cost(
     """
     if usage is None:
         return None
+    raw_usage = raw_usage or {}
+    if "cost_details" in raw_usage:
+        return _reported_cost(raw_usage)
     info = model_info(litellm, litellm_name, model)
     if info is None or info.get("input_cost_per_token") is None:
         return None
-    raw_usage = raw_usage or {}
     try:
         prices = _flat_prices(litellm, litellm_name, model)
         if prices is not None and usage.input < prices.up_to and _is_plain(raw_usage):
             return (
-                max(0, usage.input - usage.cached - usage.cache_written) * prices.read
+                max(0, usage.input - usage.cached - usage.cache_written) * prices.input
                 + usage.cached * prices.cached
                 + usage.cache_written * prices.written
-                + usage.output * prices.said
+                + usage.output * prices.output
             )
         counts = _litellm_usage(litellm, litellm_name, usage, raw_usage)
         if _lacks_price(info, counts):
@@ -201,34 +210,48 @@ def cost(
     return total if math.isfinite(total) else None
 
 
+def _reported_cost(raw_usage: Mapping[str, Any]) -> float | None:
+    """Return the price that OpenRouter reports in credits, which are dollars.
+
+    LiteLLM 1.109 has no prices for OpenRouter. With the caller's own key at the provider
+    the price is OpenRouter's fee only
+    (https://openrouter.ai/docs/use-cases/usage-accounting, 2026-11-25).
+    """
+    reported = raw_usage.get("cost")
+    if isinstance(reported, bool) or not isinstance(reported, int | float):
+        return None
+    is_whole = math.isfinite(reported) and not raw_usage.get("is_byok")
+    return float(reported) if is_whole else None
+
+
 def _litellm_cost(
     litellm: Any, litellm_name: str, model: str, counts: Any, tier: str | None = None
 ) -> float:
-    read, said = litellm.cost_per_token(
+    for_input, for_output = litellm.cost_per_token(
         model=model,
         custom_llm_provider=litellm_name,
         usage_object=counts,
         service_tier=tier,
     )
-    return float(read + said)
+    return float(for_input + for_output)
 
 
 class _Prices(NamedTuple):
     """USD per token."""
 
-    read: float
+    input: float
     cached: float
     written: float
-    said: float
+    output: float
     up_to: float
-    """Tokens of input from which on other prices apply."""
+    """The number of input tokens from which other prices apply."""
 
 
 @lru_cache(maxsize=512)
 def _flat_prices(litellm: Any, litellm_name: str, model: str) -> _Prices | None:
     """Return a model's prices, None if they depend on the hour or on thinking.
 
-    LiteLLM's own calculation knows all rules, but takes 100 µs, a third of a call.
+    LiteLLM calculates them once. Its calculation takes 100 µs, a third of a call.
     """
     info = model_info(litellm, litellm_name, model) or {}
     if "tiered_pricing" in info or "off_peak_pricing" in info:
@@ -238,21 +261,21 @@ def _flat_prices(litellm: Any, litellm_name: str, model: str) -> _Prices | None:
         one = _litellm_usage(litellm, litellm_name, TokenUsage(**counts), {})
         return _litellm_cost(litellm, litellm_name, model, one)
 
-    said = price(output=1)
-    if price(output=1, reasoning=1) != said:
+    output = price(output=1)
+    if price(output=1, reasoning=1) != output:
         return None
     tiers = (_TIER.search(name) for name in info)
     return _Prices(
         price(input=1),
         price(input=1, cached=1),
         price(input=1, cache_written=1),
-        said,
+        output,
         min((int(tier[1]) * 1000 for tier in tiers if tier), default=math.inf),
     )
 
 
 _TIER = re.compile(r"_above_(\d+)k_tokens")
-# Other details of a record of usage are priced by LiteLLM.
+# LiteLLM prices all other details of a usage record.
 _PLAIN_DETAILS = frozenset(
     {
         "cached_tokens",
@@ -269,7 +292,7 @@ _USUAL_RATES = frozenset({None, "standard", "default", "not_available", "global"
 
 
 def _is_plain(raw_usage: Mapping[str, Any]) -> bool:
-    """Say whether `TokenUsage` holds all that the price depends on."""
+    """Return whether the price depends on nothing but what `TokenUsage` counts."""
     for name, value in raw_usage.items():
         if isinstance(value, (dict, list)):
             if _has_own_price(value):
@@ -302,31 +325,35 @@ def _litellm_usage(
         )
     if litellm_name == "anthropic" and "input_tokens" in raw_usage:
         return litellm.AnthropicConfig().calculate_usage(raw_usage, None)
-    read = raw_usage.get("prompt_tokens_details", raw_usage.get("input_tokens_details"))
-    said = raw_usage.get(
+    input_details = raw_usage.get(
+        "prompt_tokens_details", raw_usage.get("input_tokens_details")
+    )
+    output_details = raw_usage.get(
         "completion_tokens_details", raw_usage.get("output_tokens_details")
     )
-    # The provider's details, and our sums, which count thoughts and caches alike for
-    # all providers.
+    # The sums are ours: they count thoughts and caches alike for all providers.
     return litellm.Usage(
         prompt_tokens=usage.input,
         completion_tokens=usage.output,
-        # By the sum LiteLLM sees that xAI's thoughts are counted already.
+        # The sum tells LiteLLM that the output of xAI includes the thoughts.
         total_tokens=usage.input + usage.output,
         prompt_tokens_details={
-            **(read or {}),
+            **(input_details or {}),
             "cached_tokens": usage.cached,
             "cache_creation_tokens": usage.cache_written,
         },
-        completion_tokens_details={**(said or {}), "reasoning_tokens": usage.reasoning},
+        completion_tokens_details={
+            **(output_details or {}),
+            "reasoning_tokens": usage.reasoning,
+        },
     )
 
 
 def _lacks_price(info: Mapping[str, Any], counts: Any) -> bool:
-    """Say whether LiteLLM would price audio or images in an answer as text."""
-    said = counts.completion_tokens_details
+    """Return whether LiteLLM would price audio or images in an answer as text."""
+    details = counts.completion_tokens_details
     return any(
-        getattr(said, f"{kind}_tokens", None)
+        getattr(details, f"{kind}_tokens", None)
         and info.get(f"output_cost_per_{kind}_token") is None
         for kind in ("audio", "image")
     )

@@ -268,6 +268,19 @@ PRICED: dict[str, tuple[str, str, dict[str, Any], float]] = {
         {"promptTokenCount": 300_000, "candidatesTokenCount": 1000},
         300_000 * 2.5e-6 + 1000 * 15e-6,
     ),
+    # The example of https://openrouter.ai/docs/use-cases/usage-accounting
+    "reported by OpenRouter": (
+        "openrouter",
+        "a-model-of-nobody",
+        {
+            "completion_tokens": 2,
+            "cost": 0.95,
+            "cost_details": {"upstream_inference_cost": 19},
+            "prompt_tokens": 194,
+            "total_tokens": 196,
+        },
+        0.95,
+    ),
     "the priority tier": (
         "openai",
         "gpt-5.4",
@@ -340,6 +353,13 @@ def test_the_fast_way_and_litellms_agree(litellm: Any, input_tokens: int) -> Non
         ("ollama_chat", "llama3.1", {"prompt_eval_count": 9, "eval_count": 1}),
         ("openai", "gpt-4.1-nano", None),
         ("openai", "gpt-4.1-nano", {}),
+        ("openrouter", "x", {"prompt_tokens": 9, "cost": True, "cost_details": {}}),
+        (
+            "openrouter",
+            "x",
+            {"prompt_tokens": 9, "cost": 0.1, "cost_details": {}, "is_byok": True},
+        ),
+        ("openrouter", "x", {"prompt_tokens": 9, "cost": 1e999, "cost_details": {}}),
         # The table has no price of audio or images in this model's answer.
         (
             "openai",

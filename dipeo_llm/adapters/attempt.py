@@ -43,6 +43,8 @@ class Attempt:
     due: float = math.inf
     """When the next piece of the answer must be there, on the event loop's clock."""
     timeout_message: str = ""
+    close_due: float = math.inf
+    """When the server must have closed the stream after its terminator."""
 
     def allow(self, seconds: float, message: str) -> None:
         """Give the next piece of the answer *seconds* from now."""

@@ -7,15 +7,15 @@ prompts or retries.
 
 import asyncio
 import logging
-import math
 import os
+import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import blake2b
 from typing import Any, ClassVar
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, urlencode, urlsplit
 
 from pydantic import SecretStr
 from pydantic_core import to_json
@@ -31,10 +31,12 @@ from dipeo_llm.adapters.request import (
     COMMON_FIELDS,
     Message,
     PreparedRequest,
+    complete_arguments,
     copy_json,
     copy_messages,
     drop_cache_control,
     keep_fields,
+    rename_tools,
 )
 from dipeo_llm.adapters.tools import sort_tools
 from dipeo_llm.adapters.translation import Outgoing, check_translation
@@ -99,6 +101,12 @@ class BaseLLMAdapter:
     token_counter: ClassVar[TokenCounter | None] = None
     question_headers: ClassVar[Mapping[str, str]] = {}
     """Headers of a question besides completions."""
+    tool_name: ClassVar[re.Pattern[str]] = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+    """Matches a name that the provider takes for a tool."""
+    longest_tool_name: ClassVar[int] = 64
+    """Most characters of such a name."""
+    most_stops: ClassVar[int | None] = None
+    """Most texts of `stop`; None is no limit."""
     headers: ClassVar[frozenset[str] | None] = http.STANDARD_HEADERS
     """Headers that may leave beside the key; None forwards what LiteLLM sets."""
 
@@ -118,10 +126,11 @@ class BaseLLMAdapter:
         self.model_name = model_name
         self.settings = settings or Settings()
         self.check_model()
+        url = self._find_base_url(base_url)
         self.endpoint = Endpoint(
             service=self.provider.name,
-            base_url=self._find_base_url(base_url),
-            secret=self._check_key(api_key),
+            base_url=url,
+            secret=self._check_key(api_key, url),
             key_header=self.provider.key_header,
             allowed_headers=self.headers,
         )
@@ -148,7 +157,7 @@ class BaseLLMAdapter:
         Cancelling it closes the connection of the request.
         """
         attempt = await self._begin(request, is_stream=False)
-        async with self._permit(attempt) as client:
+        async with _Permit(self, attempt) as client:
             with self._map_errors(attempt):
                 async with asyncio.timeout_at(attempt.due):
                     return await attempt.adapter.exchange(attempt, client)
@@ -170,7 +179,7 @@ class BaseLLMAdapter:
         """
         attempt = await self._begin(request, is_stream=True)
         idle = attempt.request.idle_timeout or attempt.request.timeout
-        async with self._permit(attempt) as client:
+        async with _Permit(self, attempt) as client:
             items = attempt.adapter.receive(attempt, client)
             try:
                 with self._map_errors(attempt):
@@ -218,30 +227,6 @@ class BaseLLMAdapter:
             return self
         return self.sibling("litellm")
 
-    @asynccontextmanager
-    async def _permit(self, attempt: CompletionAttempt) -> AsyncIterator[Client]:
-        """Lease the client and wait for a permit, first come first served.
-
-        A caller that is cancelled while it waits takes no permit.
-        """
-        async with await self.client() as client:
-            if client.permits is not None:
-                start = time.monotonic()
-                await client.permits.acquire()
-                attempt.queued = time.monotonic() - start
-            try:
-                attempt.allow(attempt.request.timeout, "did not answer within")
-                yield client
-            except CallError as exc:
-                if attempt.queued:
-                    exc.details["queued"] = attempt.queued
-                raise
-            finally:
-                if client.permits is not None:
-                    client.permits.release()
-                # The exception's traceback keeps this attempt alive; break the cycle.
-                attempt.error = None
-
     async def exchange(self, attempt: CompletionAttempt, client: Client) -> ChatResult:
         """Send a request and read the whole answer."""
         await self._send(attempt, client)
@@ -257,7 +242,7 @@ class BaseLLMAdapter:
             await self._send(attempt, client)
         pieces = client.pieces(attempt, keep=False)
         try:
-            async for piece in self._read_pieces(attempt, reader, pieces):
+            while (piece := await _next_piece(attempt, reader, pieces)) is not None:
                 for chunk in reader.feed(piece):
                     yield _rename_tool(chunk, names) if names else chunk
             for chunk in reader.close():
@@ -268,29 +253,6 @@ class BaseLLMAdapter:
         body = self._check_stream(attempt, reader)
         self._log_left_out(attempt)
         yield self._make_result(attempt, body)
-
-    async def _read_pieces(
-        self,
-        attempt: CompletionAttempt,
-        reader: StreamReader,
-        pieces: AsyncGenerator[bytes, None],
-    ) -> AsyncIterator[bytes]:
-        """Yield pieces in time, until an error or shortly after the terminator."""
-        end = math.inf
-        while reader.error is None:
-            if reader.is_ended:
-                end = min(end, asyncio.get_running_loop().time() + _AFTER_THE_END)
-            # Only a wait for the network costs a timer; one piece holds many chunks.
-            try:
-                async with asyncio.timeout_at(min(attempt.due, end)):
-                    piece = await anext(pieces, None)
-            except TimeoutError:
-                if not reader.is_ended:
-                    raise
-                return  # the answer is whole, and the server keeps the connection open
-            if piece is None:
-                return
-            yield piece
 
     async def _send(self, attempt: CompletionAttempt, client: Client) -> None:
         """Send the request; read the body unless a stream has begun with 200."""
@@ -325,8 +287,11 @@ class BaseLLMAdapter:
         Raises:
             InvalidRequestError: The provider cannot do what is asked.
         """
-        messages = self.prepare_messages(copy_messages(request.messages))
-        prepared = PreparedRequest(messages, dict(request.sampling))
+        messages = copy_messages(request.messages)
+        complete_arguments(messages)
+        prepared = PreparedRequest(
+            self.prepare_messages(messages), dict(request.sampling)
+        )
         options = prepared.options
         tools = sort_tools(request.tools)
         all_tools = copy_json(tools.functions)
@@ -339,8 +304,47 @@ class BaseLLMAdapter:
         form = form_of(request.response_format)
         if form is not None:
             options["response_format"] = copy_json(form.response_format)
+        self._limit_tokens(options)
+        self._check_stops(options.get("stop"))
+        rename_tools(prepared, self.tool_name, self.longest_tool_name)
         self.adjust_options(prepared)
         return prepared
+
+    def _check_stops(self, stop: Any) -> None:
+        if self.most_stops and isinstance(stop, list) and len(stop) > self.most_stops:
+            raise InvalidRequestError(
+                f"`stop` has {len(stop)} texts; {self.provider.name} takes at most"
+                f" {self.most_stops}",
+                **self._fields(),
+            )
+
+    def _limit_tokens(self, options: dict[str, Any]) -> None:
+        """Lower `max_tokens` to the model's limit, and log it once; drop fractions of 0.
+
+        DiPeO asks for 256,000 tokens of any model.
+        """
+        for name in ("max_tokens", "n", "seed"):
+            if isinstance(value := options.get(name), float) and value.is_integer():
+                options[name] = int(value)
+        asked = options.get("max_tokens")
+        if asked is None:
+            return
+        info = litellm_tables.known_model_info(
+            self.provider.litellm, self.model_name, self.provider.name
+        )
+        limit = info.get("max_output_tokens")
+        if isinstance(limit, int) and 0 < limit < asked:
+            options["max_tokens"] = limit
+            key = (self.provider.name, self.model_name, "max_tokens over the limit")
+            if key not in _seen_options:
+                _seen_options.add(key)
+                _log.info(
+                    "%s/%s writes at most %d tokens: max_tokens=%s was lowered",
+                    self.provider.name,
+                    self.model_name,
+                    limit,
+                    asked,
+                )
 
     def prepare_messages(self, messages: list[Message]) -> list[Message]:
         """Return copied messages in the shape that the provider takes."""
@@ -595,11 +599,14 @@ class BaseLLMAdapter:
     def sends(self, attempt: CompletionAttempt, option: str) -> bool:
         """Say whether an option changes the request, by translating it without."""
         request = attempt.request
-        if option in request.sampling:
-            kept = {k: v for k, v in request.sampling.items() if k != option}
-            without = replace(request, sampling=kept)
-        else:
-            without = replace(request, **{option: None})
+        without = replace(
+            request,
+            sampling={k: v for k, v in request.sampling.items() if k != option},
+            tool_choice=None if option == "tool_choice" else request.tool_choice,
+            response_format=(
+                None if option == "response_format" else request.response_format
+            ),
+        )
         bodies = [
             self.translate(
                 attempt.litellm, self.preparer.prepare(each), stream=attempt.is_stream
@@ -812,10 +819,13 @@ class BaseLLMAdapter:
         digest = blake2b(secret, digest_size=16, key=_PROCESS).digest()
         return self.provider.name, self.endpoint.base_url, digest
 
-    def _check_key(self, api_key: str | SecretStr | None) -> SecretStr:
+    def _check_key(
+        self, api_key: str | SecretStr | None, base_url: str | None
+    ) -> SecretStr:
         if not isinstance(api_key, SecretStr):
             api_key = SecretStr((api_key or "").strip())
-        if self.provider.needs_key and not api_key:
+        is_local = http.is_loopback(urlsplit(base_url or "").hostname or "")
+        if self.provider.needs_key and not api_key and not is_local:
             raise APIKeyNotFoundError(
                 f"{self.provider.name} needs a key", **self._fields()
             )
@@ -913,6 +923,69 @@ def _find_row(name: Any) -> Provider:
     from dipeo_llm.adapters.factory import by_name
 
     return by_name(name)
+
+
+class _Permit:
+    """Leases an adapter's client for one attempt, and waits for a permit on it.
+
+    First come, first served; a caller that is cancelled while it waits takes no permit.
+    """
+
+    def __init__(self, adapter: BaseLLMAdapter, attempt: CompletionAttempt) -> None:
+        self._adapter = adapter
+        self._attempt = attempt
+        self._lease: Lease[Client]
+
+    async def __aenter__(self) -> Client:
+        self._lease = await self._adapter.client()
+        client = self._lease.client
+        if client.permits is not None:
+            start = time.monotonic()
+            try:
+                await client.permits.acquire()
+            except BaseException:
+                await self._lease.release()
+                raise
+            self._attempt.queued = time.monotonic() - start
+        self._attempt.allow(self._attempt.request.timeout, "did not answer within")
+        return client
+
+    async def __aexit__(self, kind: object, exc: object, trace: object) -> None:
+        if self._lease.client.permits is not None:
+            self._lease.client.permits.release()
+        if self._attempt.queued and isinstance(exc, CallError):
+            exc.details["queued"] = self._attempt.queued
+        # The exception's traceback keeps this attempt alive; break the cycle.
+        self._attempt.error = None
+        await self._lease.release()
+
+
+async def _next_piece(
+    attempt: CompletionAttempt,
+    reader: StreamReader,
+    pieces: AsyncGenerator[bytes, None],
+) -> bytes | None:
+    """Return the next piece of a stream, None after its end.
+
+    The end is the provider's error, the end of the body, or a moment after the
+    terminator: some servers keep the connection open.
+
+    Raises:
+        TimeoutError: The next piece is late.
+    """
+    if reader.error is not None:
+        return None
+    if reader.is_ended:
+        now = asyncio.get_running_loop().time()
+        attempt.close_due = min(attempt.close_due, now + _AFTER_THE_END)
+    # Only a wait for the network costs a timer; one piece holds many chunks.
+    try:
+        async with asyncio.timeout_at(min(attempt.due, attempt.close_due)):
+            return await anext(pieces, None)
+    except TimeoutError:
+        if not reader.is_ended:
+            raise
+        return None
 
 
 def _rename_tool(chunk: StreamChunk, names: Mapping[str, str]) -> StreamChunk:

@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from pydantic_core import to_json
+
 from dipeo_llm.adapters.base import BaseLLMAdapter
 from dipeo_llm.adapters.events import StreamReader
 from dipeo_llm.adapters.provider import ModelList, Page, Probe, Provider, TokenCounter
@@ -54,15 +56,14 @@ ANTHROPIC = Provider(
 
 # LiteLLM asks older Claude models for JSON through a tool of this name.
 _JSON_TOOL = "json_tool_call"
-# The budgets that LiteLLM makes of an effort (litellm/constants.py, 1.105 to 1.110).
-_BUDGETS = {"minimal": 1024, "low": 1024, "medium": 2048, "high": 4096}
 _TAKES_BOTH = re.compile(r"claude-(?:instant|[23])\b")
 _MOST_KEPT = 512
 _plain_headers: dict[str, dict[str, str]] = {}
 _FINISH = {
     "end_turn": "stop",
     "stop_sequence": "stop",
-    "pause_turn": "stop",
+    # A long turn of the provider's own tools is to be continued.
+    "pause_turn": "pause",
     "max_tokens": "length",
     "model_context_window_exceeded": "length",
     "tool_use": "tool_calls",
@@ -113,23 +114,43 @@ class ClaudeAdapter(BaseLLMAdapter):
         return [{"type": "web_search_20250305", "name": "web_search", **config}]
 
     def adjust_options(self, prepared: PreparedRequest) -> None:
-        """Drop options that exclude each other.
+        """Drop top_p beside temperature, and send some forms through a tool.
 
-        A thinking model takes no temperature and more tokens than its budget; models
-        since Claude 4 take temperature or top_p, not both. Sources, 2026-11-23:
-        https://docs.anthropic.com/en/docs/build-with-claude/extended-thinking,
-        https://docs.anthropic.com/en/docs/about-claude/models/migrating-to-claude-4.
+        Models since Claude 4 take temperature or top_p, not both. Source:
+        https://docs.anthropic.com/en/docs/about-claude/models/migrating-to-claude-4
+        (2026-11-23).
         """
         options = prepared.options
-        effort = options.get("reasoning_effort")
-        budget = _BUDGETS.get(str(effort), 0)
-        if budget and options.get("max_tokens", budget + 1) <= budget:
-            del options["reasoning_effort"]
-        elif effort and effort != "none":
-            options.pop("temperature", None)
-            options.pop("top_p", None)
         if "temperature" in options and not _TAKES_BOTH.match(self.model_name):
             options.pop("top_p", None)
+        form = options.get("response_format") or {}
+        schema = (form.get("json_schema") or {}).get("schema")
+        if isinstance(schema, Mapping) and "$ref" in to_json(schema).decode():
+            self._ask_through_tool(options, dict(schema))
+
+    def _ask_through_tool(self, options: dict[str, Any], schema: JSON) -> None:
+        """Ask for JSON through a forced tool, whose schema may refer to itself.
+
+        Structured output takes no recursive schema, and LiteLLM drops the definitions
+        that it refers to. Source:
+        https://platform.claude.com/docs/en/build-with-claude/structured-outputs
+        (2026-11-25).
+        """
+        del options["response_format"]
+        function = {
+            "name": _JSON_TOOL,
+            "description": "Give the answer.",
+            "parameters": schema,
+        }
+        tools = options.setdefault("tools", [])
+        tools.append({"type": "function", "function": function})
+        if len(tools) == 1:
+            options["tool_choice"] = {
+                "type": "function",
+                "function": {"name": _JSON_TOOL},
+            }
+        else:
+            options.setdefault("tool_choice", "required")
 
     def translate(
         self, litellm: Any, prepared: PreparedRequest, *, stream: bool
@@ -142,6 +163,7 @@ class ClaudeAdapter(BaseLLMAdapter):
         row, model = self.provider, self.model_name
         options = map_options(litellm, row, model, prepared)
         options.pop("json_mode", None)
+        _fit_thinking(options)
         options["is_vertex_request"] = False
         config = find_config(litellm, row, model)
         headers = self._beta_headers(config, prepared.messages, options)
@@ -243,6 +265,30 @@ class ClaudeAdapter(BaseLLMAdapter):
     def stream_reader(self) -> StreamReader:
         """Return a reader of Anthropic's events."""
         return AnthropicStream()
+
+
+def _fit_thinking(options: dict[str, Any]) -> None:
+    """Drop the options, as LiteLLM mapped them, that thinking excludes, or thinking.
+
+    Thinking takes no forced tool, no temperature and no top_p below 0.95, and fewer
+    tokens than the answer may have. Sources, 2026-11-25:
+    https://platform.claude.com/docs/en/build-with-claude/extended-thinking,
+    https://platform.claude.com/docs/en/build-with-claude/adaptive-thinking.
+    """
+    thinking = options.get("thinking") or {}
+    if thinking.get("type") not in {"enabled", "adaptive"}:
+        return
+    is_forced = (options.get("tool_choice") or {}).get("type") in {"any", "tool"}
+    budget = thinking.get("budget_tokens", 0)
+    if is_forced or options.get("max_tokens", budget + 1) <= budget:
+        del options["thinking"]
+        if isinstance(config := options.get("output_config"), dict):
+            config.pop("effort", None)
+            if not config:
+                del options["output_config"]
+        return
+    for name in ("temperature", "top_p", "top_k"):
+        options.pop(name, None)
 
 
 def _json_text(value: Any) -> str:

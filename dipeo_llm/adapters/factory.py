@@ -6,6 +6,7 @@ LiteLLM's to infer, which `litellm_tables` asks.
 
 import re
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
@@ -18,7 +19,7 @@ from dipeo_llm.adapters.ollama import OllamaAdapter
 from dipeo_llm.adapters.openai import ChatGPTAdapter
 from dipeo_llm.adapters.openai_responses import ResponsesAdapter
 from dipeo_llm.adapters.provider import Provider
-from dipeo_llm.client import Client
+from dipeo_llm.client import Client, is_loopback
 from dipeo_llm.domain import Capabilities
 from dipeo_llm.errors import InvalidRequestError
 from dipeo_llm.pool import Pool
@@ -100,6 +101,18 @@ def by_name(service: Any) -> Provider:
     if not re.fullmatch(r"[a-z][a-z0-9_-]*", name):
         raise InvalidRequestError(f"{service!r} is not the name of a service")
     return _BY_NAME.get(name) or Provider(name=name, litellm=name)
+
+
+def is_local(base_url: str) -> bool:
+    """Say whether a base URL is a server on this machine, which needs no key."""
+    return is_loopback(urlsplit(base_url).hostname or "")
+
+
+def needs_key(provider: Provider, settings: Settings) -> bool:
+    """Say whether calls to a provider need a key, at the address that is set for it."""
+    names = (provider.name, provider.litellm, *provider.aliases)
+    url = next((settings.base_urls[n] for n in names if n in settings.base_urls), None)
+    return provider.needs_key and not (url and is_local(url))
 
 
 def of_key(api_key_id: Any) -> Provider | None:

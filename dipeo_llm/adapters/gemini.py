@@ -3,7 +3,8 @@
 import json
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NoReturn
 from urllib.parse import quote
 
 from dipeo_llm.adapters.base import BaseLLMAdapter
@@ -32,6 +33,7 @@ from dipeo_llm.domain import (
     ToolType,
     WebSearchResult,
 )
+from dipeo_llm.errors import InvalidRequestError
 from dipeo_llm.litellm_tables import know_model
 from dipeo_llm.media import PDF, MediaRules
 
@@ -68,6 +70,15 @@ GOOGLE = Provider(
 # The name stands in the URL's path.
 _NOT_IN_A_PATH = re.compile(r"[?#%\\\s]|(^|/)\.\.?(/|$)")
 _REFUSES_SYSTEM = re.compile("gemma-[1-3]")
+# https://ai.google.dev/gemini-api/docs/function-calling,
+# https://ai.google.dev/gemini-api/docs/structured-output (2026-11-25)
+_TAKES_TEXT_ONLY = re.compile(r"(?:gemini-)?gemma-[1-3]|learnlm")
+# A search beside functions, and a form beside tools, since Gemini 3:
+# https://ai.google.dev/gemini-api/docs/tool-combination (2026-11-25).
+_COMBINES_TOOLS = re.compile(r"gemini-(?:[3-9]|flash|pro|omni|robotics-er-2)")
+# https://ai.google.dev/gemini-api/docs/thinking (2026-11-25): 2.5 Pro always thinks.
+_ALWAYS_THINKS = re.compile(r"gemini-2\.5-pro")
+_NEVER_THINKS = re.compile(r"gemini-(?:1|2\.0|exp)|(?:gemini-)?gemma-[1-3]|learnlm")
 # Of a model outside its table LiteLLM says that it takes no system prompt, and makes the
 # prompt a part of the user's words (1.105 to 1.110).
 _UNKNOWN_MODELS = {"gemini": {"mode": "chat", "supports_system_messages": True}}
@@ -102,6 +113,9 @@ class GeminiAdapter(BaseLLMAdapter):
     """Talks to a Gemini or Gemma model in Google AI Studio."""
 
     rows = (GOOGLE,)
+    # https://ai.google.dev/api/caching#FunctionDeclaration (2026-11-25)
+    tool_name = re.compile(r"[a-zA-Z_][a-zA-Z0-9_.:-]{0,63}")
+    most_stops = 5
     probe = Probe("gemini-2.5-flash", ("contents", "generationConfig", "tools"))
     # https://ai.google.dev/api/models#method:-models.list (2026-11-23)
     model_list = ModelList(
@@ -138,6 +152,29 @@ class GeminiAdapter(BaseLLMAdapter):
             return []
         return super().own_tool(tool, options)
 
+    def adjust_options(self, prepared: PreparedRequest) -> None:
+        """Refuse what the model cannot do; drop or change an effort that it refuses."""
+        options, model = prepared.options, self.model_name
+        tools, form = options.get("tools"), options.get("response_format")
+        is_json = form is not None and form["type"] != "text"
+        if _TAKES_TEXT_ONLY.match(model) and (tools or is_json):
+            self._refuse("tools" if tools else "a response_format")
+        kinds = {tool.get("type", "search") for tool in tools or ()}
+        if not _COMBINES_TOOLS.match(model):
+            if len(kinds) > 1:
+                self._refuse("functions beside a web search, which Gemini 3 takes")
+            if tools and is_json:
+                self._refuse("a response_format beside tools, which Gemini 3 takes")
+        if _NEVER_THINKS.match(model):
+            options.pop("reasoning_effort", None)
+        elif options.get("reasoning_effort") == "none" and _ALWAYS_THINKS.match(model):
+            options["reasoning_effort"] = "minimal"
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise InvalidRequestError(
+            f"{self.model_name} does not take {what}", **self._fields()
+        )
+
     def teach(self, litellm: Any) -> None:
         """Tell LiteLLM about a model that its table leaves out."""
         if not _REFUSES_SYSTEM.match(self.model_name):
@@ -151,6 +188,7 @@ class GeminiAdapter(BaseLLMAdapter):
 
         model = self.model_name
         self.teach(litellm)
+        schemas = _take_schemas(prepared.options)
         # The function lost its underscore in 1.108.
         transform: Callable[..., JSON] = (
             getattr(transformation, "_transform_request_body", None)
@@ -164,6 +202,7 @@ class GeminiAdapter(BaseLLMAdapter):
             litellm_params={},
             cached_content=None,
         )
+        _put_schemas(body, schemas)
         verb = "streamGenerateContent?alt=sse" if stream else "generateContent"
         path = f"/models/{quote(model, safe='/')}:{verb}"
         return Outgoing(path, JSON_HEADERS, body)
@@ -238,6 +277,83 @@ class GeminiAdapter(BaseLLMAdapter):
     def stream_reader(self) -> StreamReader:
         """Return a reader of Gemini's responses."""
         return GeminiStream()
+
+
+@dataclass(slots=True)
+class _Schemas:
+    """The JSON schemas of a request, which LiteLLM would rewrite with losses."""
+
+    functions: dict[str, JSON]
+    """The parameters of each function, by its name."""
+    has_search: bool
+    answer: JSON | None
+
+
+def _take_schemas(options: dict[str, Any]) -> _Schemas:
+    """Take the schemas and a search beside functions out of options, in place."""
+    functions: dict[str, JSON] = {}
+    tools = options.get("tools", [])
+    own = [tool for tool in tools if "googleSearch" in tool]
+    is_mixed = bool(own) and len(own) < len(tools)
+    if is_mixed:
+        options["tools"] = [tool for tool in tools if "googleSearch" not in tool]
+    for tool in options.get("tools", []):
+        if function := tool.get("function"):
+            functions[function["name"]] = function.pop("parameters", None) or {}
+    form = options.get("response_format") or {}
+    answer = (form.get("json_schema") or {}).get("schema")
+    if answer is not None:
+        form["json_schema"]["schema"] = {"type": "object", "properties": {}}
+    return _Schemas(functions, is_mixed, answer)
+
+
+def _put_schemas(body: JSON, schemas: _Schemas) -> None:
+    """Put the schemas into a body, in the fields that take JSON Schema.
+
+    Source: https://ai.google.dev/api/caching#FunctionDeclaration and
+    https://ai.google.dev/gemini-api/docs/structured-output (2026-11-25).
+    """
+    for tool in body.get("tools", ()):
+        for declared in tool.get("function_declarations", ()):
+            declared.pop("parameters", None)
+            schema = schemas.functions.get(declared["name"])
+            if schema and schema.get("properties"):
+                declared["parametersJsonSchema"] = _spell_schema(schema)
+    if schemas.has_search:
+        body["tools"].append({"googleSearch": {}})
+        body.setdefault("toolConfig", {})["includeServerSideToolInvocations"] = True
+    config = body.get("generationConfig", {})
+    if schemas.answer is not None:
+        for name in ("responseSchema", "response_schema", "response_json_schema"):
+            config.pop(name, None)
+        config["responseJsonSchema"] = _spell_schema(schemas.answer)
+
+
+def _spell_schema(schema: Any) -> Any:
+    """Write a schema with the keywords that Gemini reads, and the same meaning.
+
+    Gemini passes over `const`, `allOf` and others
+    (https://ai.google.dev/api/generate-content#FIELDS.response_json_schema, 2026-11-25).
+    """
+    if isinstance(schema, list):
+        return [_spell_schema(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    spelt: JSON = {}
+    for name, value in schema.items():
+        if name in {"properties", "$defs"} and isinstance(value, dict):
+            spelt[name] = {key: _spell_schema(inner) for key, inner in value.items()}
+        elif name == "const":
+            spelt["enum"] = [value]
+        elif name == "oneOf":
+            spelt["anyOf"] = _spell_schema(value)
+        elif name == "allOf" and isinstance(value, list) and len(value) == 1:
+            spelt |= _spell_schema(value[0])
+        elif name in {"enum", "required", "examples", "default"}:
+            spelt[name] = value
+        elif name not in {"discriminator", "strict"}:
+            spelt[name] = _spell_schema(value)
+    return spelt
 
 
 def _parts(candidate: Mapping[str, Any]) -> list[JSON]:

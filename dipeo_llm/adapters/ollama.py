@@ -56,8 +56,13 @@ OLLAMA = Provider(
     ),
 )
 
+# https://ollama.com/search?c=thinking, https://docs.ollama.com/capabilities/thinking
+# (2026-11-25): gpt-oss takes three levels and cannot stop thinking; qwen3-coder does not
+# think.
+_THINKS_IN_LEVELS = re.compile(r"gpt-oss", re.IGNORECASE)
+_LEVELS = frozenset({"low", "medium", "high"})
 _THINKS = re.compile(
-    r"qwen3|deepseek-(?:r1|v3\.1)|gpt-oss|magistral|cogito|phi4-.*reasoning|glm|kimi",
+    r"qwen3(?!-coder|.*-instruct)|deepseek-(?:r1|v3\.1)|gpt-oss|magistral|cogito|phi4-.*reasoning|glm|kimi",
     re.IGNORECASE,
 )
 _LOCAL = {
@@ -98,7 +103,11 @@ class OllamaAdapter(BaseLLMAdapter):
         2026-11-25).
         """
         options = prepared.options
-        if not _THINKS.match(self.model_name):
+        name = self.model_name.rpartition("/")[2]
+        in_levels = _THINKS_IN_LEVELS.match(name)
+        if not _THINKS.match(name) or (
+            in_levels and options.get("reasoning_effort") not in _LEVELS
+        ):
             options.pop("reasoning_effort", None)
         if isinstance(options.get("stop"), str):
             options["stop"] = [options["stop"]]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from dipeo_llm.adapters.base import BaseLLMAdapter
@@ -16,7 +17,7 @@ from dipeo_llm.adapters.reading import (
     read_tool_call,
 )
 from dipeo_llm.adapters.request import PreparedRequest
-from dipeo_llm.adapters.translation import JSON_HEADERS, Outgoing
+from dipeo_llm.adapters.translation import JSON_HEADERS, Outgoing, map_options
 from dipeo_llm.domain import (
     ImageGenerationResult,
     StreamChunk,
@@ -24,6 +25,7 @@ from dipeo_llm.domain import (
     WebSearchResult,
 )
 
+_NOT_OF_THE_BODY = frozenset({"litellm_logging_obj", "client", "stream"})
 _FINISH = {"max_output_tokens": "length", "content_filter": "content_filter"}
 
 
@@ -50,41 +52,26 @@ class ResponsesAdapter(BaseLLMAdapter):
         )
 
         handler = transformation.LiteLLMResponsesTransformationHandler()
-        spoken = [m for m in prepared.messages if m["role"] != "developer"]
-        items, _ = handler.convert_chat_completion_messages_to_responses_api(spoken)
-        prompts = [
-            {"role": "developer", "content": m["content"]}
-            for m in prepared.messages
-            if m["role"] == "developer"
-        ]
-        options = prepared.options
-        body: JSON = {"model": self.model_name, "input": [*prompts, *items]}
-        supported = litellm.get_supported_openai_params(
-            model=self.model_name, custom_llm_provider="openai"
+        made = handler.transform_request(
+            model=self.model_name,
+            messages=prepared.messages,
+            optional_params=map_options(
+                litellm, self.provider, self.model_name, prepared
+            ),
+            litellm_params={},
+            headers={},
+            litellm_logging_obj=SimpleNamespace(),
+            client=None,
         )
-        for name, field in (
-            ("max_tokens", "max_output_tokens"),
-            ("max_completion_tokens", "max_output_tokens"),
-            ("temperature", "temperature"),
-            ("top_p", "top_p"),
-        ):
-            if name in options and name in supported:
-                body[field] = options[name]
-        if "reasoning_effort" in options:
-            body["reasoning"] = {"effort": options["reasoning_effort"]}
-        if "response_format" in options:
-            form = options["response_format"]
-            flat = {**form.get("json_schema", {}), "type": form["type"]}
-            body["text"] = {"format": flat}
-        if "tools" in options:
-            body["tools"] = [
-                {"type": "function", **tool["function"]}
-                if tool["type"] == "function"
-                else tool
-                for tool in options["tools"]
-            ]
-        if "tool_choice" in options:
-            body["tool_choice"] = options["tool_choice"]
+        body: JSON = {
+            name: value
+            for name, value in made.items()
+            if value is not None and name not in _NOT_OF_THE_BODY
+        }
+        for tool in body.get("tools", ()):
+            # Without it, Responses takes every optional parameter for a required one.
+            if tool.get("type") == "function" and tool.get("strict") is None:
+                tool["strict"] = False
         if stream:
             body["stream"] = True
         return Outgoing("/responses", JSON_HEADERS, body)

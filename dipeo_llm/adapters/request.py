@@ -4,10 +4,14 @@ Pure. Holds what the formats share: a copy that LiteLLM may change, the fields a
 may have, and the steps that several providers need.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any
 
+from dipeo_llm.errors import InvalidRequestError
 from dipeo_llm.message_formatter import has_content
 
 Message = dict[str, Any]
@@ -56,6 +60,88 @@ def copy_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
         or message.get("tool_calls")
         or has_content(message.get("content"))
     ]
+
+
+def complete_arguments(messages: Sequence[Message]) -> None:
+    """Write the arguments of tool calls as JSON objects, in place; none are "{}".
+
+    vLLM fails at an empty text, Gemini gets invented arguments for it, Ollama's
+    translation raises.
+
+    Raises:
+        InvalidRequestError: The arguments are not a JSON object, such as those of an
+            answer that was cut off.
+    """
+    for number, message in enumerate(messages):
+        for call in message.get("tool_calls") or ():
+            function = call.get("function")
+            if not isinstance(function, dict):
+                continue
+            given = function.get("arguments")
+            if isinstance(given, dict):
+                function["arguments"] = json.dumps(given, ensure_ascii=False)
+            elif given is None or (isinstance(given, str) and not given.strip()):
+                function["arguments"] = "{}"
+            elif not _is_json_object(given):
+                raise InvalidRequestError(
+                    f"message {number} calls {function.get('name')!r} with arguments that"
+                    " are not a JSON object; leave the call out, or complete them"
+                )
+
+
+def _is_json_object(text: Any) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, TypeError, RecursionError):
+        return False
+
+
+def rename_tools(
+    prepared: PreparedRequest, valid: re.Pattern[str], longest: int
+) -> None:
+    """Give tools whose names the provider refuses a name that it takes, in place.
+
+    The caller's names come back with the answer, also where two names would become the
+    same.
+
+    Args:
+        prepared: The request; its `tool_names` get the caller's name of each new one.
+        valid: Matches a whole valid name.
+        longest: Most characters of a name.
+    """
+    holders = list(_name_holders(prepared))
+    taken = {holder["name"] for holder in holders}
+    new_names: dict[str, str] = {}
+    for name in sorted(taken):
+        if valid.fullmatch(name):
+            continue
+        made = re.sub(r"[^a-zA-Z0-9_-]", "_", name)
+        if not valid.fullmatch(made):
+            made = f"tool_{made}"
+        if len(made) > longest or made in taken:
+            made = f"{made[: longest - 9]}_{blake2b(name.encode(), digest_size=4).hexdigest()}"
+        taken.add(made)
+        new_names[name] = made
+        prepared.tool_names[made] = name
+    for holder in holders:
+        holder["name"] = new_names.get(holder["name"], holder["name"])
+
+
+def _name_holders(prepared: PreparedRequest) -> Iterator[dict[str, Any]]:
+    """Yield every dict of a request whose `name` is a function's."""
+    choice = prepared.options.get("tool_choice")
+    calls = [
+        call
+        for message in prepared.messages
+        for call in message.get("tool_calls") or ()
+    ]
+    for owner in (*prepared.options.get("tools", ()), *calls, choice):
+        function = owner.get("function") if isinstance(owner, dict) else None
+        if isinstance(function, dict) and isinstance(function.get("name"), str):
+            yield function
+    for message in prepared.messages:
+        if message.get("role") == "tool" and isinstance(message.get("name"), str):
+            yield message
 
 
 def keep_fields(

@@ -72,11 +72,14 @@ def map_options(
 def _map(
     litellm: Any, provider: Provider, model: str, prepared: PreparedRequest
 ) -> dict[str, Any]:
+    has_tools = "tools" in prepared.options
     mapped: dict[str, Any] = litellm.utils.get_optional_params(
         model=model,
         custom_llm_provider=provider.litellm,
         messages=prepared.messages,
         drop_params=True,
+        # LiteLLM would drop the tools of a model that its table does not know.
+        allowed_openai_params=["tools", "tool_choice"] if has_tools else None,
         **prepared.options,
     )
     for name in ("stream", "stream_options", "max_retries", "extra_body"):
