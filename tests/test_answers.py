@@ -24,7 +24,7 @@ from tests.conftest import HELLO, MODELS, PROVIDERS
 from tests.provider_server import ProviderServer, Raw
 
 # A tool of OpenAI's own leads to its Responses endpoint.
-RESPONSES: dict[str, Any] = {"tools": [{"type": "web_search"}]}
+RESPONSES: dict[str, Any] = {"tools": [{"type": "image_generation"}]}
 
 
 def events(*payloads: Mapping[str, Any] | str) -> Raw:

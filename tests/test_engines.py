@@ -204,6 +204,7 @@ SCENARIOS: dict[str, Scenario] = {
     "a class beside tools": Scenario(
         options={"response_format": Person, "tools": [CLOCK]},
         answer=Answer('{"name": "B", "age": 3}'),
+        models=MODELS | {"google": "gemini-3-pro-preview"},
     ),
     "a class for an older Claude": Scenario(
         options={"response_format": Person},
@@ -230,6 +231,7 @@ SCENARIOS: dict[str, Scenario] = {
     "a web search": Scenario(
         options={"tools": [ToolConfig(type="web_search")]},
         answer=Answer("Rain.", citations=[("https://a.example/", "A")]),
+        models=MODELS | {"openai": "gpt-4.1-mini"},
         only=("openai", "anthropic", "google"),
     ),
 }
@@ -268,11 +270,11 @@ async def test_same_request(
 
 
 def words(request: Received) -> Any:
-    """What was sent, without what only the direct engine can say.
+    """Return what was sent, without what only the direct engine writes.
 
-    Ollama pairs a tool's result with its call by `tool_name` and by the call's `id`.
-    LiteLLM has no place for the name, nor has 1.105 for the id; without them Ollama goes
-    by the order of the results.
+    Ollama pairs a tool's result with its call by `tool_name` and by the call's `id`;
+    LiteLLM has no place for the name, nor has 1.105 for the id. Gemini gets schemas as
+    JSON schemas; LiteLLM rewrites them to a subset of OpenAPI's.
     """
     body = copy.deepcopy(request.json)
     if request.provider == "ollama":
@@ -280,6 +282,13 @@ def words(request: Received) -> Any:
             message.pop("tool_name", None)
             for call in message.get("tool_calls", ()):
                 call.pop("id", None)
+    if request.provider == "google":
+        for tool in body.get("tools", ()):
+            for function in tool.get("function_declarations", ()):
+                for name in ("parameters", "parametersJsonSchema"):
+                    function.pop(name, None)
+        for name in ("responseJsonSchema", "response_json_schema", "response_schema"):
+            body.get("generationConfig", {}).pop(name, None)
     return body
 
 

@@ -225,6 +225,8 @@ def _openai(events: list[Any]) -> Said:
                 kept[0] = call.get("id") or kept[0]
                 kept[1] += call["function"].get("name") or ""
                 kept[2] += call["function"].get("arguments") or ""
+            if (old := message.get("function_call")) is not None:
+                calls[0] = [None, old["name"], old["arguments"]]
             for note in message.get("annotations") or ():
                 said.urls.append(note["url_citation"]["url"])
         if usage := event.get("usage"):
@@ -243,7 +245,7 @@ def _openai(events: list[Any]) -> Said:
     said.refusal = refusal or None
     said.calls = [(i, name, _arguments(text)) for i, name, text in calls.values()]
     if said.finish == "function_call":
-        # The form of 2023, which we never ask for; there is no id to answer it with.
+        # The form of 2023, which we never ask for.
         said.finish = "tool_calls"
     return said
 
@@ -405,7 +407,7 @@ def asking(recording: Recording) -> dict[str, Any]:
             if (schema := one.get("parameters") or one.get("input_schema"))
         ]
     if recording.format == "responses":
-        found.append({"type": "web_search"})
+        found.append({"type": "image_generation"})
     return {"service": recording.provider, "tools": found}
 
 
