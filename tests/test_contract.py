@@ -21,12 +21,13 @@ from dipeo_llm import (
     Settings,
     StaticAPIKeys,
 )
-from dipeo_llm.adapters.base import BaseLLMAdapter, create_adapter
+from dipeo_llm.adapters.base import BaseLLMAdapter
+from dipeo_llm.adapters.factory import create_adapter
 from dipeo_llm.domain import ChatRequest, ChatResult, StreamChunk
 from dipeo_llm.testing import MockLLMAdapter, Reply, use_cassette
+from tests.conftest import HELLO
 from tests.provider_server import Answer, ProviderServer, error
 
-HELLO = [{"role": "user", "content": "Say hello."}]
 MODEL = "gpt-4.1-nano"
 KEY = "sk-of-the-contract-01"
 

@@ -248,11 +248,6 @@ class BaseLLMAdapter:
                     yield _rename_tool(chunk, names) if names else chunk
             for chunk in reader.close():
                 yield _rename_tool(chunk, names) if names else chunk
-        except Exception as exc:
-            # aiohttp's reader keeps the exception, and its traceback this attempt with
-            # the conversation; clear it to break the cycle.
-            exc.__traceback__ = None
-            raise
         finally:
             await pieces.aclose()
             attempt.response.close()
@@ -530,13 +525,6 @@ class BaseLLMAdapter:
             exc.service = exc.service or self.provider.name
             exc.model = exc.model or self.model_name
             raise
-        except TimeoutError as exc:
-            if not attempt.is_late:
-                raise self._from_transport(exc, attempt) from exc
-            raise LLMTimeoutError(
-                f"{self.provider.name} {attempt.timeout_message}",
-                **self._answer_fields(attempt),
-            ) from exc
         except MalformedStreamError as exc:
             attempt.body = bytearray(str(exc).encode())
             raise ServiceUnavailableError(
@@ -544,7 +532,11 @@ class BaseLLMAdapter:
                 **self._answer_fields(attempt),
             ) from None
         except Exception as exc:  # noqa: BLE001 - mapped
-            raise self._from_transport(exc, attempt) from _safe_cause(exc, attempt)
+            cause = _safe_cause(exc, attempt)
+            # aiohttp's reader keeps the exception, and its traceback this attempt with
+            # the conversation; clear it to break the cycle.
+            exc.__traceback__ = None
+            raise self._from_network(exc, attempt) from cause
 
     @contextmanager
     def _map_unreadable(self, attempt: Attempt) -> Iterator[None]:
@@ -580,7 +572,13 @@ class BaseLLMAdapter:
             **self._fields(),
         )
 
-    def _from_transport(self, exc: Exception, attempt: Attempt) -> Exception:
+    def _from_network(self, exc: Exception, attempt: Attempt) -> Exception:
+        """Make the error for a failure below HTTP, or for an answer that is late."""
+        if isinstance(exc, TimeoutError) and attempt.is_late:
+            return LLMTimeoutError(
+                f"{self.provider.name} {attempt.timeout_message}",
+                **self._answer_fields(attempt),
+            )
         return http.from_transport(
             exc,
             secret=self.endpoint.secret.get_secret_value(),

@@ -108,7 +108,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
         LiteLLM takes a stream without its terminator for a whole one, so this engine
         cannot promise that a stream came to its end.
         """
-        reader = OpenAIStream()
+        reader = self.stream_reader()
         attempt.is_kept = False
         async with asyncio.timeout_at(attempt.due):
             response = await self._call(attempt, client)
@@ -141,7 +141,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
 
     def stream_reader(self) -> StreamReader:
         """Return a reader of LiteLLM's chunks."""
-        return OpenAIStream()
+        return LiteLLMStream()
 
     def sends(self, attempt: CompletionAttempt, option: str) -> bool:
         """Say whether LiteLLM's table has an option for the model."""
@@ -267,3 +267,11 @@ class LiteLLMAdapter(BaseLLMAdapter):
         handler = Handler(transport=over._transport)  # noqa: SLF001 - made by us
         handler.client = over
         return handler
+
+
+class LiteLLMStream(OpenAIStream):
+    """LiteLLM's chunks, which give one finish reason for all choices, at the end."""
+
+    @property
+    def is_ended(self) -> bool:
+        return self._done and any(c["finish_reason"] for c in self._choices.values())
