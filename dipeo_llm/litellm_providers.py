@@ -32,6 +32,10 @@ _SIGNS_IN = "signs in with OAuth on a device, outside the client that holds the 
 _EXCHANGES = (
     "LiteLLM exchanges the key for a token at another host, with a client of its own"
 )
+_WATSONX = (
+    f"{_EXCHANGES}; its model gateway is reached as 'custom_openai', with the base_url"
+    " https://REGION.ml.cloud.ibm.com/ml/gateway/v1 and an IAM token for a key"
+)
 _OWN_CLIENT = "LiteLLM sends the call with a client of its own"
 _COMPLETES_TEXT = (
     "completes text: LiteLLM would flatten the conversation into one prompt"
@@ -53,8 +57,9 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "fal_ai": "answers one picture with text, and takes no conversation",
         "gigachat": _EXCHANGES,
         "sap": _EXCHANGES,
-        "watsonx": _EXCHANGES,
-        "watsonx_text": _EXCHANGES,
+        "scaledown": "makes prompts shorter, and is not a model",
+        "watsonx": _WATSONX,
+        "watsonx_text": _WATSONX,
         "gdc": "needs google-auth and a project of Google Distributed Cloud",
         "openai_like": "is LiteLLM's name for embeddings; use 'custom_openai'",
         "oobabooga": "is a local server of 2023; a newer one is reached as 'custom_openai'",
@@ -90,12 +95,12 @@ DIFFERS: Mapping[str, str] = MappingProxyType(
 
 _THROUGH_HANDLER = frozenset(
     {
-        *("a2a", "anthropic", "azure_ai", "bedrock", "bedrock_mantle", "cometapi"),
+        *("a2a", "anthropic", "bedrock", "bedrock_mantle", "bytez", "cometapi"),
         *("compactifai", "databricks", "databricks_agent", "datarobot", "deepseek"),
         *("edenai", "fireworks_ai", "gemini", "groq", "heroku", "hosted_vllm"),
         *("langflow", "langgraph", "minimax", "mistral", "nadir", "ollama_chat"),
         *("opencode_go", "openrouter", "ovhcloud", "ragflow", "sagemaker_chat"),
-        *("sagemaker_nova", "scaledown", "snowflake", "together_ai", "xai"),
+        *("sagemaker_nova", "snowflake", "together_ai", "xai"),
     }
 )
 """`acompletion` sends each request of these over the AsyncHTTPHandler it is given."""
@@ -109,6 +114,7 @@ _INSIDE_COMPLETION: Mapping[str, tuple[str | None, tuple[str, ...]]] = MappingPr
     {
         "ai21": ("https://api.ai21.com/studio/v1", ("AI21_API_KEY",)),
         "amazon_nova": ("https://api.nova.amazon.com/v1", ("AMAZON_NOVA_API_KEY",)),
+        "bytez": ("https://api.bytez.com", ("BYTEZ_API_KEY",)),
         "cometapi": (None, ("COMETAPI_KEY",)),
         "compactifai": ("https://api.compactif.ai/v1", ("COMPACTIFAI_API_KEY",)),
         "databricks": (None, ("DATABRICKS_API_KEY",)),
@@ -460,8 +466,8 @@ def _address_and_key(
         variables = (row.api_key_env,)
     if address is None:
         url = _url(config, _MODEL, None)
-        if url is not None and not _is_openai(url):
-            address = url.rstrip("/").removesuffix(_PATH)
+        if url is not None and url.rstrip("/").endswith(_PATH) and not _is_openai(url):
+            address = url
     if address is None and info is not None:
         url = _ask(info.get_api_base, None)
         if isinstance(url, str) and not _is_openai(url):

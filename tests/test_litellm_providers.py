@@ -115,6 +115,7 @@ class Loopback:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # else head and body are two packets, 40 ms apart
     loopback: Loopback
 
     def do_GET(self) -> None:
