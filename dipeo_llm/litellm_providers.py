@@ -1,9 +1,9 @@
-"""Every chat provider of LiteLLM: its address, its key, the format that it speaks.
+"""What LiteLLM knows of each chat provider: address, key variables, wire format.
 
 LiteLLM's own tables and functions give the answers. The few rows here correct them, or
-fill in what LiteLLM keeps inside `completion()`; tests/test_litellm_providers.py turns
-red when one is no longer needed. Sends nothing: LiteLLM's functions are only called
-where they send nothing either. `litellm` is an argument, never an import at the top.
+add what LiteLLM keeps inside `completion()`. Nothing is sent: LiteLLM's functions are
+called only where they send nothing. `litellm` is an argument, or is imported inside a
+function, because its import takes seconds.
 """
 
 import difflib
@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
@@ -26,9 +26,9 @@ Engine: TypeAlias = Literal["direct", "litellm", "refused"]
 ALIASES: Mapping[str, str] = MappingProxyType(
     {"chatgpt": "openai", "gpt": "openai", "llama": "ollama"}
 )
-"""Names that other programs give a provider, such as DiPeO's, and LiteLLM's name."""
+"""Other names of providers, such as DiPeO's, and the names that they stand for."""
 
-_SIGNS_IN = "signs in with OAuth on a device, outside the client that holds the key"
+_SIGNS_IN = "signs in with OAuth on a device; there is no API key to send"
 _EXCHANGES = (
     "LiteLLM exchanges the key for a token at another host, with a client of its own"
 )
@@ -70,11 +70,12 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "text-completion-codestral": _COMPLETES_TEXT,
         "text-completion-inception": _COMPLETES_TEXT,
         "text-completion-openai": _COMPLETES_TEXT,
-        "vertex_ai_beta": "is LiteLLM's older name for 'vertex_ai'",
-        "ollama": _COMPLETES_TEXT + "; use 'ollama_chat'",
     }
 )
-"""Names that are not called, and why. Seen on LiteLLM 1.110.2, 2026-11-25."""
+"""Providers that are refused before a key is looked up, and why.
+
+Seen on LiteLLM 1.105.0, 1.109.3 and 1.110.2 on 2026-11-25.
+"""
 
 DIFFERS: Mapping[str, str] = MappingProxyType(
     {
@@ -91,7 +92,7 @@ DIFFERS: Mapping[str, str] = MappingProxyType(
         "tencent": "a base_url gets /v1 where it has none",
     }
 )
-"""Where a direct request is not what `litellm.acompletion` sends, and why."""
+"""Providers to which a direct request differs from `acompletion`'s, and how."""
 
 _THROUGH_HANDLER = frozenset(
     {
@@ -103,16 +104,18 @@ _THROUGH_HANDLER = frozenset(
         *("sagemaker_nova", "snowflake", "together_ai", "xai"),
     }
 )
-"""`acompletion` sends each request of these over the AsyncHTTPHandler it is given."""
+"""Providers for which `acompletion` uses the AsyncHTTPHandler that it is given."""
 
 _THROUGH_NEITHER = frozenset({"lemonade"})
-"""In LiteLLM's lists of OpenAI's format, and still with a client of its own."""
+"""Providers in LiteLLM's lists of OpenAI's format that ignore `client=` all the same."""
 
-# What LiteLLM keeps inside `completion()` (litellm/main.py, 1.105.0 to 1.110.2), where
-# no other function of it tells: the address, and the variables of the key.
-_INSIDE_COMPLETION: Mapping[str, tuple[str | None, tuple[str, ...]]] = MappingProxyType(
+# Address and key variables that correct LiteLLM's functions; None or () leaves theirs.
+# Most are inside `completion()` (litellm/main.py, 1.105.0 to 1.110.2), where no function
+# returns them. `MISTRAL_AZURE_API_KEY`, which LiteLLM reads first, belongs to an address
+# that is not used here. LiteLLM 1.105 has no address of openrouter.
+_ROWS: Mapping[str, tuple[str | None, tuple[str, ...]]] = MappingProxyType(
     {
-        "ai21": ("https://api.ai21.com/studio/v1", ("AI21_API_KEY",)),
+        "ai21": ("https://api.ai21.com/studio/v1", ()),
         "amazon_nova": ("https://api.nova.amazon.com/v1", ("AMAZON_NOVA_API_KEY",)),
         "bytez": ("https://api.bytez.com", ("BYTEZ_API_KEY",)),
         "cometapi": (None, ("COMETAPI_KEY",)),
@@ -120,7 +123,8 @@ _INSIDE_COMPLETION: Mapping[str, tuple[str | None, tuple[str, ...]]] = MappingPr
         "databricks": (None, ("DATABRICKS_API_KEY",)),
         "maritalk": ("https://chat.maritaca.ai/api", ("MARITALK_API_KEY",)),
         "minimax": (None, ("MINIMAX_API_KEY",)),
-        "openai": ("https://api.openai.com/v1", ("OPENAI_API_KEY",)),
+        "mistral": (None, ("MISTRAL_API_KEY",)),
+        "openai": ("https://api.openai.com/v1", ()),
         "openrouter": (
             "https://openrouter.ai/api/v1",
             ("OPENROUTER_API_KEY", "OR_API_KEY"),
@@ -131,8 +135,8 @@ _INSIDE_COMPLETION: Mapping[str, tuple[str | None, tuple[str, ...]]] = MappingPr
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Door:
-    """Where a provider takes OpenAI's format, beside the format LiteLLM speaks to it."""
+class _Compatible:
+    """An endpoint in OpenAI's format that LiteLLM does not use for the provider."""
 
     address: str | None
     key_variables: tuple[str, ...]
@@ -141,38 +145,38 @@ class _Door:
     """LiteLLM's name of the provider whose config translates."""
 
 
-# LiteLLM reaches these with a client of its own, or through another host first.
-# Sources, read 2026-11-25:
+# LiteLLM calls another endpoint of these, with a client of its own, or after a request to
+# another host. Sources, read 2026-11-25:
 # https://learn.microsoft.com/en-us/azure/foundry/openai/api-version-lifecycle,
 # https://docs.cohere.com/docs/compatibility-api,
 # https://huggingface.co/changelog/inference-providers-openai-compatible,
 # https://docs.cloud.google.com/vertex-ai/generative-ai/docs/migrate/openai/examples.
-_COHERE = _Door(
+_COHERE = _Compatible(
     address="https://api.cohere.ai/compatibility/v1",
     key_variables=("COHERE_API_KEY", "CO_API_KEY"),
 )
-_DOORS: Mapping[str, _Door] = MappingProxyType(
+_COMPATIBLE: Mapping[str, _Compatible] = MappingProxyType(
     {
         # https://RESOURCE.openai.azure.com/openai/v1; the model is the deployment.
-        "azure": _Door(
+        "azure": _Compatible(
             address=None,
             key_variables=("AZURE_OPENAI_API_KEY", "AZURE_API_KEY"),
             key_header="api-key",
             config="openai",
         ),
         # https://RESOURCE.services.ai.azure.com/openai/v1
-        "azure_ai": _Door(
+        "azure_ai": _Compatible(
             address=None, key_variables=("AZURE_AI_API_KEY",), key_header="api-key"
         ),
         "cohere": _COHERE,
         "cohere_chat": _COHERE,
-        "huggingface": _Door(
+        "huggingface": _Compatible(
             address="https://router.huggingface.co/v1",
             key_variables=("HF_TOKEN", "HUGGINGFACE_API_KEY"),
         ),
         # https://LOCATION-aiplatform.googleapis.com/v1/projects/PROJECT/locations/
         # LOCATION/endpoints/openapi, with an access token of Google's for a key.
-        "vertex_ai": _Door(address=None, key_variables=()),
+        "vertex_ai": _Compatible(address=None, key_variables=()),
     }
 )
 
@@ -221,46 +225,48 @@ class ProviderFacts:
     name: str
     """LiteLLM's name, which is the prefix of a model string."""
     address: str | None = None
-    """The base URL, without a slash at its end; None where it is the user's own."""
+    """The base URL, without a trailing slash; None if the user must give it."""
     key_variables: tuple[str, ...] = ()
     """The environment variables of its key, in LiteLLM's order."""
     needs_key: bool = True
-    """False for a server on this machine, or one that only its user knows."""
+    """False for a server on this machine, or at an address that only its user knows."""
     speaks_openai: bool = False
-    """Whether request, path and key's header are those of OpenAI's format."""
+    """Whether body, path and key header are those of OpenAI's format."""
     path: str = _PATH
-    """What follows `address` in the URL of a call, if it speaks OpenAI's format."""
+    """What follows `address` in the URL of a call in OpenAI's format."""
     key_header: str = "authorization"
     """The header of the key; "authorization" takes a Bearer token."""
     headers: tuple[tuple[str, str], ...] = ()
-    """Headers that its config adds to those of OpenAI's format."""
+    """Headers that LiteLLM's config requires beside those of OpenAI's format."""
     config: str = ""
-    """LiteLLM's name of the provider whose config translates."""
+    """LiteLLM's name of the provider whose config translates a direct request."""
     client: Literal["sdk", "handler"] | None = None
     """What `acompletion` takes as `client=` for `config`: AsyncOpenAI ("sdk") or
     AsyncHTTPHandler ("handler"); None where it ignores both."""
     refusal: str | None = None
-    """Why it is not called; None where it is."""
+    """Why it is refused; None if it is not."""
 
     @property
     def engine(self) -> Engine:
-        """The way that a call takes."""
+        """Which engine calls it."""
         if self.refusal is not None:
             return "refused"
         return "direct" if self.speaks_openai else "litellm"
 
 
+@lru_cache(maxsize=8)
 def chat_providers(litellm: Any) -> tuple[str, ...]:
-    """List the names of all providers that LiteLLM can chat with, sorted.
-
-    Those of `LlmProviders`, and those that only its JSON of providers has.
-    """
-    return tuple(name for name in all_names(litellm) if _has_chat(litellm, name))
+    """List the names of all providers that LiteLLM has a chat config for, sorted."""
+    return tuple(
+        name
+        for name in all_names(litellm)
+        if name in _CONFIG_SIGNS_IN or _config(litellm, name, _MODEL) is not None
+    )
 
 
 @lru_cache(maxsize=8)
 def all_names(litellm: Any) -> tuple[str, ...]:
-    """List every name of a provider that LiteLLM has, with chat or without, sorted."""
+    """List every provider of LiteLLM's enum and of its JSON, with chat or without."""
     return tuple(
         sorted({member.value for member in litellm.LlmProviders} | set(_json_names()))
     )
@@ -268,10 +274,9 @@ def all_names(litellm: Any) -> tuple[str, ...]:
 
 @lru_cache(maxsize=512)
 def describe(litellm: Any, name: str) -> ProviderFacts:
-    """Say what LiteLLM knows of a provider. Takes milliseconds once, then 0.1 µs.
+    """Return what LiteLLM knows of a provider, whatever the environment holds.
 
-    The answer is the same whatever the environment holds: LiteLLM's functions run while
-    the environment is hidden from this thread.
+    Takes 2 ms the first time, then 0.1 µs.
 
     Args:
         litellm: The module.
@@ -280,58 +285,65 @@ def describe(litellm: Any, name: str) -> ProviderFacts:
     Raises:
         InvalidRequestError: LiteLLM has no such provider; the error names the nearest.
     """
-    if name in REFUSED and name not in all_names(litellm):
+    if name in _SAME_AS:
+        return replace(describe(litellm, _SAME_AS[name]), name=name)
+    if name in REFUSED:
         return ProviderFacts(name=name, refusal=REFUSED[name])
     if name not in all_names(litellm):
         raise unknown_provider(litellm, name)
-    if name in _CONFIG_SIGNS_IN:
-        return ProviderFacts(name=name, refusal=REFUSED[name])
-    if (door := _DOORS.get(name)) is not None:
+    if (endpoint := _COMPATIBLE.get(name)) is not None:
         return ProviderFacts(
             name=name,
-            address=door.address,
-            key_variables=door.key_variables,
+            address=endpoint.address,
+            key_variables=endpoint.key_variables,
             speaks_openai=True,
-            key_header=door.key_header,
-            config=door.config,
-            client=_client(litellm, door.config),
+            key_header=endpoint.key_header,
+            config=endpoint.config,
+            client=_client(litellm, endpoint.config),
         )
+    # Modules that LiteLLM imports here see the whole environment.
+    config = _config(litellm, name, _MODEL)
+    if config is None:
+        return ProviderFacts(name=name, refusal="LiteLLM has no chat for it")
     with _hidden_environment() as reads:
-        config = _config(litellm, name, _MODEL)
-        if config is None:
-            return ProviderFacts(name=name, refusal="LiteLLM has no chat for it")
-        url, variables, invents_key = _address_and_key(litellm, name, config, reads)
-        reason = REFUSED.get(name) or _not_openai(litellm, name, config)
-        address = None if url is None else url.rstrip("/").removesuffix(_PATH)
-        fields: dict[str, Any] = {
-            "name": name,
-            "address": address,
-            "key_variables": variables,
-            "config": name,
-            "client": _client(litellm, name),
-        }
-        if reason is None:
-            path = _path(config, _MODEL, url or _NOWHERE)
-            key_header, headers = _headers(config, url or _NOWHERE)
-            if path is None:
-                reason = "its URL does not end with /chat/completions"
-            elif key_header is None:
-                reason = "its key does not travel in a header of its own"
-            else:
-                fields |= {"path": path, "key_header": key_header, "headers": headers}
-    served_here = _is_loopback(address)
-    if reason is None:
-        theirs = address is None and (invents_key or not variables)
-        return ProviderFacts(
-            **fields, speaks_openai=True, needs_key=not (served_here or theirs)
-        )
-    refusal = REFUSED.get(name) or (None if fields["client"] else _OWN_CLIENT)
-    if refusal is not None:
-        return ProviderFacts(name=name, key_variables=variables, refusal=refusal)
-    return ProviderFacts(**fields, needs_key=not served_here)
+        return _ask_config(litellm, name, config, reads)
 
 
-# Their configs sign in, or read the files of an earlier sign-in, as soon as they exist.
+def _ask_config(
+    litellm: Any, name: str, config: Any, reads: list[str]
+) -> ProviderFacts:
+    url, variables, invents_key = _address_and_key(litellm, name, config, reads)
+    address = None if url is None else url.rstrip("/").removesuffix(_PATH)
+    fields: dict[str, Any] = {
+        "name": name,
+        "address": address,
+        "key_variables": variables,
+        "config": name,
+        "client": _client(litellm, name),
+    }
+    local = _is_loopback(address)
+    if _not_openai(litellm, name, config) is None and not _signs(config, variables):
+        path = _path(config, _MODEL, url or _NOWHERE)
+        key_header, headers = _headers(config, url or _NOWHERE)
+        if path is not None and key_header is not None:
+            of_the_user = address is None and (invents_key or not variables)
+            return ProviderFacts(
+                **fields,
+                speaks_openai=True,
+                needs_key=not (local or of_the_user),
+                path=path,
+                key_header=key_header,
+                headers=headers,
+            )
+    if fields["client"] is None:
+        return ProviderFacts(name=name, key_variables=variables, refusal=_OWN_CLIENT)
+    return ProviderFacts(**fields, needs_key=not local)
+
+
+# LiteLLM's "ollama" flattens the conversation into one prompt for another endpoint.
+_SAME_AS = MappingProxyType({"ollama": "ollama_chat", "vertex_ai_beta": "vertex_ai"})
+
+# Creating their config signs in, or reads the files of an earlier sign-in.
 _CONFIG_SIGNS_IN = frozenset({"chatgpt", "github_copilot"})
 
 
@@ -352,10 +364,14 @@ def suggest(litellm: Any, name: str, also: Iterable[str] = ()) -> tuple[str, ...
 def unknown_provider(
     litellm: Any, name: str, also: Iterable[str] = ()
 ) -> InvalidRequestError:
-    """Make the error for a name that no provider has; it names the nearest ones."""
+    """Make the error for an unknown provider; it names the nearest ones."""
     close = suggest(litellm, name, also)
-    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-    return InvalidRequestError(f"{name!r} names no provider{hint}", service=name)
+    hint = (
+        f"did you mean {' or '.join(map(repr, close))}?"
+        if close
+        else "`dipeo-llm models --providers` lists them all"
+    )
+    return InvalidRequestError(f"unknown provider {name!r}; {hint}", service=name)
 
 
 def _plain(name: str) -> str:
@@ -367,12 +383,13 @@ def _plain(name: str) -> str:
 
 @contextmanager
 def _hidden_environment() -> Iterator[list[str]]:
-    """Hide the environment from this thread, and list the variables that it reads.
+    """Hide the environment from this thread, and record the variables that it reads.
 
-    `os.environ` encodes a name before each look-up, with a function that is an attribute
-    of it. While this lasts, that function gives this thread a name that no variable has;
-    other threads get their own name, as before. No variable is ever changed. Iteration
-    fails with a KeyError, so that no HTTP client is built here: all of them read proxies.
+    `os.environ` encodes the name in each lookup with its attribute `encodekey`. Inside
+    this context that function encodes another name, which no variable has, if this
+    thread asks, and the name itself if another thread does. So no variable is changed,
+    and other threads notice nothing. Iteration over `os.environ` raises KeyError in this
+    thread, so LiteLLM cannot create an HTTP client here: clients read proxies that way.
     """
     reads: list[str] = []
     owner = threading.get_ident()
@@ -407,17 +424,10 @@ def _json_names() -> list[str]:
     return list(_json_registry().list_providers())
 
 
-def _has_chat(litellm: Any, name: str) -> bool:
-    if name in _CONFIG_SIGNS_IN:
-        return True
-    with _hidden_environment():
-        return _config(litellm, name, _MODEL) is not None
-
-
 def _config(litellm: Any, name: str, model: str) -> Any:
     """Return LiteLLM's config of a provider for chat; None where it has none.
 
-    Arguments of a config's constructor would stay in its class, so there are none.
+    It is constructed without arguments, because LiteLLM keeps them in the class.
     """
     manager = litellm.utils.ProviderConfigManager
     try:
@@ -429,8 +439,8 @@ def _config(litellm: Any, name: str, model: str) -> Any:
     config = manager.get_provider_chat_config(model=model, provider=provider)
     if config is not None:
         return config
-    # lemonade has a chat config, but only as the source of its models' facts; aiml and
-    # xinference have none, and `acompletion` treats them as OpenAI.
+    # lemonade's chat config is only listed as model info; aiml and xinference have no
+    # config, and `acompletion` treats them as OpenAI.
     info = manager.get_provider_model_info(model=model, provider=provider)
     if hasattr(info, "transform_request"):
         return info
@@ -442,11 +452,11 @@ def _config(litellm: Any, name: str, model: str) -> Any:
 def _address_and_key(
     litellm: Any, name: str, config: Any, reads: list[str]
 ) -> tuple[str | None, tuple[str, ...], bool]:
-    """Return the address, the key's variables, and whether LiteLLM invents a key.
+    """Return the address, the key variables, and whether LiteLLM invents a key.
 
     Three functions of LiteLLM know some providers each; the first that does wins.
     """
-    inside_address, inside_variables = _INSIDE_COMPLETION.get(name, (None, ()))
+    our_address, our_variables = _ROWS.get(name, (None, ()))
     row = _json_registry().get(name)
     del reads[:]
     found = _ask(litellm.get_llm_provider, f"{name}/{_MODEL}")
@@ -472,10 +482,10 @@ def _address_and_key(
         url = _ask(info.get_api_base, None)
         if isinstance(url, str) and not _is_openai(url):
             address = url
-    # An application may have set this for calls of its own.
+    # The application may have set this global for its own calls.
     if litellm.api_base and str(address).startswith(litellm.api_base):
         address = None
-    return inside_address or address, inside_variables or variables, bool(key)
+    return our_address or address, our_variables or variables, bool(key)
 
 
 def _model_info(litellm: Any, name: str) -> Any:
@@ -489,10 +499,10 @@ def _model_info(litellm: Any, name: str) -> Any:
 
 
 def _ask(function: Any, *args: Any, **named: Any) -> Any:
-    """Call a function of LiteLLM's; return what it raises, if it does.
+    """Call a function of LiteLLM; return the exception if it raises one.
 
-    Where a provider lacks a key, a region or a project, LiteLLM raises an exception of
-    any class, some of them bare `Exception`. That is an answer here, not a failure.
+    LiteLLM raises exceptions of any class, even `Exception` itself, if a provider lacks
+    a key, a region or a project. Here that means "unknown", which the caller expects.
     """
     try:
         return function(*args, **named)
@@ -505,9 +515,10 @@ def _keys_among(names: list[str]) -> tuple[str, ...]:
 
 
 def _client(litellm: Any, name: str) -> Literal["sdk", "handler"] | None:
-    """Say which client `acompletion` takes; `completion()` in litellm/main.py decides.
+    """Return the kind of client that `acompletion` uses for a provider.
 
-    The names that it compares one by one are named here; the rest are in its lists.
+    `completion()` in litellm/main.py decides by comparing names, which are repeated
+    here, and by LiteLLM's lists.
     """
     if name in _THROUGH_HANDLER:
         return "handler"
@@ -519,13 +530,13 @@ def _client(litellm: Any, name: str) -> Literal["sdk", "handler"] | None:
 
 
 def _not_openai(litellm: Any, name: str, config: Any) -> str | None:
-    """Say why a provider does not speak OpenAI's format; None where it does.
+    """Return why a provider does not speak OpenAI's format; None if it does.
 
-    Its config must be a kind of OpenAI's and leave a conversation with tools as it is.
-    Cohere's, Snowflake's and SAP's are kinds of OpenAI's too, and rewrite it.
+    Its config must derive from OpenAI's and leave a conversation with tools as it is.
+    Deriving is not enough: SAP's config, for one, derives from OpenAI's and rewrites it.
     """
     if not isinstance(config, litellm.OpenAIGPTConfig):
-        return f"{type(config).__name__} is not a kind of OpenAIGPTConfig"
+        return f"{type(config).__name__} does not derive from OpenAIGPTConfig"
     body = _ask(
         config.transform_request,
         model=_MODEL,
@@ -535,16 +546,24 @@ def _not_openai(litellm: Any, name: str, config: Any) -> str | None:
         headers={},
     )
     if not isinstance(body, Mapping):
-        return f"its config translates no plain conversation: {body!r}"
-    # clarifai and fireworks_ai make a path of the model's name.
+        return f"its config cannot translate a plain conversation: {body!r}"
+    # clarifai and fireworks_ai put a path before the model's name.
     if not str(body.get("model")).endswith("probe"):
-        return "its config sends no model"
+        return "its config drops the model"
     if body.get("tools") != [_PROBE_TOOL]:
         return "its config rewrites the tools"
     roles = [message.get("role") for message in body.get("messages") or ()]
     if roles != [message["role"] for message in _PROBE_MESSAGES]:
         return "its config rewrites the conversation"
     return None
+
+
+def _signs(config: Any, variables: tuple[str, ...]) -> bool:
+    """Tell whether requests are signed, rather than sent with a key in a header."""
+    from litellm.llms.base_llm.chat.transformation import BaseConfig
+
+    overridden = type(config).sign_request is not BaseConfig.sign_request
+    return overridden and not variables  # bedrock_mantle takes a key as well
 
 
 def _url(config: Any, model: str, base: str | None) -> str | None:
@@ -561,27 +580,27 @@ def _url(config: Any, model: str, base: str | None) -> str | None:
 
 
 def _path(config: Any, model: str, base: str) -> str | None:
-    """Return what LiteLLM's URL of a call has after a base URL.
+    """Return the part of LiteLLM's URL after a base URL.
 
-    None where the URL is elsewhere, or not one of OpenAI's format.
+    None if the URL does not begin with the base URL, or is not one of OpenAI's format.
     """
     below = base.rstrip("/").removesuffix(_PATH)
-    # A few configs have another rule for their own address.
+    # gradient_ai's config has another rule for its own address.
     own = _url(config, model, None)
     url = own if own and own.startswith(below + "/") else _url(config, model, base)
     if url is None or not url.startswith(below):
         return None
     path = "/" + url[len(below) :].lstrip("/")
-    # And a few append /v1 to a base URL that has it.
+    # docker_model_runner's config appends /v1 to a base URL that ends with it.
     if below.endswith("/v1"):
         path = path.removeprefix("/v1")
     return path if path.rstrip("/").endswith(_PATH) else None
 
 
 def _headers(config: Any, base: str) -> tuple[str | None, tuple[tuple[str, str], ...]]:
-    """Return the header of the key, and the headers beside OpenAI's.
+    """Return the header that carries the key, and the headers beside OpenAI's.
 
-    The first is None where the key is not sent as it is, or as a Bearer token.
+    The first is None if the key is sent neither as it is nor as a Bearer token.
     """
     made = config.validate_environment(
         headers={},
@@ -604,8 +623,8 @@ def _headers(config: Any, base: str) -> tuple[str | None, tuple[tuple[str, str],
     return key_header, tuple(others)
 
 
-# Not sent: what every request has, a note on who calls, and the kind of Snowflake's
-# token, which LiteLLM only knows by a prefix of its own, and Snowflake by the token
+# Headers that are not required: those of every request, LiteLLM's own name, and the type
+# of Snowflake's token, which Snowflake finds out itself if the header is absent
 # (https://docs.snowflake.com/en/developer-guide/sql-api/authenticating, 2026-11-25).
 _UNSENT = frozenset(
     {
@@ -628,25 +647,25 @@ def _is_loopback(url: str | None) -> bool:
 
 @lru_cache(maxsize=512)
 def path_below(litellm: Any, facts: ProviderFacts, model: str, base_url: str) -> str:
-    """Return what the URL of a call has after a base URL.
+    """Return the part of a call's URL after a base URL.
 
     Raises:
-        InvalidRequestError: LiteLLM does not send this model to a URL of OpenAI's
-            format below that base URL.
+        InvalidRequestError: LiteLLM calls this model at a URL that is not below the
+            base URL, or not one of OpenAI's format.
     """
-    if facts.name in _DOORS:
+    if facts.name in _COMPATIBLE:
         return _PATH
+    config = _config(litellm, facts.config, model)
     with _hidden_environment():
-        config = _config(litellm, facts.config, model)
         base = base_url
         if base != facts.address:
-            # mistral's appends a /v1 that is missing.
+            # mistral's config appends /v1 here.
             named = f"{facts.config}/{model}"
             found = litellm.get_llm_provider(named, api_base=base, api_key=_SECRET)
             base = found[3] or base
         path = _path(config, model, base)
         if path is None and _url(config, model, base) == base:
-            path = facts.path  # datarobot's wants a URL that is whole already
+            path = facts.path  # datarobot's config returns the base URL as it is
         elif path is not None and base.startswith(base_url):
             path = base[len(base_url) :].rstrip("/") + path
     if path is None:
@@ -670,24 +689,24 @@ def translate_openai(
 ) -> tuple[str, dict[str, str], dict[str, Any]]:
     """Translate a request for a provider that speaks OpenAI's format.
 
-    Takes 80 µs to 1 ms, most of it for tools. Nothing that is passed is changed.
+    Takes 0.1 to 1 ms, most of it for tools. The arguments are not changed.
 
     Args:
         litellm: The module.
         facts: The provider.
         model: The model's name, without the prefix.
         messages: The conversation, in OpenAI's form.
-        options: OpenAI's options, `tools` and `response_format` among them; one that
-            the model does not take is left out.
+        options: OpenAI's options, such as `tools` and `response_format`; options that
+            the model does not take are left out.
         stream: Whether the answer is to come as a stream.
-        base_url: Where the server is; None is the provider's own address.
+        base_url: The server; None means the provider's own address.
 
     Returns:
-        The path after the base URL, the headers without the key's, and the body.
+        The path after the base URL, the headers except the key's, and the body.
 
     Raises:
-        InvalidRequestError: This model of the provider is served in another format.
-        Exception: Whatever LiteLLM raises for a request that it cannot translate.
+        InvalidRequestError: The provider serves this model in another format.
+        Exception: LiteLLM cannot translate the request; the class is LiteLLM's.
     """
     name = facts.config
     base_url = base_url or facts.address or _NOWHERE
@@ -729,17 +748,17 @@ def translate_openai(
     return path, headers, body
 
 
-# LiteLLM's notes to itself.
+# Options that LiteLLM adds for its own use.
 _NOT_SENT = ("json_mode", "fake_stream", "max_retries")
 
 
 def unlisted_tools(
     litellm: Any, name: str, model: str, options: Mapping[str, Any]
 ) -> list[str]:
-    """Name the options for tools that LiteLLM would drop only for want of a row.
+    """List the tool options to be kept for a model that LiteLLM's table lacks.
 
-    For providers whose table it trusts, LiteLLM drops `tools` for every model that the
-    table leaves out. A model that it does not know may well take them.
+    For many providers LiteLLM drops `tools` if the model is not in its table, although
+    an unknown model may well take them. For a model in the table, the table decides.
     """
     if f"{name}/{model}" in litellm.model_cost or model in litellm.model_cost:
         return []
@@ -747,7 +766,7 @@ def unlisted_tools(
 
 
 def _without_null_content(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Copy messages, without a `content` of None, as `acompletion` does."""
+    """Copy messages without an assistant's null `content`, as `acompletion` does."""
     copies = deepcopy(messages)
     for message in copies:
         if message.get("role") == "assistant" and message.get("content", "") is None:
@@ -760,13 +779,13 @@ def _without_null_content(messages: list[dict[str, Any]]) -> list[dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProviderRow:
-    """A line of the list of providers."""
+    """One line in the list of providers."""
 
     prefix: str
     key_variable: str
-    """The first one; empty where no key is needed or no variable is known."""
+    """The first one; empty if LiteLLM knows no variable."""
     address: str
-    """Empty where the user gives the base URL."""
+    """Empty if the user must give the base URL."""
     engine: Engine
     tried: str
     """What was tried, or why the provider is refused."""
@@ -774,31 +793,34 @@ class ProviderRow:
 
 _TRIED: Mapping[Engine, str] = MappingProxyType(
     {
-        "direct": "loopback: call, stream, tools, response_format",
-        "litellm": "loopback: call through acompletion",
+        "direct": "request is acompletion's: call, stream, tools, response_format",
+        "litellm": "loopback: acompletion sends through our client",
     }
 )
+_TRIED_OWN = "loopback and recordings: everything"
 
 
 def provider_rows(
     litellm: Any,
-    own: Iterable[str] = ("anthropic", "gemini", "ollama_chat", "openai"),
+    own: Iterable[str] = ("anthropic", "gemini", "ollama", "ollama_chat", "openai"),
 ) -> list[ProviderRow]:
     """List all chat providers, for `models --providers` and docs/providers.md.
 
     Args:
         litellm: The module.
-        own: LiteLLM's names of those that have an adapter of their own; they are direct
-            whatever LiteLLM says of them.
+        own: LiteLLM's names of the providers that have their own adapter, and so are
+            called directly in another format than OpenAI's.
     """
     rows = []
     adapters = frozenset(own)
     for name in chat_providers(litellm):
         facts = describe(litellm, name)
-        engine: Engine = "direct" if name in adapters else facts.engine
+        engine = facts.engine
         tried = facts.refusal or _TRIED[engine]
-        if engine == "direct" and name in DIFFERS:
-            tried += f"; {DIFFERS[name]}"
+        if name in DIFFERS:
+            tried += f"; but for {DIFFERS[name]}"
+        if name in adapters:
+            engine, tried = "direct", _TRIED_OWN
         rows.append(
             ProviderRow(
                 prefix=name,
@@ -812,7 +834,7 @@ def provider_rows(
 
 
 def providers_table(rows: Iterable[ProviderRow]) -> str:
-    """Return rows as a table in Markdown, with a line feed at its end."""
+    """Return rows as a Markdown table."""
     lines = [
         "| prefix | key variable | address | engine | tried |",
         "| --- | --- | --- | --- | --- |",
