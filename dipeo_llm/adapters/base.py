@@ -128,12 +128,13 @@ class BaseLLMAdapter:
         self.settings = settings or Settings()
         self.check_model()
         url = self._find_base_url(base_url)
+        api_key = self._check_key(api_key, url)
         self.endpoint = Endpoint(
             service=self.provider.name,
             base_url=url,
-            secret=self._check_key(api_key, url),
-            key_header=self.provider.key_header,
-            allowed_headers=self.headers,
+            secret=api_key,
+            key_header=self._find_key_header(api_key),
+            allowed_headers=self._allow_headers(),
         )
         self._pool = pool if pool is not None else new_pool(self.settings)
         self._owns_pool = pool is None
@@ -857,6 +858,15 @@ class BaseLLMAdapter:
             )
         return api_key
 
+    def _allow_headers(self) -> frozenset[str] | None:
+        extra = {name for name, _ in self.provider.extra_headers}
+        return None if self.headers is None else self.headers | extra
+
+    def _find_key_header(self, api_key: SecretStr) -> str:
+        """Return the header of the key: a token, such as Azure's Entra, is a Bearer's."""
+        is_token = _TOKEN.match(api_key.get_secret_value())
+        return "authorization" if is_token else self.provider.key_header
+
     def check_model(self) -> None:
         """Refuse a model name that cannot be sent.
 
@@ -932,6 +942,8 @@ _UNREADABLE = (
     RecursionError,
 )
 """What reading JSON of an unknown shape may raise."""
+_TOKEN = re.compile(r"eyJ[\w-]+\.[\w-]+\.")
+"""A JSON Web Token (RFC 7519)."""
 _PROCESS = os.urandom(16)
 _seen_options: set[tuple[str, str, str]] = set()
 

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 from urllib.parse import quote
 
@@ -68,6 +68,17 @@ GOOGLE = Provider(
     media=_MEDIA,
 )
 
+# https://LOCATION-aiplatform.googleapis.com/v1/projects/PROJECT/locations/LOCATION
+# /publishers/google, with an access token of Google's for a key:
+# https://cloud.google.com/vertex-ai/generative-ai/docs/model-reference/inference
+# (2026-11-25).
+VERTEX = Provider(
+    name="vertex",
+    litellm="vertex_ai",
+    aliases=("vertex_ai", "vertexai", "vertex_ai_beta"),
+    media=replace(_MEDIA),
+)
+
 # The name stands in the URL's path.
 _NOT_IN_A_PATH = re.compile(r"[?#%\\\s]|(^|/)\.\.?(/|$)")
 # Gemini drops these keywords of a schema silently:
@@ -116,7 +127,7 @@ def _next_page(page: Page) -> dict[str, Any] | None:
 class GeminiAdapter(BaseLLMAdapter):
     """Talks to a Gemini or Gemma model in Google AI Studio."""
 
-    rows = (GOOGLE,)
+    rows = (GOOGLE, VERTEX)
     # https://ai.google.dev/api/caching#FunctionDeclaration (2026-11-25)
     tool_name = re.compile(r"[a-zA-Z_][a-zA-Z0-9_.:-]{0,63}")
     most_stops = 5
@@ -202,8 +213,8 @@ class GeminiAdapter(BaseLLMAdapter):
         body = transform(
             messages=prepared.messages,
             model=model,
-            optional_params=map_options(litellm, self.provider, model, prepared),
-            custom_llm_provider=self.provider.litellm,
+            optional_params=map_options(litellm, GOOGLE, model, prepared),
+            custom_llm_provider=GOOGLE.litellm,
             litellm_params={},
             cached_content=None,
         )
@@ -212,6 +223,16 @@ class GeminiAdapter(BaseLLMAdapter):
         verb = "streamGenerateContent?alt=sse" if stream else "generateContent"
         path = f"/models/{quote(model, safe='/')}:{verb}"
         return Outgoing(path, JSON_HEADERS, body)
+
+    def counting_adapter(self) -> BaseLLMAdapter | None:
+        """Return this adapter for Google AI Studio; Vertex counts in another form."""
+        return self if self.provider is GOOGLE else None
+
+    async def list_models(self, pages: int = 100) -> list[str]:
+        """Return the names of the models; Vertex has no list of them here."""
+        if self.provider is VERTEX:
+            raise self.invalid("vertex has no list of models that is known here")
+        return await super().list_models(pages)
 
     def count_body(self, body: JSON) -> JSON:
         """Return a whole request: system prompt and tools count only inside of one."""

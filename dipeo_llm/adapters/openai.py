@@ -45,6 +45,7 @@ from dipeo_llm.domain import (
     WebSearchResult,
 )
 from dipeo_llm.errors import InvalidRequestError
+from dipeo_llm.litellm_providers import describe, translate_openai
 from dipeo_llm.litellm_tables import model_info
 from dipeo_llm.media import PDF, PICTURES, MediaRules
 
@@ -62,7 +63,7 @@ OPENAI = Provider(
     path="/v1",
     key_variables=("OPENAI_API_KEY",),
     system_role="developer",
-    takes_openai_client=True,
+    client="sdk",
     claims=re.compile(
         r"(?:ft:)?(?:gpt-(?!oss)[\w.-]+|chatgpt-[\w.-]+|o[1-9](?:-[\w.-]+)?"
         r"|codex-[\w.-]+|davinci-002|babbage-002)(?::.*)?"
@@ -277,6 +278,19 @@ class ChatGPTAdapter(BaseLLMAdapter):
         self, litellm: Any, prepared: PreparedRequest, *, stream: bool
     ) -> Outgoing:
         """Translate with the configuration class that LiteLLM has for the provider."""
+        if self.provider is not OPENAI:
+            facts = describe(litellm, self.provider.litellm)
+            return Outgoing(
+                *translate_openai(
+                    litellm,
+                    facts,
+                    self.model_name,
+                    prepared.messages,
+                    prepared.options,
+                    stream,
+                    base_url=self.endpoint.base_url,
+                )
+            )
         model, messages = self.model_name, prepared.messages
         body = find_config(litellm, self.provider, model).transform_request(
             model=model,

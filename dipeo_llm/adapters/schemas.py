@@ -32,21 +32,24 @@ def simplify(schema: Any, *, unread: Collection[str] = ()) -> Any:
             raise InvalidRequestError(
                 f"the provider does not read {name!r} of a schema"
             )
-        if name in {"properties", "$defs"} and isinstance(value, Mapping):
-            simple[name] = {
-                key: simplify(inner, unread=unread) for key, inner in value.items()
-            }
-        elif name == "allOf":
+        if name == "allOf":
             for part in simplify(value, unread=unread):
                 _merge(simple, part)
-        elif name == "const":
-            _merge(simple, {"enum": [value]})
         elif name not in _DROPPED:
-            spelt = "anyOf" if name == "oneOf" else name
-            keeps = name in _DATA or isinstance(value, bool)
-            inner = value if keeps else simplify(value, unread=unread)
-            _merge(simple, {spelt: inner})
+            _merge(simple, _simplify_keyword(name, value, unread))
     return simple
+
+
+def _simplify_keyword(name: str, value: Any, unread: Collection[str]) -> dict[str, Any]:
+    if name in {"properties", "$defs"} and isinstance(value, Mapping):
+        return {
+            name: {key: simplify(inner, unread=unread) for key, inner in value.items()}
+        }
+    if name == "const":
+        return {"enum": [value]}
+    if name in _DATA or isinstance(value, bool):
+        return {name: value}
+    return {"anyOf" if name == "oneOf" else name: simplify(value, unread=unread)}
 
 
 def _merge(simple: dict[str, Any], part: Mapping[str, Any]) -> None:
