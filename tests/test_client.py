@@ -149,6 +149,7 @@ class Server:
             )
         await writer.drain()
         if step == "answer, then 408":
+            await asyncio.sleep(0.02)  # until the connection is idle
             writer.write(b"HTTP/1.1 408 Late\r\ncontent-length: 0\r\n\r\n")
             await writer.drain()
         return step != "answer, then close"
@@ -341,7 +342,7 @@ async def test_words_on_an_idle_connection_answer_nothing() -> None:
         attempts = []
         for _ in range(3):
             attempts.append(await post(client))
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.1)
 
     assert [attempt.status for attempt in attempts] == [200] * 3
     assert server.requests == [(1, 1), (2, 1), (3, 1)]
