@@ -24,7 +24,7 @@ from dipeo_llm import (
     Settings,
     StaticAPIKeys,
 )
-from dipeo_llm.client import Exchange
+from dipeo_llm.adapters.attempt import Attempt
 from dipeo_llm.retry import Deadline, RetryDecision
 from dipeo_llm.testing import MockLLMAdapter
 from tests.conftest import PROVIDERS
@@ -537,9 +537,9 @@ async def test_a_timeout_of_somebody_else_is_not_the_deadlines(
                 await service.complete(HELLO, "gpt-4o", "openai", deadline=deadline)
 
 
-def exchanges() -> list[Exchange]:
+def exchanges() -> list[Attempt]:
     """Find what there is of calls, other tests' included."""
-    return [found for found in gc.get_objects() if isinstance(found, Exchange)]
+    return [found for found in gc.get_objects() if isinstance(found, Attempt)]
 
 
 @pytest.mark.parametrize("max_retries", [0, 2])
