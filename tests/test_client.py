@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 
 import aiohttp
 import pytest
+from httpx import HTTPError
 from pydantic import SecretStr
 
 from dipeo_llm import LLMInfraService, ServiceUnavailableError, Settings, StaticAPIKeys
@@ -407,7 +408,9 @@ async def test_the_sdk_calls_through_the_client(
                 assert [chunk async for chunk in answer]
             else:
                 assert answer.choices[0].message.content
-        assert (attempt.requests, attempt.status, attempt.is_whole) == (1, 200, True)
+        # Version 2 of the SDK hangs up at the end mark, before the end.
+        assert attempt.is_whole or is_stream
+        assert (attempt.requests, attempt.status) == (1, 200)
         assert attempt.body
         headers = server.requests[-1].headers
         assert headers["authorization"] == "Bearer sk-test"
@@ -451,7 +454,8 @@ async def test_the_sdk_hears_of_a_stream_that_breaks(
         stream = await sdk.chat.completions.create(
             model="gpt-4.1-nano", messages=HELLO, stream=True
         )
-        with pytest.raises(import_module("openai").APIConnectionError):
+        # Version 2 of the SDK raises the library's own here.
+        with pytest.raises((import_module("openai").APIConnectionError, HTTPError)):
             [chunk async for chunk in stream]
 
     assert attempt.error is not None
