@@ -571,6 +571,8 @@ def from_transport(
         text = f"{exc.status} {exc.message}"  # not its URL: a proxy's has a password
     elif isinstance(exc, aiohttp.InvalidURL):
         text = "a URL on the way, such as the proxy's, is invalid"
+    elif isinstance(exc, aiohttp.ServerDisconnectedError):
+        text = "the server closed the connection"  # its text may be a parsed head
     else:
         text = str(exc) or type(exc).__name__
     text = failures.clean(text, secret)
