@@ -31,7 +31,8 @@ MAX_TOTAL_BYTES = 100 * 1024 * 1024
 """Size of all together, before base64."""
 
 _AT_ONCE = 8
-_PDF = "application/pdf"
+PDF = "application/pdf"
+PICTURES = frozenset({"image/png", "image/jpeg", "image/gif", "image/webp"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ _STORED = re.compile(r"gs://|https://generativelanguage\.googleapis\.com/v1beta/
 
 _ALIASES = {
     "image/jpg": "image/jpeg",
-    "application/x-pdf": _PDF,
+    "application/x-pdf": PDF,
     "application/ogg": "audio/ogg",
     # Google's documentation and OpenAI's `format` both say mp3.
     "audio/mpeg": "audio/mp3",
@@ -405,7 +406,7 @@ class _Loader:
             media_type = _canonical(media_type)
             family = media_type.partition("/")[0]
             return family == kind or (
-                kind == "file" and (family in {"image", "audio"} or media_type == _PDF)
+                kind == "file" and (family in {"image", "audio"} or media_type == PDF)
             )
 
         download = await fetch(
@@ -443,7 +444,7 @@ class _Loader:
     def _check(self, kind: str, media_type: str, size: int) -> None:
         family = media_type.partition("/")[0]
         if kind not in {"file", family}:
-            hint = "; put a PDF into a 'file' part" if media_type == _PDF else ""
+            hint = "; put a PDF into a 'file' part" if media_type == PDF else ""
             raise _PartError(f"it is {media_type}, but its part takes {kind}/…{hint}")
         types = self._rules.types
         if types is not None and media_type not in {*types, "image/*"}:
@@ -458,7 +459,7 @@ class _Loader:
             )
 
 
-_ACCEPT = {"image": "image/*", "audio": "audio/*", "file": f"{_PDF}, image/*, audio/*"}
+_ACCEPT = {"image": "image/*", "audio": "audio/*", "file": f"{PDF}, image/*, audio/*"}
 
 
 def _build(part: _Pending, media_type: str, url: str) -> dict[str, Any]:
@@ -526,7 +527,7 @@ def sniff(data: bytes) -> str | None:
         if data.startswith(magic):
             return media_type
     if data[:1024].lstrip().startswith(b"%PDF-"):
-        return _PDF
+        return PDF
     if data[:4] == b"RIFF":
         return _RIFF.get(data[8:12])
     if data[:4] == b"FORM" and data[8:12] in _AIFF:
@@ -593,34 +594,3 @@ def _is_base64(text: str, start: int) -> bool:
         except ValueError:
             return False
     return True
-
-
-# --- temporary: the lead replaces these by the providers' own rows --------------------
-
-_PICTURES = frozenset({"image/png", "image/jpeg", "image/gif", "image/webp"})
-
-# All pages read 2026-11-23.
-_RULES_OF: Mapping[str, MediaRules] = {
-    "openai": MediaRules(
-        types=_PICTURES | {_PDF, "audio/wav", "audio/mp3"}, fetches_images=True
-    ),
-    "anthropic": MediaRules(types=_PICTURES | {_PDF}, reads_documents=True),
-    "google": MediaRules(
-        types=frozenset(
-            {"image/png", "image/jpeg", "image/webp", "image/heic", "image/heif", _PDF}
-        )
-        | {f"audio/{name}" for name in ("wav", "mp3", "aiff", "aac", "ogg", "flac")}
-        | {f"text/{name}" for name in ("plain", "markdown", "html", "xml", "csv")}
-        | {f"video/{name}" for name in ("mp4", "mpeg", "quicktime", "webm", "3gpp")},
-        reads_stored=True,
-    ),
-    "ollama": MediaRules(
-        types=frozenset({"image/png", "image/jpeg", "image/webp"}), takes_file_ids=False
-    ),
-    "vertex": MediaRules(reads_stored=True),
-}
-
-
-def rules_of(provider_name: str) -> MediaRules:
-    """Return the rules of a provider."""
-    return _RULES_OF.get(provider_name, MediaRules())

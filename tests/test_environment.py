@@ -876,7 +876,7 @@ async def test_no_secret_of_a_connection_is_written_down(
 @pytest.mark.parametrize("key", [f"{CANARY}\ud800", f"{CANARY}\nx", f"{CANARY} x"])
 def test_an_adapter_refuses_a_key_that_no_header_can_carry(key: str) -> None:
     """An adapter without a service does not show the key either."""
-    with pytest.raises(APIKeyError, match="no header can carry") as caught:
+    with pytest.raises(APIKeyError, match="header") as caught:
         create_adapter("openai", "m", key)
 
     shown = traceback.TracebackException.from_exception(caught.value)
@@ -893,7 +893,9 @@ async def test_a_row_of_a_database_is_a_record() -> None:
         def get_api_key(self, api_key_id: str) -> Any:
             return row
 
-    key = await find_key(Port(), "mine", None)
+    key = await find_key(
+        Port(), "mine", service=None, needs_key=True, owner=lambda name: name
+    )
 
     assert key.secret is not None
     assert key.secret.get_secret_value() == CANARY
@@ -936,7 +938,7 @@ async def test_a_key_that_no_header_can_carry() -> None:
     keys = StaticAPIKeys({"openai": f"{CANARY}\n{CANARY}"})
 
     async with LLMInfraService(keys, settings=Settings()) as service:
-        with pytest.raises(APIKeyError, match="no header can carry") as caught:
+        with pytest.raises(APIKeyError, match="header") as caught:
             await service.complete(HELLO, "gpt-4.1-nano", "openai")
 
     assert [word for word in _words(caught.value) if CANARY in word] == []

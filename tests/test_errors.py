@@ -13,6 +13,7 @@ from dipeo_llm.adapters.factory import by_name, split, unknown_model
 from dipeo_llm.errors import (
     APIKeyError,
     APIKeyNotFoundError,
+    CallError,
     ContentFilterError,
     ContextWindowError,
     DiPeOLLMError,
@@ -32,9 +33,10 @@ from dipeo_llm.settings import Settings
 
 PARENTS: dict[type[DiPeOLLMError], type[DiPeOLLMError]] = {
     SettingsError: DiPeOLLMError,
-    APIKeyError: DiPeOLLMError,
+    CallError: DiPeOLLMError,
+    APIKeyError: CallError,
     APIKeyNotFoundError: APIKeyError,
-    LLMServiceError: DiPeOLLMError,
+    LLMServiceError: CallError,
     InvalidRequestError: LLMServiceError,
     ContextWindowError: LLMServiceError,
     ContentFilterError: LLMServiceError,
@@ -46,9 +48,7 @@ PARENTS: dict[type[DiPeOLLMError], type[DiPeOLLMError]] = {
     StreamInterruptedError: LLMServiceError,
     StructuredOutputError: LLMServiceError,
 }
-CALL_ERRORS = [
-    cls for cls in PARENTS if issubclass(cls, (APIKeyError, LLMServiceError))
-]
+CALL_ERRORS = [cls for cls in PARENTS if issubclass(cls, CallError)]
 RETRYABLE = {RateLimitError, ServiceUnavailableError, LLMTimeoutError}
 FIELDS: dict[str, Any] = {
     "service": "openai",

@@ -68,7 +68,7 @@ def sound(data: Any, name: str = "wav") -> dict[str, Any]:
 
 def rules_of(provider: str) -> MediaRules:
     """Return what a provider takes."""
-    return media.rules_of(provider)
+    return by_name(provider).media
 
 
 async def prepare(

@@ -128,10 +128,8 @@ async def test_a_deadline_tells_what_failed_before() -> None:
     got = deadline.error()
 
     assert type(got) is LLMTimeoutError
-    assert str(got) == (
-        "openai did not answer within the deadline of 2.5 s; the attempt before failed"
-        " with: it is down"
-    )
+    assert "2.5 s" in str(got)
+    assert "it is down" in str(got)
     assert (got.service, got.model, got.retryable) == ("openai", "m", False)
 
 

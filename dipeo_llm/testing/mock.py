@@ -13,7 +13,7 @@ from typing import Any, Protocol, Self, TypeAlias
 
 from dipeo_llm.adapters import factory as providers
 from dipeo_llm.adapters.base import BaseLLMAdapter
-from dipeo_llm.adapters.factory import Provider
+from dipeo_llm.adapters.provider import Provider
 from dipeo_llm.domain import (
     ChatRequest,
     ChatResult,
