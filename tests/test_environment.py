@@ -668,7 +668,14 @@ def _words(exc: BaseException) -> Iterator[str]:
         if isinstance(one, DiPeOLLMError):
             yield repr(vars(one))
             yield pickle.dumps(one).decode("latin-1")
-        # Only the locals of our own frames count.
+
+
+def _locals(exc: BaseException) -> Iterator[str]:
+    """Yield the locals of our own frames, as a debugger or an error tracker shows them.
+
+    They hold the key only if the provider echoes it.
+    """
+    for one in _chain(exc):
         for frame, _ in traceback.walk_tb(one.__traceback__):
             if "dipeo_llm" in frame.f_code.co_filename:
                 yield from (repr(value) for value in frame.f_locals.values())
@@ -714,6 +721,8 @@ async def test_a_key_is_in_no_word_of_ours(
                 words += [repr(result), result.model_dump_json()]
             except DiPeOLLMError as exc:
                 words += _words(exc)
+                if CANARY not in repr(reply):
+                    words += _locals(exc)
         await service.get_available_models(provider)
         words += [repr(service), repr(vars(service))]
     words += [record.getMessage() for record in caplog.records]

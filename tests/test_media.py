@@ -15,7 +15,7 @@ from typing import Any, Self
 import pytest
 
 from dipeo_llm import fetch, media
-from dipeo_llm.adapters.base import create_adapter
+from dipeo_llm.adapters.factory import by_name, create_adapter
 from dipeo_llm.domain import ChatRequest
 from dipeo_llm.errors import InvalidRequestError, LLMServiceError
 from dipeo_llm.keys import StaticAPIKeys
