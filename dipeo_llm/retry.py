@@ -37,6 +37,8 @@ class Deadline:
         self.model: str | None = None
         self.attempts = 0
         """Attempts started so far."""
+        self.requests: int | None = None
+        """Requests of the whole call; None before its end."""
         self.last: DiPeOLLMError | None = None
         """The failure of the previous attempt."""
         self._limit = asyncio.timeout_at(self.ends)

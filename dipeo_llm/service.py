@@ -686,7 +686,10 @@ def _finish(
 
     A turn that calls tools is not the answer yet, and is not parsed.
     """
-    result.attempts = deadline.attempts
+    if deadline.requests is None:
+        # A request that met a stale connection was sent twice in its attempt.
+        deadline.requests = deadline.attempts - 1 + result.attempts
+    result.attempts = deadline.requests
     form = request.response_format
     if form is None or not form.is_json:
         return result

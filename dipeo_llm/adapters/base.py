@@ -497,6 +497,7 @@ class BaseLLMAdapter:
                 service=self.provider.name,
                 cost_usd=self._cost(attempt.litellm, usage, reading.usage),
                 request_id=failures.request_id(attempt.headers) or reading.id,
+                attempts=max(attempt.requests, 1),
                 queued=attempt.queued,
                 reasoning=reading.reasoning,
                 rate_limits=rate_limits(attempt.headers),

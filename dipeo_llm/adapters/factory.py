@@ -254,8 +254,16 @@ def find_local(model: str) -> Provider | None:
 
 def unknown_model(model: str) -> InvalidRequestError:
     """Make the error for a name that cannot be placed: it says how to place it."""
+    served = sorted(
+        key for key in import_litellm().model_cost if key.endswith(f"/{model}")
+    )
+    known = [key for key in served if key.count("/") == model.count("/") + 1]
+    hint = (
+        f"did you mean {' or '.join(map(repr, known[:3]))}?"
+        if known
+        else "name it with service=… or a prefix, such as service='openai' or"
+        f" {f'openai/{model}'!r}"
+    )
     return InvalidRequestError(
-        f"no provider is known for model {model!r}: name it with service=… or a prefix,"
-        f" such as service='openai' or {f'openai/{model}'!r}",
-        model=model,
+        f"no provider is known for model {model!r}: {hint}", model=model
     )
