@@ -20,7 +20,7 @@ import pytest
 
 from dipeo_llm import litellm_providers as providers
 from dipeo_llm.errors import InvalidRequestError
-from dipeo_llm.litellm_gate import import_litellm
+from dipeo_llm.litellm_import import import_litellm
 
 KEY = "sk-test-of-providers"
 MODEL = "user.app.model"  # clarifai wants three parts

@@ -25,11 +25,7 @@ from dipeo_llm import (
     StaticAPIKeys,
 )
 from dipeo_llm.adapters.attempt import Attempt
-<<<<<<< HEAD
 from dipeo_llm.retry import Deadline, RetryPolicy
-=======
-from dipeo_llm.retry import Deadline, RetryDecision
->>>>>>> media
 from dipeo_llm.testing import MockLLMAdapter
 from tests.conftest import PROVIDERS
 from tests.provider_server import Answer, Fault, ProviderServer, Raw, Received, error
@@ -541,11 +537,7 @@ async def test_a_timeout_of_somebody_else_is_not_the_deadlines(
                 await service.complete(HELLO, "gpt-4o", "openai", deadline=deadline)
 
 
-<<<<<<< HEAD
 def attempts() -> list[Attempt]:
-=======
-def exchanges() -> list[Attempt]:
->>>>>>> media
     """Find what there is of calls, other tests' included."""
     return [found for found in gc.get_objects() if isinstance(found, Attempt)]
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dipeo_llm import settings as settings_module
-from dipeo_llm.adapters.base import create_adapter
+from dipeo_llm.adapters.factory import create_adapter
 from dipeo_llm.domain import LLMService
 from dipeo_llm.errors import InvalidRequestError, SettingsError
 from dipeo_llm.keys import StaticAPIKeys
