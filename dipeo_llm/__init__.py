@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from dipeo_llm.errors import (
         APIKeyError as APIKeyError,
         APIKeyNotFoundError as APIKeyNotFoundError,
+        CacheMissError as CacheMissError,
         CallError as CallError,
         ContentFilterError as ContentFilterError,
         ContextWindowError as ContextWindowError,
@@ -86,7 +87,7 @@ _MODULES = {
         "ToolOutput ToolType WebSearchResult"
     ),
     "errors": (
-        "APIKeyError APIKeyNotFoundError CallError ContentFilterError "
+        "APIKeyError APIKeyNotFoundError CacheMissError CallError ContentFilterError "
         "ContextWindowError DiPeOLLMError InvalidRequestError LLMServiceError "
         "LLMTimeoutError ModelNotFoundError QuotaExceededError RateLimitError "
         "ServiceUnavailableError SettingsError StreamInterruptedError "

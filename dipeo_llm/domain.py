@@ -77,6 +77,10 @@ Effort: TypeAlias = (
 )
 """A reasoning effort; the models differ in which they take."""
 
+CacheMode: TypeAlias = Literal["bypass", "refresh", "only"]
+"""How a call uses the cache: not at all, to store but not to read, or to read and never
+ask the provider. Without one, it reads and stores."""
+
 ToolChoice: TypeAlias = Literal["auto", "none", "required"] | Mapping[str, Any]
 """One of the words, or OpenAI's dict that names a function."""
 
@@ -392,6 +396,14 @@ class LLMRequestOptions(BaseModel):
     """Seconds for the whole call: key, prompt file, media, all attempts and waits."""
     extra_body: Mapping[str, Any] | None = None
     """Merged into the request's JSON, object by object; wins over the rest."""
+    cache: CacheMode | None = None
+    """Whether this call reads and stores in the service's cache; None: both."""
+    sample: Annotated[_Integer, Field(ge=0)] | None = None
+    """Which sample of the same request is asked for: a part of the cache's key that is
+    never sent. Two samples are two answers, also if they are asked for at once."""
+    coalesce: bool | None = None
+    """False makes a call of its own where an identical one is in flight; None and True
+    share its answer, if the service has a cache."""
     execution_phase: Any = None
     """The application's own labels, like the two below; never sent."""
     execution_id: Any = None
@@ -417,6 +429,9 @@ class CommonOptions(TypedDict, total=False):
     idle_timeout: float | None
     deadline: float | None
     extra_body: Mapping[str, Any] | None
+    cache: CacheMode | None
+    sample: int | None
+    coalesce: bool | None
     execution_phase: Any
     execution_id: Any
     trace_id: Any
@@ -511,7 +526,8 @@ class ChatResult(BaseModel, Generic[T]):
     service: str | None = None
     """The provider that was called, such as "openai"."""
     cost_usd: float | None = None
-    """USD by LiteLLM's price table; None if the price is unknown, never 0 for that."""
+    """USD by LiteLLM's price table; None if the price is unknown, never 0 for that; 0
+    if the answer comes from the cache."""
     request_id: str | None = None
     """The provider's id of the request."""
     attempts: int = 1
@@ -519,7 +535,13 @@ class ChatResult(BaseModel, Generic[T]):
     queued: float = 0.0
     """Seconds that the successful one waited for a permit, under `max_concurrency`."""
     cached: bool = False
-    """True if the answer comes from a cache."""
+    """True if this call sent nothing: the answer comes from the cache, or from an
+    identical call that was in flight. Its `token_usage` and `cost_usd` are then 0, and
+    so is `attempts`."""
+    original_usage: TokenUsage | None = None
+    """The tokens of the call that the provider answered, where `cached` is true."""
+    original_cost_usd: float | None = None
+    """The USD of that call; None if the price is unknown."""
     reasoning: str | None = None
     """The reasoning text, if the provider shows it."""
     rate_limits: RateLimits | None = None
@@ -607,6 +629,10 @@ class ChatRequest:
     """Seconds to wait for a stream's next chunk; None is `timeout`."""
     deadline: float | None = None
     """Seconds for the whole call, which only the service enforces."""
+    cache: CacheMode | None = None
+    """As for `LLMRequestOptions`; only the service looks at it and at the next two."""
+    sample: int | None = None
+    coalesce: bool = True
 
 
 def request_from_options(
@@ -650,6 +676,9 @@ def request_from_options(
         timeout=read["timeout"] or default_timeout,
         idle_timeout=read["idle_timeout"] or default_idle_timeout,
         deadline=read["deadline"],
+        cache=read["cache"],
+        sample=read["sample"],
+        coalesce=read["coalesce"] is not False,
     )
 
 

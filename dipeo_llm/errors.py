@@ -14,6 +14,7 @@
             │   └── QuotaExceededError        top up the account
             ├── ServiceUnavailableError       try again later
             ├── LLMTimeoutError               try again, or allow more time
+            ├── CacheMissError                ask the provider, without cache="only"
             ├── StreamInterruptedError        use `partial_text`, or start again
             └── StructuredOutputError         use `text`, or ask again
 
@@ -143,6 +144,10 @@ class LLMTimeoutError(LLMServiceError):
     """An attempt took longer than `timeout`, or the call longer than `deadline`."""
 
     default_retryable = True
+
+
+class CacheMissError(LLMServiceError):
+    """The cache does not hold the answer to a call with `cache="only"`."""
 
 
 class StreamInterruptedError(LLMServiceError):

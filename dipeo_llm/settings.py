@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
+from dipeo_llm.cache_url import CacheURL
 from dipeo_llm.domain import LLMService
 from dipeo_llm.errors import SettingsError
 
@@ -56,6 +57,11 @@ def http_url(text: str) -> str:
     return text.strip().rstrip("/")
 
 
+def _cache_url(text: str) -> str:
+    CacheURL.read(text)
+    return text
+
+
 _Positive = Annotated[float, Field(strict=True, ge=0.001, allow_inf_nan=False)]
 _NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 _Count = Annotated[int, Field(strict=True, ge=1)]
@@ -83,7 +89,8 @@ def _explain(error: ValidationError) -> Exception:
         near = difflib.get_close_matches(str(name), Settings.__annotations__, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return TypeError(f"Settings has no field {name!r}{hint}")
-    where = f"{name}[{rest[0]!r}]" if rest and name in _SECRET else str(name)
+    is_mapping = name in {"base_urls", "extra_headers"}
+    where = f"{name}[{rest[0]!r}]" if rest and is_mapping else str(name)
     # A URL or a header may hold a password.
     value = "" if name in _SECRET else f"={found['input']!r}"
     problem = found["msg"].removeprefix("Value error, ")
@@ -91,7 +98,7 @@ def _explain(error: ValidationError) -> Exception:
     return SettingsError(f"{where}{value} cannot be used: {problem}")
 
 
-_SECRET = frozenset({"base_urls", "proxy", "extra_headers"})
+_SECRET = frozenset({"base_urls", "proxy", "extra_headers", "cache_url"})
 
 
 @_raise_settings_errors
@@ -151,6 +158,11 @@ class Settings:
     """Seconds that `aclose` waits for calls in flight."""
     max_response_bytes: _Count = 64 * 1024 * 1024
     """Largest response body, after decompression."""
+    cache_url: Annotated[str, AfterValidator(_cache_url)] | None = field(
+        default=None, repr=False
+    )
+    """Where answers are cached: `memory://`, `redis://…` or `rediss://…`, as `CacheURL`
+    reads it; None caches nothing."""
 
     def __post_init__(self) -> None:
         """Warn about a base URL under a name that looks misspelt."""
@@ -168,7 +180,7 @@ class Settings:
         """Read the settings from the environment.
 
         DIPEO_BASE_DIR, DIPEO_LLM_TIMEOUT (s), DIPEO_LLM_MAX_RETRIES, DIPEO_LLM_ENGINE,
-        and DIPEO_LLM_<PROVIDER>_BASE_URL for any provider, such as
+        DIPEO_LLM_CACHE_URL, and DIPEO_LLM_<PROVIDER>_BASE_URL for any provider, such as
         DIPEO_LLM_OPENAI_BASE_URL; for Ollama also OLLAMA_HOST. `warn_about_environment`
         is called.
 
@@ -202,6 +214,7 @@ _VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "DIPEO_LLM_TIMEOUT": ("timeout", float),
     "DIPEO_LLM_MAX_RETRIES": ("max_retries", int),
     "DIPEO_LLM_ENGINE": ("engine", str.lower),
+    "DIPEO_LLM_CACHE_URL": ("cache_url", str),
 }
 """Variable to field, and what converts its text."""
 # Of the command.
@@ -228,12 +241,14 @@ def _read(env: Mapping[str, str], name: str, convert: Callable[[str], _T]) -> _T
     try:
         return convert(text)
     except ValueError as exc:
+        problem = str(exc).rpartition(" cannot be used: ")[2]
         # A URL may hold a password; any other value is shown.
+        if name == "DIPEO_LLM_CACHE_URL":
+            raise SettingsError(f"{name} cannot be read: {problem}") from None
         if "@" in text:
             raise SettingsError(
                 f"{name} cannot be read: it must not carry a user name or password"
             ) from None
-        problem = str(exc).rpartition(" cannot be used: ")[2]
         raise SettingsError(f"{name}={text!r} cannot be read: {problem}") from None
 
 

@@ -1,0 +1,571 @@
+"""The response cache: what an answer is kept under, which answers are kept, and where.
+
+Values are JSON that is checked when it is read. A cache that fails never fails a call.
+"""
+
+import json
+import logging
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import partial
+from hashlib import blake2b
+from typing import Any, Protocol
+
+from aiocache import SimpleMemoryCache
+from aiocache.serializers import NullSerializer
+from pydantic_core import from_json, to_json
+
+from dipeo_llm.adapters.base import BaseLLMAdapter
+from dipeo_llm.adapters.tools import sort_tools
+from dipeo_llm.cache_url import CacheURL
+from dipeo_llm.coalescing import Flights, Turns, as_cached
+from dipeo_llm.domain import ChatRequest, ChatResult, StreamChunk, ToolCallDelta
+from dipeo_llm.errors import CacheMissError, SettingsError, StructuredOutputError
+from dipeo_llm.redis_clients import RedisClients, RedisUnavailableError
+from dipeo_llm.retry import Deadline
+from dipeo_llm.streaming import Items, Opened
+from dipeo_llm.structured import Form, parse
+
+_log = logging.getLogger("dipeo_llm")
+
+Result = ChatResult[Any]
+
+_VERSION = 1
+"""Of the key and of the value: an entry of another version is not found."""
+
+# The key.
+
+_LEFT_OUT = frozenset(
+    {
+        *("timeout", "idle_timeout", "deadline", "cache", "coalesce"),
+        *("labels", "execution_phase", "execution_id", "trace_id"),
+    }
+)
+"""The fields of a request that its answer does not depend on; every other one counts."""
+
+
+class _NotPlainError(ValueError):
+    """A value is not plain JSON, so that two different requests might look alike."""
+
+
+def cache_key(
+    adapter: BaseLLMAdapter, request: ChatRequest, *, shared: bool = False
+) -> str | None:
+    """Return the key of a request's answer: 64 hexadecimal digits.
+
+    It covers the provider, its address, the model, and all of the request that its
+    answer may depend on. It is keyed with the API key, so that two owners of keys never
+    meet, and nobody without the key can compute it.
+
+    Args:
+        adapter: Says which provider, address, model and API key.
+        request: With its media loaded, so that their bytes count.
+        shared: Leave the API key out.
+
+    Returns:
+        None if a value in the request is not plain JSON.
+    """
+    asked = {
+        item.name: getattr(request, item.name)
+        for item in fields(request)
+        if item.name not in _LEFT_OUT
+    }
+    tools = sort_tools(request.tools)
+    asked["tools"] = tools.functions
+    asked["own_tools"] = [tool.model_dump(mode="json") for tool in tools.provided]
+    if isinstance(request.response_format, Form):
+        asked["response_format"] = request.response_format.response_format
+    asked |= {
+        "version": _VERSION,
+        "provider": adapter.provider.name,
+        "model": adapter.model_name,
+        "base_url": adapter.endpoint.base_url,
+        "headers": adapter.settings.extra_headers,
+    }
+    try:
+        text = json.dumps(
+            _plain(asked), sort_keys=True, allow_nan=False, separators=(",", ":")
+        )
+    except (ValueError, RecursionError):
+        return None
+    secret = b"" if shared else adapter.endpoint.secret.get_secret_value().encode()
+    owner = blake2b(secret, digest_size=32, person=b"dipeo_llm owner").digest()
+    return blake2b(text.encode(), digest_size=32, key=owner).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """Copy a value as plain JSON.
+
+    Raises:
+        _NotPlainError: It is not, such as a mapping with a number as a key.
+    """
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, Mapping):
+        if not all(isinstance(name, str) for name in value):
+            raise _NotPlainError
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    raise _NotPlainError
+
+
+# The value.
+
+_KEPT = {
+    *("text", "token_usage", "raw_response", "tool_outputs", "tool_calls"),
+    *("finish_reason", "model", "service", "cost_usd", "request_id", "reasoning"),
+    *("thinking_blocks", "content_blocks"),
+}
+_WHOLE = frozenset({"stop", "tool_calls"})
+
+
+def _is_whole(result: Result, form: Form | None) -> bool:
+    """Say whether an answer is worth keeping; parse it in the form that was asked for.
+
+    Not one that was cut off, filtered, declined, empty, or not in its form. Of several
+    answers (`n`), only the first one's end is known.
+    """
+    if result.finish_reason not in _WHOLE or result.refusal or len(result.texts) > 1:
+        return False
+    if any(call.arguments is None for call in result.tool_calls):
+        return False
+    if not (result.text.strip() or result.tool_calls or result.tool_outputs):
+        return False
+    if form is None or not form.is_json or result.tool_calls:
+        return True
+    try:
+        result.parsed = parse(form, result)
+    except StructuredOutputError:
+        return False
+    return True
+
+
+def _write_value(key: str, result: Result, expires: float) -> bytes:
+    """Write an answer as JSON.
+
+    Raises:
+        ValueError: It holds something that is not JSON.
+    """
+    kept = result.model_dump(mode="json", include=_KEPT, exclude_none=True)
+    if not isinstance(result.raw_response, dict):
+        kept.pop("raw_response", None)  # LiteLLM's own object
+    return to_json({"v": _VERSION, "key": key, "expires": expires, "result": kept})
+
+
+def _read_value(key: str, value: bytes) -> Result | None:
+    """Read an answer; None if its time is over.
+
+    Raises:
+        ValueError: It was not written by this version, or not under this key.
+    """
+    found = from_json(value)
+    if not isinstance(found, dict) or (found.get("v"), found.get("key")) != (
+        _VERSION,
+        key,
+    ):
+        raise ValueError("it is not a value of this version under this key")
+    expires = found.get("expires")
+    if not isinstance(expires, int | float) or not expires > time.time():
+        return None
+    answer = found.get("result")
+    if not isinstance(answer, dict) or not answer.keys() <= _KEPT:
+        raise ValueError("it does not hold an answer")
+    return ChatResult[Any].model_validate(answer)
+
+
+# Where values are.
+
+
+class Store(Protocol):
+    """Holds values for a while. Each method has *limit* seconds."""
+
+    async def get(self, key: str, limit: float) -> bytes | None:
+        """Return a value; None if there is none.
+
+        Raises:
+            RedisUnavailableError: It cannot be read.
+        """
+        ...
+
+    async def set(self, key: str, value: bytes, ttl: float, limit: float) -> None:
+        """Hold a value for *ttl* seconds.
+
+        Raises:
+            RedisUnavailableError: It cannot be written.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Close what is open."""
+        ...
+
+
+class _BoundedCache(SimpleMemoryCache):  # type: ignore[misc]
+    """aiocache's memory with a bound: the values that were used longest ago go first.
+
+    aiocache's own has none, and expires a value by a timer of the event loop that
+    stored it: after that loop, never. Here the reader looks at the value's own time.
+    """
+
+    def __init__(self, max_entries: int, max_bytes: int) -> None:
+        super().__init__(timeout=0, serializer=NullSerializer(encoding=None))
+        self._cache: OrderedDict[str, bytes] = OrderedDict()
+        self._max_entries, self._max_bytes = max_entries, max_bytes
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    async def _get(self, key: str, encoding: Any = None, _conn: Any = None) -> Any:
+        with self._lock:
+            if key in self._cache:
+                self._cache.move_to_end(key)
+            return self._cache.get(key)
+
+    async def _set(
+        self,
+        key: str,
+        value: bytes,
+        ttl: Any = None,
+        _cas_token: Any = None,
+        _conn: Any = None,
+    ) -> bool:
+        with self._lock:
+            self._bytes += len(value) - len(self._cache.pop(key, b""))
+            self._cache[key] = value
+            while len(self._cache) > self._max_entries or self._bytes > self._max_bytes:
+                self._bytes -= len(self._cache.popitem(last=False)[1])
+        return True
+
+
+class _MemoryStore:
+    """Values in this process, for all of its event loops."""
+
+    def __init__(self, url: CacheURL) -> None:
+        self.cache = _BoundedCache(url.max_entries, url.max_bytes)
+
+    async def get(self, key: str, limit: float) -> bytes | None:
+        value: bytes | None = await self.cache.get(key)
+        return value
+
+    async def set(self, key: str, value: bytes, ttl: float, limit: float) -> None:
+        await self.cache.set(key, value)
+
+    async def aclose(self) -> None:
+        """Keep the values: a service that is opened again finds them."""
+
+
+class _RedisStore:
+    """Values in Redis, for all processes."""
+
+    def __init__(self, redis: RedisClients) -> None:
+        self.redis = redis
+
+    async def get(self, key: str, limit: float) -> bytes | None:
+        return await self.redis.use(
+            self.redis.reads, partial(_get_value, key), max(limit, 0.0)
+        )
+
+    async def set(self, key: str, value: bytes, ttl: float, limit: float) -> None:
+        async def write(cache: Any) -> None:
+            await cache.set(key, value, ttl=float(ttl))
+
+        await self.redis.use(self.redis.writes, write, max(limit, 0.0))
+
+    async def aclose(self) -> None:
+        await self.redis.aclose()
+
+
+async def _get_value(key: str, cache: Any) -> bytes | None:
+    from redis.exceptions import ResponseError
+
+    try:
+        value: bytes | None = await cache.get(key)
+    except ResponseError as exc:
+        if not str(exc).startswith("WRONGTYPE"):
+            raise
+        return b""  # somebody else's list or hash
+    return value
+
+
+# The cache.
+
+
+@dataclass(slots=True)
+class CacheStats:
+    """What a cache has done since it was made."""
+
+    hits: int = 0
+    misses: int = 0
+    stored: int = 0
+    not_kept: int = 0
+    """Answers that are not worth keeping, or too large."""
+    bypassed: int = 0
+    """Requests that hold something other than plain JSON."""
+    unreadable: int = 0
+    """Values of another version, or that something else has written."""
+
+
+class ResponseCache:
+    """Answers requests from earlier answers, and identical requests by one.
+
+    Args:
+        url: `memory://` or a Redis URL, as `CacheURL` reads it.
+
+    Raises:
+        SettingsError: The URL cannot be used.
+    """
+
+    def __init__(self, url: str) -> None:
+        try:
+            self._url = CacheURL.read(url)
+        except ValueError as exc:
+            raise SettingsError(f"the cache's URL cannot be used: {exc}") from None
+        self.redis = RedisClients(self._url) if self._url.server else None
+        """The server that processes share; None in memory."""
+        self._store: Store = (
+            _MemoryStore(self._url) if self.redis is None else _RedisStore(self.redis)
+        )
+        self._turns = None if self.redis is None else Turns(self.redis)
+        self._flights = Flights()
+        self.stats = CacheStats()
+        self._has_logged = False
+
+    async def aclose(self) -> None:
+        """Close the connections; answers in memory stay. May be called twice."""
+        await self._store.aclose()
+
+    def reopen(self) -> None:
+        """Allow connections again after `aclose`."""
+        if self.redis is not None:
+            self.redis.reopen()
+
+    async def answer(
+        self,
+        adapter: BaseLLMAdapter,
+        request: ChatRequest,
+        deadline: Deadline,
+        send: Callable[[Deadline], Awaitable[Result]],
+    ) -> Result:
+        """Answer a request from the cache, or by *send*, whose answer is then kept.
+
+        Raises:
+            CacheMissError: The request says `cache="only"`, and there is no answer.
+            Exception: As *send* does.
+        """
+        entry = self._entry(adapter, request)
+        if entry is None:
+            return await send(deadline)
+        flight = (entry.key, request.timeout)
+        shares = request.coalesce and request.cache is None
+        is_in_flight = shares and flight in self._flights
+        if not is_in_flight and (found := await self._find(entry, request)) is not None:
+            return found
+        if not shares:
+            result = await send(deadline)
+            await entry.keep(result)
+            return result
+        return await self._flights.run(
+            flight, deadline, partial(self._fetch, entry, send)
+        )
+
+    async def open(
+        self,
+        adapter: BaseLLMAdapter,
+        request: ChatRequest,
+        deadline: Deadline,
+        send: Callable[[Deadline], Awaitable[Opened]],
+    ) -> Opened:
+        """Do as `answer` for a stream, which is kept when it was read to its end."""
+        entry = self._entry(adapter, request)
+        if entry is None:
+            return await send(deadline)
+        if (found := await self._find(entry, request)) is not None:
+            deadline.service, deadline.model = found.service, adapter.model_name
+            items = replay(found)
+        else:
+            items = _keep_stream(entry, await send(deadline))
+        # A generator that has not begun would not close the stream below it.
+        return Opened(items, await anext(items))
+
+    def _entry(self, adapter: BaseLLMAdapter, request: ChatRequest) -> "_Entry | None":
+        """Return the place of a request's answer; None if it has none."""
+        if request.cache == "bypass":
+            return None
+        key = cache_key(adapter, request, shared=self._url.shared)
+        if key is None:
+            self.stats.bypassed += 1
+            if request.cache == "only":
+                raise _miss(adapter)
+            return None
+        return _Entry(self, adapter, key, request.response_format)
+
+    async def _find(self, entry: "_Entry", request: ChatRequest) -> Result | None:
+        if request.cache == "refresh":
+            return None
+        found = await entry.find()
+        if found is None and request.cache == "only":
+            raise _miss(entry.adapter)
+        return found
+
+    async def _fetch(
+        self,
+        entry: "_Entry",
+        send: Callable[[Deadline], Awaitable[Result]],
+        deadline: Deadline,
+    ) -> Result:
+        """Fetch an answer once, for all who wait for it."""
+        if self._turns is None or entry.is_failing:
+            result = await send(deadline)
+            await entry.keep(result)
+            return result
+        async with self._turns.take(entry.key, entry.find_again) as turn:
+            if turn.found is not None:
+                return turn.found
+            result = await send(deadline)
+            turn.is_kept = await entry.keep(result)
+            return result
+
+    def note_unreadable(self, error: Exception) -> None:
+        """Count a value that cannot be read; log the first."""
+        self.stats.unreadable += 1
+        if not self._has_logged:
+            self._has_logged = True
+            reason = str(error).partition("\n")[0][:200]
+            _log.warning("the cache holds a value that cannot be read: %s", reason)
+
+
+def _miss(adapter: BaseLLMAdapter) -> CacheMissError:
+    return CacheMissError(
+        'the cache does not hold the answer, and cache="only" sends nothing',
+        service=adapter.provider.name,
+        model=adapter.model_name,
+    )
+
+
+class _Entry:
+    """The place of one request's answer, for one call.
+
+    All its work has one time limit; after a failure it does none.
+    """
+
+    def __init__(
+        self, cache: ResponseCache, adapter: BaseLLMAdapter, key: str, form: Any
+    ) -> None:
+        self._cache = cache
+        self._form: Form | None = form
+        self._left = cache._url.timeout  # noqa: SLF001 - a part of it
+        self.adapter = adapter
+        self.key = key
+        self.is_failing = False
+
+    async def find(self) -> Result | None:
+        """Return the answer, None if there is none that can be used."""
+        cache = self._cache
+        found = await self._read()
+        if found is None:
+            cache.stats.misses += 1
+            return None
+        cache.stats.hits += 1
+        return as_cached(found)
+
+    async def find_again(self) -> Result | None:
+        """Do as `find`, while the call waits for another process.
+
+        Raises:
+            RedisUnavailableError: The cache cannot be read; waiting is of no use.
+        """
+        self._left = self._cache._url.timeout  # noqa: SLF001
+        found = await self._read()
+        if self.is_failing:
+            raise RedisUnavailableError
+        if found is None:
+            return None
+        self._cache.stats.hits += 1
+        return as_cached(found)
+
+    async def keep(self, result: Result) -> bool:
+        """Store an answer that is worth it; say whether it was stored."""
+        stats, url = self._cache.stats, self._cache._url  # noqa: SLF001
+        if not _is_whole(result, self._form):
+            stats.not_kept += 1
+            return False
+        try:
+            value = _write_value(self.key, result, time.time() + url.ttl)
+        except ValueError:  # such as half a surrogate pair
+            value = b""
+        if not value or len(value) > url.max_value_bytes:
+            stats.not_kept += 1
+            return False
+        if await self._timed(self._cache._store.set, value, url.ttl) is _FAILED:  # noqa: SLF001
+            return False
+        stats.stored += 1
+        return True
+
+    async def _read(self) -> Result | None:
+        value = await self._timed(self._cache._store.get)  # noqa: SLF001
+        if value is None or value is _FAILED:
+            return None
+        try:
+            found = _read_value(self.key, value)
+        except (ValueError, RecursionError) as exc:
+            self._cache.note_unreadable(exc)
+            return None
+        # A class of the same schema may have been stricter, or a value made by hand.
+        if found is None or not _is_whole(found, self._form):
+            return None
+        return found
+
+    async def _timed(self, work: Callable[..., Awaitable[Any]], *args: Any) -> Any:
+        """Do some work in what is left of the time; return _FAILED if it fails."""
+        if self.is_failing:
+            return _FAILED
+        begun = time.monotonic()
+        try:
+            return await work(self.key, *args, self._left)
+        except RedisUnavailableError:  # logged and counted by its circuit
+            self.is_failing = True
+            return _FAILED
+        finally:
+            self._left -= time.monotonic() - begun
+
+
+_FAILED = object()
+
+# Streams.
+
+
+async def _keep_stream(entry: _Entry, opened: Opened) -> Items:
+    """Pass a stream on, and keep its result."""
+    item: StreamChunk | Result = opened.first
+    try:
+        while not isinstance(item, ChatResult):
+            yield item
+            item = await anext(opened.items)
+        await entry.keep(item)
+        yield item
+    except StopAsyncIteration:
+        return
+    finally:
+        await opened.items.aclose()
+
+
+async def replay(result: Result) -> Items:
+    """Yield a whole answer as a stream: reasoning, text by words, tool calls, result."""
+    for piece in _words(result.reasoning or ""):
+        yield StreamChunk(reasoning=piece)
+    for piece in _words(result.text):
+        yield StreamChunk(text=piece)
+    for index, call in enumerate(result.tool_calls):
+        yield StreamChunk(
+            tool_call=ToolCallDelta(index, call.id, call.name, call.arguments_text)
+        )
+    yield result
+
+
+def _words(text: str) -> list[str]:
+    """Split a text after each word; the pieces are the text."""
+    return re.findall(r"\s*\S+|\s+\Z", text)

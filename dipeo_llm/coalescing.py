@@ -1,0 +1,263 @@
+"""Identical calls in flight become one: in a process, and across processes.
+
+In a process the call runs in a task of its own, which ends when the last caller has
+left. Across processes, redis-py's lock lets one process at a time fetch an answer; the
+others look for it in the cache.
+"""
+
+import asyncio
+import copy
+import logging
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
+from contextlib import asynccontextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from dipeo_llm.domain import ChatResult, TokenUsage
+from dipeo_llm.errors import CallError, ServiceUnavailableError
+from dipeo_llm.redis_clients import RedisClients, RedisUnavailableError
+from dipeo_llm.retry import Deadline
+
+_log = logging.getLogger("dipeo_llm")
+
+Result = ChatResult[Any]
+Work = Callable[[Deadline], Awaitable[Result]]
+
+
+class _Flight:
+    """One call that several callers wait for."""
+
+    def __init__(self, work: Work) -> None:
+        self.deadline = Deadline()
+        """The latest of the callers' deadlines."""
+        self.ends: list[float | None] = []
+        self.is_taken = False
+        """Whether a caller has taken the result as its own, with its cost."""
+        # A running task is referenced by its flight, and the flight by its callers.
+        self.task = asyncio.ensure_future(work(self.deadline))
+        self.task.add_done_callback(_retrieve)
+
+    def join(self, deadline: Deadline) -> None:
+        self.ends.append(deadline.ends)
+        self._set_end()
+
+    def leave(self, deadline: Deadline) -> None:
+        self.ends.remove(deadline.ends)
+        self._set_end()
+        deadline.service, deadline.model = self.deadline.service, self.deadline.model
+
+    def _set_end(self) -> None:
+        known = [end for end in self.ends if end is not None]
+        has_all = len(known) == len(self.ends)
+        self.deadline.ends = max(known, default=None) if has_all else None
+
+
+def _retrieve(task: "asyncio.Future[Any]") -> None:
+    """Keep asyncio from logging a failure that no caller has waited for."""
+    if not task.cancelled():
+        task.exception()
+
+
+class Flights:
+    """The calls in flight, by what they ask for. Two event loops share none."""
+
+    def __init__(self) -> None:
+        self._loops: WeakKeyDictionary[
+            asyncio.AbstractEventLoop, dict[Hashable, _Flight]
+        ] = WeakKeyDictionary()
+
+    def __contains__(self, identity: Hashable) -> bool:
+        return identity in self._here()
+
+    async def run(self, identity: Hashable, deadline: Deadline, work: Work) -> Result:
+        """Return the result of *work*, which runs once for all who ask meanwhile.
+
+        A caller that is cancelled, or whose deadline ends, leaves the others alone; the
+        last to leave cancels the work and waits until it has ended. One caller gets the
+        result with its cost, the others one that says that it cost nothing.
+
+        Raises:
+            Exception: As *work* does; each caller gets an object of its own.
+        """
+        flights = self._here()
+        flight = flights.get(identity)
+        is_first = flight is None
+        if flight is None:
+            flight = flights[identity] = _Flight(work)
+            flight.task.add_done_callback(lambda _: _forget(flights, identity, flight))
+        flight.join(deadline)
+        try:
+            await asyncio.wait([flight.task])
+        except asyncio.CancelledError:
+            if len(flight.ends) == 1:
+                _forget(flights, identity, flight)
+                flight.task.cancel()
+                await asyncio.wait([flight.task])
+            raise
+        finally:
+            flight.leave(deadline)
+            if is_first:
+                deadline.attempts = flight.deadline.attempts
+                deadline.last = flight.deadline.last
+        if flight.task.cancelled():
+            raise ServiceUnavailableError("the call that was shared was cancelled")
+        if (error := flight.task.exception()) is not None:
+            raise _copy_error(error, is_first=is_first) from error.__cause__
+        result = flight.task.result()
+        if flight.is_taken or result.cached:
+            return as_cached(result.model_copy(deep=True))
+        flight.is_taken = True
+        deadline.attempts = flight.deadline.attempts
+        return result
+
+    def _here(self) -> dict[Hashable, _Flight]:
+        return self._loops.setdefault(asyncio.get_running_loop(), {})
+
+
+def _forget(
+    flights: dict[Hashable, _Flight], identity: Hashable, flight: _Flight
+) -> None:
+    if flights.get(identity) is flight:
+        del flights[identity]
+
+
+def _copy_error(error: BaseException, *, is_first: bool) -> BaseException:
+    made = copy.copy(error)
+    if isinstance(made, CallError):
+        made.details = dict(made.details)
+        made.attempts = made.attempts if is_first else 0
+    return made
+
+
+def as_cached(result: Result) -> Result:
+    """Mark a result, in place, as one that this call did not pay for."""
+    if not result.cached:
+        result.original_usage = result.token_usage
+        result.original_cost_usd = result.cost_usd
+    result.token_usage = None if result.original_usage is None else TokenUsage()
+    result.cost_usd, result.attempts, result.queued = 0.0, 0, 0.0
+    result.cached = True
+    return result
+
+
+class Turns:
+    """Lets one process at a time fetch an answer, through locks in Redis.
+
+    Args:
+        redis: The server that the processes share.
+        lease: Seconds after which the lock of a process that has died or stopped is
+            free; a process that works renews it at a third of that.
+        limit: Seconds after which a lock is not renewed any more.
+    """
+
+    def __init__(
+        self, redis: RedisClients, *, lease: float = 9.0, limit: float = 1800.0
+    ) -> None:
+        self._redis = redis
+        self._lease = lease
+        self._limit = limit
+
+    @asynccontextmanager
+    async def take(
+        self, key: str, find: Callable[[], Awaitable[Result | None]]
+    ) -> "AsyncIterator[Turn]":
+        """Wait for the turn of this process, or for another process' answer.
+
+        Where Redis fails, and where the process before found that its answer cannot be
+        kept, the turn comes at once. The wait has no limit but the caller's.
+
+        Args:
+            key: Of the answer.
+            find: Looks for the answer in the cache.
+        """
+        turn = Turn()
+        lock = None
+        try:
+            while (lock := await self._try(key)) is None:
+                await asyncio.sleep(random.uniform(0.02, 0.06))  # noqa: S311
+                if (found := await find()) is not None:
+                    turn.found = found
+                    break
+        except RedisUnavailableError:
+            _log.debug("Redis has no lock for a shared call")
+        if lock is None or lock is _NOT_NEEDED:
+            yield turn
+            return
+        renewing = asyncio.create_task(self._renew(lock))
+        try:
+            # The process before may have stored it since this one looked.
+            turn.found = await find()
+            yield turn
+        except Exception:
+            turn.is_kept = False
+            raise
+        finally:
+            renewing.cancel()
+            await asyncio.wait([renewing])
+            await self._release(key, lock, is_kept=turn.is_kept)
+
+    async def _try(self, key: str) -> Any:
+        """Return the lock, None if another process holds it, or that none is needed."""
+        from redis.asyncio.lock import Lock
+
+        name = f"{self._redis.namespace}:lock:{key}"
+
+        async def acquire(cache: Any) -> Any:
+            lock = Lock(cache.client, name, timeout=self._lease, thread_local=False)
+            if await lock.acquire(blocking=False):
+                return lock
+            return _NOT_NEEDED if await cache.exists(f"alone:{key}") else None
+
+        return await self._redis.use(self._redis.locks, acquire)
+
+    async def _renew(self, lock: Any) -> None:
+        from redis.exceptions import LockError
+
+        async def reacquire(_: Any) -> bool:
+            try:
+                return bool(await lock.reacquire())
+            except LockError:  # another process holds it: this one was stopped for long
+                return False
+
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + self._limit
+        is_held = True
+        while is_held and loop.time() < ends:
+            await asyncio.sleep(self._lease / 3)
+            try:
+                is_held = await self._redis.use(self._redis.locks, reacquire)
+            except RedisUnavailableError:
+                continue  # logged by the circuit; it may be back before the lease ends
+
+    async def _release(self, key: str, lock: Any, *, is_kept: bool) -> None:
+        from redis.exceptions import LockError
+
+        async def release(cache: Any) -> None:
+            if not is_kept:
+                # Otherwise the processes that wait would call one after the other.
+                await cache.set(f"alone:{key}", b"1", ttl=_ALONE)
+            try:
+                await lock.release()
+            except LockError:
+                _log.debug("the lock of a shared call had run out")
+
+        try:
+            await self._redis.use(self._redis.locks, release)
+        except RedisUnavailableError:
+            _log.debug("the lock of a shared call runs out by itself")
+
+
+class Turn:
+    """What a process found when its turn came."""
+
+    def __init__(self) -> None:
+        self.found: Result | None = None
+        """The answer, if another process has stored it."""
+        self.is_kept = True
+        """Whether the cache holds the answer now; to be set to False if it does not."""
+
+
+_NOT_NEEDED = object()
+_ALONE = 2.0
+"""Seconds for which processes do not wait after an answer that is not kept."""
