@@ -1,4 +1,4 @@
-"""The order of things in a call: compose, check, place, key, media, retry, adapter.
+"""The order of things in a call: compose, check, place, key, media, cache, retry, adapter.
 
 Knows no provider's name and no LiteLLM. Each step is another module's; the methods
 below stand in the order in which a call runs through them.
@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Self, TypeVar, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, cast, overload
 from weakref import WeakSet
 
 from dipeo_llm import media
@@ -47,6 +47,9 @@ from dipeo_llm.streaming import ChatStream, Opened
 from dipeo_llm.structured import form_of, parse
 from dipeo_llm.system_prompt_handler import SystemPromptHandler
 
+if TYPE_CHECKING:
+    from dipeo_llm.cache import ResponseCache
+
 _T = TypeVar("_T")
 
 AdapterFactory = Callable[..., BaseLLMAdapter]
@@ -80,6 +83,9 @@ class LLMInfraService:
             base directory.
         adapter_factory: Makes the adapter of a call, such as
             a `dipeo_llm.testing.MockLLMAdapter()` in a test; None is `create_adapter`.
+        cache: Where answers are cached: a URL, as `Settings.cache_url`, or
+            a `ResponseCache` that several services share and the application closes.
+            None is the settings' URL.
     """
 
     def __init__(
@@ -90,6 +96,7 @@ class LLMInfraService:
         settings: Settings | None = None,
         system_prompt_handler: SystemPromptHandler | None = None,
         adapter_factory: AdapterFactory | None = None,
+        cache: "ResponseCache | str | None" = None,
     ) -> None:
         self.api_key_service = api_key_service
         self.llm_domain_service = llm_domain_service
@@ -100,6 +107,9 @@ class LLMInfraService:
         self._formatter = MessageFormatter()
         self._create_adapter = adapter_factory or factory.create_adapter
         self._pool = new_pool(self.settings)
+        self._owns_cache = cache is None or isinstance(cache, str)
+        self.cache = self._open_cache(cache)
+        """The cache of answers, with its statistics; None if there is none."""
         self._loading: set[asyncio.Task[Any]] = set()
         self._ended: WeakSet[asyncio.Task[Any]] = WeakSet()
         self._closed = False
@@ -128,6 +138,8 @@ class LLMInfraService:
         self._closed = True
         grace = self.settings.close_grace
         await asyncio.gather(self._pool.aclose(grace), self._end_loading(grace))
+        if self.cache is not None and self._owns_cache:
+            await self.cache.aclose()
 
     @overload
     async def complete(
@@ -451,7 +463,21 @@ class LLMInfraService:
         if self._closed:
             # The old pool stays closed: a call that outlived `aclose` finds no way back.
             self._pool = new_pool(self.settings)
+            if self.cache is not None and self._owns_cache:
+                self.cache.reopen()
         self._closed = False
+
+    def _open_cache(
+        self, cache: "ResponseCache | str | None"
+    ) -> "ResponseCache | None":
+        url = self.settings.cache_url if cache is None else cache
+        if not url:
+            return None
+        if not isinstance(url, str):
+            return url
+        from dipeo_llm.cache import ResponseCache
+
+        return ResponseCache(url)
 
     # The steps of a call, in the order in which it takes them.
 
@@ -486,6 +512,11 @@ class LLMInfraService:
             default_idle_timeout=self.settings.idle_timeout,
             defaults=defaults,
         )
+        if request.cache == "only" and self.cache is None:
+            raise InvalidRequestError(
+                'cache="only" needs a cache: LLMInfraService(cache="memory://"), or'
+                " DIPEO_LLM_CACHE_URL"
+            )
         return replace(request, response_format=form_of(request.response_format))
 
     async def _compose(
@@ -505,10 +536,13 @@ class LLMInfraService:
         return replace(call, request=request)
 
     async def _answer(self, call: _Call, deadline: Deadline) -> ChatResult[Any]:
-        """Find the adapter, prepare the media, and try until there is a result."""
+        """Find the adapter, prepare the media, and answer from the cache or by a call."""
         adapter = await self._find_adapter(call)
         request = await self._prepare_media(call.request, adapter)
-        return await self._retry(adapter, partial(adapter.complete, request), deadline)
+        send = partial(self._retry, adapter, partial(adapter.complete, request))
+        if self.cache is None:
+            return await send(deadline)
+        return await self.cache.answer(adapter, request, deadline, send)
 
     async def _open_with_person(
         self,
@@ -526,9 +560,10 @@ class LLMInfraService:
         """Do as `_answer` for a stream, until its first chunk is there."""
         adapter = await self._find_adapter(call)
         request = await self._prepare_media(call.request, adapter)
-        return await self._retry(
-            adapter, partial(_open_stream, adapter, request), deadline
-        )
+        send = partial(self._retry, adapter, partial(_open_stream, adapter, request))
+        if self.cache is None:
+            return await send(deadline)
+        return await self.cache.open(adapter, request, deadline, send)
 
     async def _find_adapter(self, call: _Call) -> BaseLLMAdapter:
         """Place the model, find the key, and make the adapter."""
@@ -688,7 +723,8 @@ def _finish(
     """
     if deadline.requests is None:
         # A request that met a stale connection was sent twice in its attempt.
-        deadline.requests = deadline.attempts - 1 + result.attempts
+        requests = deadline.attempts - 1 + result.attempts
+        deadline.requests = 0 if result.cached else requests
     result.attempts = deadline.requests
     form = request.response_format
     if form is None or not form.is_json:
