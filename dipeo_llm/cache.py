@@ -359,18 +359,18 @@ class ResponseCache:
         entry = self._entry(adapter, request)
         if entry is None:
             return await send(deadline)
-        flight = (entry.key, request.timeout)
         shares = request.coalesce and request.cache is None
-        is_in_flight = shares and flight in self._flights
-        if not is_in_flight and (found := await self._find(entry, request)) is not None:
+        # Where another process may hold the answer, one caller looks for all.
+        looks_first = not shares or self._turns is None
+        if looks_first and (found := await self._find(entry, request)) is not None:
             return found
-        if not shares:
-            result = await send(deadline)
-            await entry.keep(result)
-            return result
-        return await self._flights.run(
-            flight, deadline, partial(self._fetch, entry, send)
-        )
+        if shares:
+            # Callers with another timeout must not get each other's timeout error.
+            flight = (entry.key, request.timeout)
+            return await self._flights.run(
+                flight, deadline, partial(self._fetch, entry, send)
+            )
+        return await self._send(entry, send, deadline)
 
     async def open(
         self,
@@ -418,16 +418,28 @@ class ResponseCache:
         deadline: Deadline,
     ) -> Result:
         """Fetch an answer once, for all who wait for it."""
-        if self._turns is None or entry.is_failing:
-            result = await send(deadline)
-            await entry.keep(result)
-            return result
+        if self._turns is None:
+            return await self._send(entry, send, deadline)
+        if (found := await entry.find()) is not None:
+            return found
+        if entry.is_failing:
+            return await send(deadline)
         async with self._turns.take(entry.key, entry.find_again) as turn:
             if turn.found is not None:
                 return turn.found
             result = await send(deadline)
             turn.is_kept = await entry.keep(result)
             return result
+
+    async def _send(
+        self,
+        entry: "_Entry",
+        send: Callable[[Deadline], Awaitable[Result]],
+        deadline: Deadline,
+    ) -> Result:
+        result = await send(deadline)
+        await entry.keep(result)
+        return result
 
     def note_unreadable(self, error: Exception) -> None:
         """Count a value that cannot be read; log the first."""

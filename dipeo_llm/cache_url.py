@@ -19,7 +19,7 @@ class CacheURL:
     """The prefix of every key in Redis."""
     ttl: float = 3600.0
     """How long an answer is kept."""
-    timeout: float = 0.25
+    timeout: float = 0.5
     """The most that one call waits for Redis in all."""
     max_entries: int = 10_000
     """Most answers in memory; above it, the one that was used longest ago goes."""
@@ -43,7 +43,12 @@ class CacheURL:
         """
         if any(c.isspace() or not c.isprintable() for c in text):
             raise ValueError("a URL must not contain white space")
-        parts = urlsplit(text)
+        try:
+            parts = urlsplit(text)
+            _ = parts.port
+        except ValueError:
+            # The error of the standard library may show a password.
+            raise ValueError("a URL must have a valid host and port") from None
         if parts.scheme not in _SCHEMES or "://" not in text:
             raise ValueError("it must be a memory://, redis:// or rediss:// URL")
         is_redis = parts.scheme != "memory"

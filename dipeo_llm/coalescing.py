@@ -10,7 +10,7 @@ import copy
 import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -67,8 +67,9 @@ class Flights:
             asyncio.AbstractEventLoop, dict[Hashable, _Flight]
         ] = WeakKeyDictionary()
 
-    def __contains__(self, identity: Hashable) -> bool:
-        return identity in self._here()
+    def __len__(self) -> int:
+        """Return the number of calls in flight on this event loop."""
+        return len(self._here())
 
     async def run(self, identity: Hashable, deadline: Deadline, work: Work) -> Result:
         """Return the result of *work*, which runs once for all who ask meanwhile.
@@ -105,7 +106,7 @@ class Flights:
         if (error := flight.task.exception()) is not None:
             raise _copy_error(error, is_first=is_first) from error.__cause__
         result = flight.task.result()
-        if flight.is_taken or result.cached:
+        if flight.is_taken:
             return as_cached(result.model_copy(deep=True))
         flight.is_taken = True
         deadline.attempts = flight.deadline.attempts
@@ -186,8 +187,10 @@ class Turns:
             return
         renewing = asyncio.create_task(self._renew(lock))
         try:
-            # The process before may have stored it since this one looked.
-            turn.found = await find()
+            # The process before may have stored it since this one looked; a cache that
+            # cannot be read is logged by its circuit.
+            with suppress(RedisUnavailableError):
+                turn.found = await find()
             yield turn
         except Exception:
             turn.is_kept = False

@@ -19,7 +19,7 @@ from dipeo_llm.pool import Pool
 _T = TypeVar("_T")
 _log = logging.getLogger("dipeo_llm")
 
-_MOST_CONNECTIONS = 64
+_MOST_CONNECTIONS = 16
 _CLIENT_TTL = 86_400.0
 
 
