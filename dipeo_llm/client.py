@@ -615,6 +615,7 @@ def proxy_for(url: str, settings: Settings) -> str | None:
     return proxy
 
 
+@lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
     """Tell whether a host is this machine."""
     if host == "localhost" or host.endswith(".localhost"):

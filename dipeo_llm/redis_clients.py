@@ -58,16 +58,15 @@ class Circuit:
 
     def allow(self) -> bool:
         """Say whether to ask Redis; if the circuit is open, one caller may after a while."""
-        if self._ask_again is None:
-            return True
         with self._lock:
+            if self._ask_again is None:
+                return True
             now = time.monotonic()
-            if self._ask_again is not None and now < self._ask_again:
+            if now < self._ask_again:
                 self.refused += 1
                 return False
-            if self._ask_again is not None:
-                # Only this caller: the next may ask if this one never reports.
-                self._ask_again = now + self._wait
+            # Only this caller: the next may ask if this one never reports.
+            self._ask_again = now + self._wait
             return True
 
     def succeed(self) -> None:
@@ -138,16 +137,17 @@ class RedisClients:
             ) from None
         options = {
             "max_connections": _MOST_CONNECTIONS,
-            "timeout": url.timeout,
-            "socket_timeout": url.timeout,
-            "socket_connect_timeout": url.timeout,
+            # `use` has the one time limit; redis-py's own would each cost a timer.
+            "timeout": None,
+            "socket_timeout": None,
+            "socket_connect_timeout": None,
             # A connection that a restarted server has dropped is opened anew.
             "retry": Retry(NoBackoff(), 1),
         }
         self._errors = (redis.RedisError, OSError, ValueError, ServiceUnavailableError)
 
         def make_pool(**_: Any) -> Any:
-            return BlockingConnectionPool.from_url(url.server, **options)
+            return BlockingConnectionPool.from_url(url.server or "", **options)
 
         self._make_pool = make_pool
         try:

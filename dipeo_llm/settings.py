@@ -32,6 +32,7 @@ MissingPrompt = Literal["fallback", "error"]
 _OLLAMA_PORT = 11434
 
 
+@functools.lru_cache(maxsize=256)  # every call checks its base URL
 def http_url(text: str) -> str:
     """Check a base URL and remove the slash at its end.
 

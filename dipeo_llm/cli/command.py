@@ -11,6 +11,7 @@ import click
 from click.shell_completion import get_completion_class, shell_complete
 
 from dipeo_llm.cli import terminal
+from dipeo_llm.cli.batch import batch
 from dipeo_llm.cli.cassettes import cassettes
 from dipeo_llm.cli.chat import chat
 from dipeo_llm.cli.doctor import doctor
@@ -27,6 +28,7 @@ Examples:
   dipeo-llm chat gpt-4.1-nano "Name three rivers."
   cat letter.txt | dipeo-llm chat claude-haiku-4-5 "Summarise this:"
   dipeo-llm chat llama3.2:1b --interactive
+  dipeo-llm batch questions.jsonl answers.jsonl --model gpt-4.1-nano
   dipeo-llm models anthropic
   dipeo-llm provider gemini-2.5-flash
   dipeo-llm cassettes check tests/cassettes
@@ -41,6 +43,7 @@ Environment:
   DIPEO_LLM_OPENAI_BASE_URL, DIPEO_LLM_ANTHROPIC_BASE_URL,
   DIPEO_LLM_GOOGLE_BASE_URL, DIPEO_LLM_OLLAMA_BASE_URL (or OLLAMA_HOST)
                              where a provider is reached, if not at its own address
+  DIPEO_LLM_CACHE_URL        where answers are cached: memory://, redis://host:6379/0
   HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE, NO_COLOR
                              as for other programs
 
@@ -133,5 +136,5 @@ def completion(shell: str) -> Exit:
     return Exit.OK
 
 
-for _part in (chat, models, provider, doctor, cassettes, completion):
+for _part in (chat, batch, models, provider, doctor, cassettes, completion):
     dipeo_llm.add_command(_part)
