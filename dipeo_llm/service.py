@@ -48,6 +48,7 @@ from dipeo_llm.structured import form_of, parse
 from dipeo_llm.system_prompt_handler import SystemPromptHandler
 
 if TYPE_CHECKING:
+    from dipeo_llm.batch import Batch, Requests
     from dipeo_llm.cache import ResponseCache
 
 _T = TypeVar("_T")
@@ -352,6 +353,32 @@ class LLMInfraService:
             partial(_finish, call.request),
             deadline=call.request.deadline,
         )
+
+    def complete_many(
+        self, requests: "Requests", *, concurrency: int = 8, ordered: bool = True
+    ) -> "Batch":
+        """Make many calls, a limited number at a time.
+
+        Args:
+            requests: The keywords of each call, as for `complete`; or those of
+                `complete_with_person`. Any iterable or async iterable; it is read as
+                work goes on.
+            concurrency: Most calls in flight.
+            ordered: Yield in the order of the input; False yields as calls end.
+
+        Returns:
+            An async iterator of `BatchItem`: each has a result or an error. Its
+            `totals` add up tokens and USD. A refused key and a used-up quota end it.
+
+        Raises:
+            ValueError: The concurrency is below 1.
+
+        With a cache, equal requests get a `sample` number each, unless they have one:
+        the same prompt many times is as many answers.
+        """
+        from dipeo_llm.batch import Batch
+
+        return Batch(self, requests, concurrency=concurrency, ordered=ordered)
 
     async def count_tokens(
         self,
