@@ -15,8 +15,6 @@ from functools import partial
 from hashlib import blake2b
 from typing import Any, Protocol
 
-from aiocache import SimpleMemoryCache
-from aiocache.serializers import NullSerializer
 from pydantic_core import from_json, to_json
 
 from dipeo_llm.adapters.base import BaseLLMAdapter
@@ -226,54 +224,35 @@ class Store(Protocol):
         ...
 
 
-class _BoundedCache(SimpleMemoryCache):  # type: ignore[misc]
-    """aiocache's memory with a bound: the values that were used longest ago go first.
+class _MemoryStore:
+    """Values in this process, for all of its event loops, up to a limit.
 
-    aiocache's own has none, and expires a value by a timer of the event loop that
-    stored it: after that loop, never. Here the reader looks at the value's own time.
+    aiocache's memory has no limit, and expires a value by a timer of the event loop that
+    stored it: after that loop, never. Little of it would be left here.
     """
 
-    def __init__(self, max_entries: int, max_bytes: int) -> None:
-        super().__init__(timeout=0, serializer=NullSerializer(encoding=None))
-        self._cache: OrderedDict[str, bytes] = OrderedDict()
-        self._max_entries, self._max_bytes = max_entries, max_bytes
-        self._bytes = 0
+    def __init__(self, url: CacheURL) -> None:
+        self.values: OrderedDict[str, bytes] = OrderedDict()
+        self.size = 0
+        """Bytes of all values."""
+        self._url = url
         self._lock = threading.Lock()
 
-    async def _get(self, key: str, encoding: Any = None, _conn: Any = None) -> Any:
-        with self._lock:
-            if key in self._cache:
-                self._cache.move_to_end(key)
-            return self._cache.get(key)
-
-    async def _set(
-        self,
-        key: str,
-        value: bytes,
-        ttl: Any = None,
-        _cas_token: Any = None,
-        _conn: Any = None,
-    ) -> bool:
-        with self._lock:
-            self._bytes += len(value) - len(self._cache.pop(key, b""))
-            self._cache[key] = value
-            while len(self._cache) > self._max_entries or self._bytes > self._max_bytes:
-                self._bytes -= len(self._cache.popitem(last=False)[1])
-        return True
-
-
-class _MemoryStore:
-    """Values in this process, for all of its event loops."""
-
-    def __init__(self, url: CacheURL) -> None:
-        self.cache = _BoundedCache(url.max_entries, url.max_bytes)
-
     async def get(self, key: str, limit: float) -> bytes | None:
-        value: bytes | None = await self.cache.get(key)
-        return value
+        with self._lock:
+            value = self.values.get(key)
+            if value is not None:
+                self.values.move_to_end(key)
+            return value
 
     async def set(self, key: str, value: bytes, ttl: float, limit: float) -> None:
-        await self.cache.set(key, value)
+        # The reader looks at the value's own time.
+        url = self._url
+        with self._lock:
+            self.size += len(value) - len(self.values.pop(key, b""))
+            self.values[key] = value
+            while len(self.values) > url.max_entries or self.size > url.max_bytes:
+                self.size -= len(self.values.popitem(last=False)[1])
 
     async def aclose(self) -> None:
         """Keep the values: a service that is opened again finds them."""

@@ -175,7 +175,7 @@ async def test_an_async_input_and_an_early_end(
 
     async with service.complete_many(rows(), concurrency=8) as batch:
         assert [(await anext(batch)).index for _ in range(3)] == [0, 1, 2]
-        left = asyncio.create_task(anext(batch))  # type: ignore[arg-type, var-annotated]
+        left = asyncio.create_task(anext(batch))
         await asyncio.sleep(0.05)
         assert not left.done()
         left.cancel()

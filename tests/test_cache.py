@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -137,11 +138,11 @@ async def test_a_value_that_does_not_have_the_form_is_a_miss(
     schema = {"type": "object", "properties": {"degrees": {"type": "integer"}}}
     server.default = Answer('{"degrees": 7}')
     await ask(cached, response_format=schema)
-    (store,) = [cached.cache._store.cache]  # type: ignore[union-attr]
-    (key,) = store._cache
-    value = json.loads(store._cache[key])
+    (store,) = [cached.cache._store]  # type: ignore[union-attr]
+    (key,) = store.values
+    value = json.loads(store.values[key])
     value["result"]["text"] = '{"degrees": "seven"}'
-    store._cache[key] = json.dumps(value).encode()
+    store.values[key] = json.dumps(value).encode()
     result = await ask(cached, response_format=schema)
     assert (result.cached, result.parsed) == (False, {"degrees": 7})
 
@@ -250,15 +251,15 @@ async def test_memory_is_bounded(server: ProviderServer) -> None:
             await ask(service, f"{number}")
             await ask(service, "0")  # used all the time
         store: Any = service.cache._store  # type: ignore[union-attr]
-        assert len(store.cache._cache) == 5
+        assert len(store.values) == 5
         assert (await ask(service, "0")).cached
         assert not (await ask(service, "1")).cached
-        assert store.cache._bytes == sum(map(len, store.cache._cache.values()))
+        assert store.size == sum(map(len, store.values.values()))
     async with open_cached(server, "memory://?max_bytes=3000") as service:
         for number in range(12):
             await ask(service, f"{number}")
         store = service.cache._store  # type: ignore[union-attr]
-        assert 0 < store.cache._bytes <= 3000
+        assert 0 < store.size <= 3000
     async with open_cached(server, "memory://?max_value_bytes=100") as service:
         await ask(service)
         assert not (await ask(service)).cached
@@ -288,7 +289,7 @@ async def test_a_value_that_cannot_be_read_is_a_miss(
 ) -> None:
     """A damaged value is a miss, logged at most once, and replaced."""
     await ask(cached)
-    held = cached.cache._store.cache._cache  # type: ignore[union-attr]
+    held = cached.cache._store.values  # type: ignore[union-attr]
     (key,) = held
     for _ in range(2):
         held[key] = damage(held[key])
@@ -550,7 +551,7 @@ async def test_two_owners_never_meet_unless_asked(server: ProviderServer) -> Non
     async with open_cached(server, keys=keys) as service:
         assert not (await ask(service, api_key_id="a")).cached
         assert not (await ask(service, api_key_id="b")).cached
-        held = service.cache._store.cache._cache  # type: ignore[union-attr]
+        held = service.cache._store.values  # type: ignore[union-attr]
         assert len(held) == 2
         assert all("sk-" not in f"{k}{v!r}" for k, v in held.items())
         assert all(len(k) == 64 for k in held)
@@ -865,3 +866,19 @@ def test_off_costs_no_import() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_the_page_lists_every_parameter_with_its_default() -> None:
+    """docs/scaling.md says what a URL can say."""
+    page = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text("utf-8")
+    listed = dict(re.findall(r"^\| `(\w+)` \| `?([\w.]+)`? \|", page, re.MULTILINE))
+    defaults = {f.name: f.default for f in fields(CacheURL) if f.name != "server"}
+    assert listed.keys() == defaults.keys()
+    for name, default in defaults.items():
+        assert listed[name] == (
+            str(default).lower()
+            if default is False
+            else f"{default:g}"
+            if isinstance(default, float)
+            else str(default)
+        )

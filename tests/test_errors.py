@@ -12,6 +12,7 @@ from dipeo_llm.adapters.factory import by_name, create_adapter, resolve, unknown
 from dipeo_llm.errors import (
     APIKeyError,
     APIKeyNotFoundError,
+    CacheMissError,
     CallError,
     ContentFilterError,
     ContextWindowError,
@@ -44,6 +45,7 @@ PARENTS: dict[type[DiPeOLLMError], type[DiPeOLLMError]] = {
     QuotaExceededError: RateLimitError,
     ServiceUnavailableError: LLMServiceError,
     LLMTimeoutError: LLMServiceError,
+    CacheMissError: LLMServiceError,
     StreamInterruptedError: LLMServiceError,
     StructuredOutputError: LLMServiceError,
 }
