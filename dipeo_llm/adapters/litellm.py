@@ -137,7 +137,11 @@ class LiteLLMAdapter(BaseLLMAdapter):
 
     def read(self, body: Mapping[str, Any]) -> Reading:
         """Read LiteLLM's result, which has the shape of a chat completion."""
-        return read_chat_completion(body)
+        reading = read_chat_completion(body)
+        if reading.model is not None:
+            # LiteLLM writes its own name of the provider in front of Ollama's models.
+            reading.model = reading.model.removeprefix(f"{self.provider.litellm}/")
+        return reading
 
     def stream_reader(self) -> StreamReader:
         """Return a reader of LiteLLM's chunks."""
