@@ -17,7 +17,7 @@ import pytest
 from dipeo_llm import APIKeyError, DiPeOLLMError, LLMInfraService, LLMServiceError
 from dipeo_llm.adapters.factory import by_name
 from tests.conftest import HELLO, MODELS, PROVIDERS, Open, each_provider
-from tests.provider_server import DEFAULT_TEXT, Answer, ProviderServer, Received
+from tests.provider_server import DEFAULT_TEXT, Answer, ProviderServer, Raw, Received
 from tests.test_fault_matrix import MATRIX, Seen
 
 ROWS = {row.name: row for row in MATRIX}
@@ -171,6 +171,20 @@ async def test_a_model_of_the_responses_endpoint_goes_direct(
     (request,) = server.requests
     assert request.path == "/v1/responses"
     assert request.headers["authorization"] == "Bearer sk-test-openai"
+
+
+@each_way
+@each_provider
+async def test_a_body_that_is_too_long(
+    opened: Open, server: ProviderServer, provider: str, streamed: bool
+) -> None:
+    """Reading stops at the limit, and the call is not tried again."""
+    server.default = Raw(body=[b'{"x": "' + b"x" * 10_000] * 20, framing="chunked")
+    async with opened(engine="litellm", max_response_bytes=50_000) as service:
+        with pytest.raises(LLMServiceError, match="longer than 50000 bytes"):
+            await ask(service, provider, streamed=streamed)
+
+    assert len(server.requests) == 1
 
 
 @each_provider
