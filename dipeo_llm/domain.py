@@ -503,7 +503,8 @@ class ChatResult(BaseModel, Generic[T]):
     """The answer as `response_format` asked for it; None without one, and for a turn
     that calls tools."""
     finish_reason: str | None = None
-    """stop, length, tool_calls, content_filter, or another of the provider's own words
+    """stop, length, tool_calls, content_filter, pause (a long turn of Anthropic's own
+    tools, to be continued with `to_messages`), or another of the provider's own words
     in lower case, such as Google's malformed_function_call; None if it sent none."""
     model: str | None = None
     """The model that answered, as the provider names it."""
@@ -528,6 +529,9 @@ class ChatResult(BaseModel, Generic[T]):
     """The model's own words if it declined to answer."""
     thinking_blocks: list[dict[str, Any]] = Field(default_factory=list, repr=False)
     """Anthropic's thinking blocks; `to_messages` sends them back."""
+    content_blocks: list[dict[str, Any]] = Field(default_factory=list, repr=False)
+    """Anthropic's whole content, where its own tools worked in it; `to_messages` sends
+    it back, so that a turn that paused can continue."""
 
     def to_messages(self) -> list[dict[str, Any]]:
         """Return what to append to a conversation to continue it after this turn.
@@ -541,6 +545,9 @@ class ChatResult(BaseModel, Generic[T]):
             message["thinking_blocks"] = self.thinking_blocks
         elif self.reasoning:
             message["reasoning_content"] = self.reasoning
+        if self.content_blocks:
+            fields = {"content_blocks": self.content_blocks}
+            message["provider_specific_fields"] = fields
         if self.tool_calls:
             message["tool_calls"] = [_to_openai(call) for call in self.tool_calls]
         elif not self.text:
@@ -616,7 +623,7 @@ def request_from_options(
         messages: In OpenAI's format, oldest first.
         options: Any of OPTIONS. None counts as not given.
         default_timeout: Seconds for an attempt without a `timeout`.
-        default_idle_timeout: Seconds for a stream's next chunk, likewise.
+        default_idle_timeout: Seconds for a stream's next chunk without an `idle_timeout`.
         defaults: Options of lowest rank, such as a person's own.
 
     Raises:

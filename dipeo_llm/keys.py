@@ -157,7 +157,7 @@ class EnvironmentAPIKeys:
         if not provider.needs_key:
             return {"id": api_key_id, "service": provider.name, "key": ""}
         raise APIKeyNotFoundError(
-            f"{provider.name} needs a key; set {' or '.join(variables) or 'one'}",
+            f"set {' or '.join(variables) or 'a key'} for {api_key_id!r}",
             service=provider.name,
         )
 

@@ -25,7 +25,7 @@ class Deadline:
     As an async context manager it cancels its block when the time is over.
 
     Args:
-        seconds: From now, on the running event loop; None is no deadline.
+        seconds: From now, on the running event loop; None: without a deadline.
     """
 
     def __init__(self, seconds: float | None = None) -> None:
@@ -37,6 +37,8 @@ class Deadline:
         self.model: str | None = None
         self.attempts = 0
         """Attempts started so far."""
+        self.requests: int | None = None
+        """Requests of the whole call; None before its end."""
         self.last: DiPeOLLMError | None = None
         """The failure of the previous attempt."""
         self._limit = asyncio.timeout_at(self.ends)

@@ -39,7 +39,6 @@ from dipeo_llm.errors import (
 )
 from dipeo_llm.keys import Key, find_key
 from dipeo_llm.litellm_import import load_litellm
-from dipeo_llm.litellm_tables import infer_provider
 from dipeo_llm.message_formatter import MessageFormatter, check_messages
 from dipeo_llm.ports import APIKeyPort, LLMDomainService
 from dipeo_llm.retry import Deadline, RetryPolicy
@@ -384,7 +383,7 @@ class LLMInfraService:
         Raises:
             InvalidRequestError: The model cannot be placed.
         """
-        row, name = _resolve(model, service)
+        row, name = factory.resolve(model, service)
         return factory.capabilities(row, name)
 
     async def get_available_models(self, api_key_id: str) -> list[str]:
@@ -550,10 +549,9 @@ class LLMInfraService:
 
     async def _place(self, model: str, service: Any) -> tuple[Provider, str]:
         """Find the provider of a model string, and the name without a prefix."""
-        if factory.resolve(model, service)[0] is None:
-            # LiteLLM is asked now, and its import takes seconds.
+        if factory.needs_litellm(model, service):
             await load_litellm()
-        return _resolve(model, service)
+        return factory.resolve(model, service)
 
     def _make_adapter(self, provider: Provider, name: str, key: Key) -> BaseLLMAdapter:
         return self._create_adapter(
@@ -632,6 +630,8 @@ class LLMInfraService:
         """Make the adapter of a key's provider, for questions about the key."""
         if self._closed:
             raise RuntimeError("the service is closed; initialize() opens it again")
+        if factory.own_of_key(provider or api_key_id) is None:
+            await load_litellm()
         row = factory.by_name(provider) if provider else factory.of_key(api_key_id)
         key = await self._find_key(api_key_id, row)
         if key.service and not provider:
@@ -679,18 +679,6 @@ async def _open_stream(adapter: BaseLLMAdapter, request: ChatRequest) -> Opened:
         raise
 
 
-def _resolve(model: str, service: Any) -> tuple[Provider, str]:
-    """Find the provider of a model string, asking LiteLLM where no row claims it."""
-    provider, name = factory.resolve(model, service)
-    if provider is not None:
-        return provider, name
-    inferred = infer_provider(name)
-    provider = factory.by_name(inferred) if inferred else factory.find_local(name)
-    if provider is None:
-        raise factory.unknown_model(model)
-    return provider, name.removeprefix(f"{provider.litellm}/")
-
-
 def _finish(
     request: ChatRequest, result: ChatResult[Any], deadline: Deadline
 ) -> ChatResult[Any]:
@@ -698,7 +686,10 @@ def _finish(
 
     A turn that calls tools is not the answer yet, and is not parsed.
     """
-    result.attempts = deadline.attempts
+    if deadline.requests is None:
+        # A request that met a stale connection was sent twice in its attempt.
+        deadline.requests = deadline.attempts - 1 + result.attempts
+    result.attempts = deadline.requests
     form = request.response_format
     if form is None or not form.is_json:
         return result

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from dipeo_llm.domain import LLMService
@@ -41,26 +41,23 @@ def http_url(text: str) -> str:
     # urlsplit drops newlines and tabs silently.
     if any(c.isspace() or not c.isprintable() for c in text.strip()):
         raise ValueError("a URL must not contain white space")
-    parts = urlsplit(text.strip())
+    try:
+        parts = urlsplit(text.strip())
+        _ = parts.port
+    except ValueError:
+        # The error of the standard library may show a password.
+        raise ValueError("a URL must have a valid host and port") from None
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ValueError("it must be an http:// or https:// URL")
     if parts.username or parts.password:
-        raise ValueError("a URL must not have a user name or password")
+        raise ValueError("a URL must not carry a user name or password")
     if parts.query or parts.fragment:
         raise ValueError("a base URL must not have a query or a fragment")
-    _ = parts.port  # raises ValueError if it is out of range
     return text.strip().rstrip("/")
 
 
-def _check_number(value: Any) -> Any:
-    if isinstance(value, bool | str):  # which pydantic would convert
-        raise ValueError("it must be a number")  # noqa: TRY004 - pydantic collects it
-    return value
-
-
-_Number = Annotated[float, BeforeValidator(_check_number)]
-_Positive = Annotated[_Number, Field(ge=0.001, lt=float("inf"))]
-_NotNegative = Annotated[_Number, Field(ge=0, lt=float("inf"))]
+_Positive = Annotated[float, Field(strict=True, ge=0.001, allow_inf_nan=False)]
+_NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 _Count = Annotated[int, Field(strict=True, ge=1)]
 
 
@@ -234,7 +231,7 @@ def _read(env: Mapping[str, str], name: str, convert: Callable[[str], _T]) -> _T
         # A URL may hold a password; any other value is shown.
         if "@" in text:
             raise SettingsError(
-                f"{name} cannot be read: it must not have a user name or password"
+                f"{name} cannot be read: it must not carry a user name or password"
             ) from None
         problem = str(exc).rpartition(" cannot be used: ")[2]
         raise SettingsError(f"{name}={text!r} cannot be read: {problem}") from None
@@ -278,7 +275,7 @@ def _ollama_url(text: str) -> str:
     if any(c.isspace() for c in text):
         raise ValueError("a host must not contain white space")
     if "@" in text:
-        raise ValueError("a host must not have a user name or password")
+        raise ValueError("a host must not carry a user name or password")
     url = text if "://" in text else f"http://{text}"
     if "://" not in text and text.count(":") > 1 and not text.startswith("["):
         url = f"http://[{text}]"

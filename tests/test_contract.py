@@ -14,8 +14,8 @@ import pytest
 
 from dipeo_llm import (
     APIKeyError,
+    CallError,
     LLMInfraService,
-    LLMServiceError,
     RateLimitError,
     ServiceUnavailableError,
     Settings,
@@ -159,7 +159,7 @@ async def test_a_stream_is_chunks_and_then_the_result(provider: Real) -> None:
     [(401, APIKeyError), (429, RateLimitError), (503, ServiceUnavailableError)],
 )
 async def test_a_failure_is_its_class_with_its_fields(
-    provider: Real, do: Do, status: int, cls: type[LLMServiceError | APIKeyError]
+    provider: Real, do: Do, status: int, cls: type[CallError]
 ) -> None:
     """What a caller decides by is there, whoever answered."""
     answer = error("openai", status, retry_delay=7 if status == 429 else None)

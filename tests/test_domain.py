@@ -395,6 +395,23 @@ def test_a_configuration_of_any_class_may_have_defaults(
     assert person_defaults(config) == defaults
 
 
+async def test_a_persons_defaults_are_sent(
+    service: LLMInfraService, server: ProviderServer
+) -> None:
+    """A person keeps its temperature in every call and stream, unless told otherwise."""
+    config = SimpleNamespace(
+        model="gpt-4.1-nano", api_key_id="openai", temperature=0.25, max_tokens=9
+    )
+    said = [Message(from_person_id="system", to_person_id="ada", content="Hello?")]
+
+    await service.complete_with_person(said, "ada", config, max_tokens=7)
+    async with service.stream_with_person(said, "ada", config) as stream:
+        await stream.result()
+
+    sent = [(r.json["temperature"], r.json["max_tokens"]) for r in server.requests]
+    assert sent == [(0.25, 7), (0.25, 9)]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

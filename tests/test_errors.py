@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from dipeo_llm import errors
-from dipeo_llm.adapters.base import create_adapter
-from dipeo_llm.adapters.factory import by_name, split, unknown_model
+from dipeo_llm.adapters.factory import create_adapter
+from dipeo_llm.adapters.factory import by_name, resolve, unknown_model
 from dipeo_llm.errors import (
     APIKeyError,
     APIKeyNotFoundError,
@@ -214,7 +214,7 @@ def test_an_error_can_be_copied(cls: Any, duplicate: Callable[[Any], Any]) -> No
 
 
 PROVOKED: dict[str, Callable[[], Any]] = {
-    "no model": lambda: split("\n"),
+    "no model": lambda: resolve("\n"),
     "no service": lambda: by_name("open\nai"),
     "no provider": lambda: _raise(unknown_model("no\nsuch")),
     "no key": lambda: create_adapter("openai", "gpt\n4", ""),

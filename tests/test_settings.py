@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dipeo_llm import settings as settings_module
-from dipeo_llm.adapters.base import create_adapter
+from dipeo_llm.adapters.factory import create_adapter
 from dipeo_llm.domain import LLMService
 from dipeo_llm.errors import InvalidRequestError, SettingsError
 from dipeo_llm.keys import StaticAPIKeys
@@ -335,6 +335,8 @@ def test_a_field_that_does_not_exist_is_a_type_error() -> None:
     ("field", "value"),
     [
         ("base_urls", {"openai": "https://me:hunter2@gpu/v1"}),
+        ("base_urls", {"openai": "https://me:hunter2/x@gpu/v1"}),
+        ("base_urls", {"openai": "https://me:hunter2@gp\u2100/v1"}),
         ("base_urls", {"openai": ["hunter2"]}),
         ("proxy", ["http://me:hunter2@proxy"]),
         ("extra_headers", {"x-team": ["hunter2"]}),

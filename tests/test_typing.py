@@ -29,10 +29,11 @@ class Checker(Protocol):
 
 
 def run(*command: str) -> str:
-    """Run a checker where the package is; return what it prints."""
+    """Run a program where the package is; return what it prints."""
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
     )
+    # 1 is a checker's answer that there are errors.
     assert done.returncode in {0, 1}, done.stdout + done.stderr
     return done.stdout
 
@@ -99,3 +100,10 @@ def test_every_mistake_is_found(checker: Checker, tmp_path: Path) -> None:
 
     assert len(marked) > 20
     assert checker(copy) == marked
+
+
+def test_the_example_runs() -> None:
+    """It makes its calls, and each is answered in its form."""
+    printed = run(sys.executable, str(EXAMPLE)).splitlines()
+
+    assert (printed[0], printed[-1]) == ("Inn: 517 km", "Hello.")

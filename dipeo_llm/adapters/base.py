@@ -107,6 +107,7 @@ class BaseLLMAdapter:
     """Most characters of such a name."""
     most_stops: ClassVar[int | None] = None
     """Most texts of `stop`; None is no limit."""
+    highest_temperature: ClassVar[float] = 2.0
     headers: ClassVar[frozenset[str] | None] = http.STANDARD_HEADERS
     """Headers that may leave beside the key; None forwards what LiteLLM sets."""
 
@@ -127,12 +128,13 @@ class BaseLLMAdapter:
         self.settings = settings or Settings()
         self.check_model()
         url = self._find_base_url(base_url)
+        api_key = self._check_key(api_key, url)
         self.endpoint = Endpoint(
             service=self.provider.name,
             base_url=url,
-            secret=self._check_key(api_key, url),
-            key_header=self.provider.key_header,
-            allowed_headers=self.headers,
+            secret=api_key,
+            key_header=self._find_key_header(api_key),
+            allowed_headers=self._allow_headers(),
         )
         self._pool = pool if pool is not None else new_pool(self.settings)
         self._owns_pool = pool is None
@@ -305,18 +307,41 @@ class BaseLLMAdapter:
         if form is not None:
             options["response_format"] = copy_json(form.response_format)
         self._limit_tokens(options)
-        self._check_stops(options.get("stop"))
+        self._check_options(options)
         rename_tools(prepared, self.tool_name, self.longest_tool_name)
         self.adjust_options(prepared)
         return prepared
 
-    def _check_stops(self, stop: Any) -> None:
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        """Refuse options that the provider refuses, whatever the model."""
+        name, stop = self.provider.name, options.get("stop")
         if self.most_stops and isinstance(stop, list) and len(stop) > self.most_stops:
-            raise InvalidRequestError(
-                f"`stop` has {len(stop)} texts; {self.provider.name} takes at most"
-                f" {self.most_stops}",
-                **self._fields(),
+            raise self.invalid(
+                f"`stop` has {len(stop)} texts; {name} takes at most {self.most_stops}"
             )
+        if options.get("temperature", 0) > self.highest_temperature:
+            raise self.invalid(
+                f"temperature={options['temperature']} is too high; {name} takes at"
+                f" most {self.highest_temperature:g}"
+            )
+        choice = options.get("tool_choice")
+        if isinstance(choice, dict):
+            wanted = (choice.get("function") or {}).get("name")
+            functions = (tool.get("function") or {} for tool in options["tools"])
+            if wanted not in {function.get("name") for function in functions}:
+                raise self.invalid(f"tool_choice names {wanted!r}, which is not a tool")
+
+    def invalid(self, what: str) -> InvalidRequestError:
+        """Make the error for a request that is refused before it is sent."""
+        return InvalidRequestError(what, **self._fields())
+
+    def output_limit(self) -> int | None:
+        """Return the most tokens of an answer by LiteLLM's table, None if unknown."""
+        info = litellm_tables.known_model_info(
+            self.provider.litellm, self.model_name, self.provider.name
+        )
+        limit = info.get("max_output_tokens")
+        return limit if isinstance(limit, int) and limit > 0 else None
 
     def _limit_tokens(self, options: dict[str, Any]) -> None:
         """Lower `max_tokens` to the model's limit, and log it once; drop fractions of 0.
@@ -329,11 +354,8 @@ class BaseLLMAdapter:
         asked = options.get("max_tokens")
         if asked is None:
             return
-        info = litellm_tables.known_model_info(
-            self.provider.litellm, self.model_name, self.provider.name
-        )
-        limit = info.get("max_output_tokens")
-        if isinstance(limit, int) and 0 < limit < asked:
+        limit = self.output_limit()
+        if limit is not None and limit < asked:
             options["max_tokens"] = limit
             key = (self.provider.name, self.model_name, "max_tokens over the limit")
             if key not in _seen_options:
@@ -475,11 +497,13 @@ class BaseLLMAdapter:
                 service=self.provider.name,
                 cost_usd=self._cost(attempt.litellm, usage, reading.usage),
                 request_id=failures.request_id(attempt.headers) or reading.id,
+                attempts=max(attempt.requests, 1),
                 queued=attempt.queued,
                 reasoning=reading.reasoning,
                 rate_limits=rate_limits(attempt.headers),
                 refusal=reading.refusal,
                 thinking_blocks=reading.thinking_blocks,
+                content_blocks=reading.content_blocks,
             )
 
     def _cost(
@@ -835,6 +859,15 @@ class BaseLLMAdapter:
             )
         return api_key
 
+    def _allow_headers(self) -> frozenset[str] | None:
+        extra = {name for name, _ in self.provider.extra_headers}
+        return None if self.headers is None else self.headers | extra
+
+    def _find_key_header(self, api_key: SecretStr) -> str:
+        """Return the header of the key: a token, such as Azure's Entra, is a Bearer's."""
+        is_token = _TOKEN.match(api_key.get_secret_value())
+        return "authorization" if is_token else self.provider.key_header
+
     def check_model(self) -> None:
         """Refuse a model name that cannot be sent.
 
@@ -910,6 +943,8 @@ _UNREADABLE = (
     RecursionError,
 )
 """What reading JSON of an unknown shape may raise."""
+_TOKEN = re.compile(r"eyJ[\w-]+\.[\w-]+\.")
+"""A JSON Web Token (RFC 7519)."""
 _PROCESS = os.urandom(16)
 _seen_options: set[tuple[str, str, str]] = set()
 
