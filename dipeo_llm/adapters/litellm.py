@@ -108,10 +108,11 @@ class LiteLLMAdapter(BaseLLMAdapter):
         """
         reader = self.stream_reader()
         attempt.is_kept = False
-        async with asyncio.timeout_at(attempt.due):
-            response = await self._call(attempt, client)
-        chunks = aiter(response)
+        response = None
         try:
+            async with asyncio.timeout_at(attempt.due):
+                response = await self._call(attempt, client)
+            chunks = aiter(response)
             while True:
                 async with asyncio.timeout_at(attempt.due):
                     try:
@@ -127,7 +128,8 @@ class LiteLLMAdapter(BaseLLMAdapter):
             # LiteLLM leaves some streams open that are left early.
             if attempt.response is not None:
                 attempt.response.close()
-            await response.aclose()
+            if response is not None:
+                await response.aclose()
         reader.read_done()
         body = self._check_stream(attempt, reader)
         self._log_left_out(attempt)
