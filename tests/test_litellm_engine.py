@@ -80,7 +80,7 @@ async def test_an_answer(
     assert request.headers["user-agent"] == "dipeo-llm"
 
 
-CLOCK = {
+CLOCK: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "clock",
@@ -103,6 +103,26 @@ async def test_a_tool_call(
     (call,) = result.tool_calls
     assert (call.name, call.arguments) == ("clock", {"zone": "UTC"})
     assert result.finish_reason == "tool_calls"
+
+
+async def test_a_tool_has_the_callers_name_in_a_stream(
+    service: LLMInfraService, server: ProviderServer
+) -> None:
+    """A name that the provider does not take is changed on the way, and back."""
+    tool = {"type": "function", "function": {**CLOCK["function"], "name": "the clock"}}
+
+    def call(asked: Received) -> Answer:
+        return Answer(tool_calls=[(asked.json["tools"][0]["function"]["name"], {})])
+
+    server.default = call
+    async with service.stream(
+        HELLO, MODELS["openai"], "openai", tools=[tool]
+    ) as stream:
+        names = [c.tool_call.name async for c in stream if c.tool_call is not None]
+
+    assert "the clock" in names
+    assert set(names) <= {"the clock", None}
+    assert " " not in server.requests[0].json["tools"][0]["function"]["name"]
 
 
 async def test_several_texts_in_a_stream(

@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from dipeo_llm import client as http
 from dipeo_llm import litellm_import
 from dipeo_llm.adapters.attempt import CompletionAttempt
-from dipeo_llm.adapters.base import BaseLLMAdapter
+from dipeo_llm.adapters.base import BaseLLMAdapter, rename_tool
 from dipeo_llm.adapters.events import StreamReader
 from dipeo_llm.adapters.openai import OpenAIStream, read_chat_completion
 from dipeo_llm.adapters.provider import Provider
@@ -107,6 +107,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
         cannot promise that a stream came to its end.
         """
         reader = self.stream_reader()
+        names = attempt.prepared.tool_names
         attempt.is_kept = False
         response = None
         try:
@@ -123,7 +124,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
                     break
                 self._check_sent(attempt)
                 for item in reader.read_event(chunk.model_dump()):
-                    yield item
+                    yield rename_tool(item, names) if names else item
         finally:
             # LiteLLM leaves some streams open that are left early.
             if attempt.response is not None:
