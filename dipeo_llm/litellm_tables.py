@@ -323,8 +323,8 @@ def _litellm_usage(
         return litellm.VertexGeminiConfig._calculate_usage(  # noqa: SLF001
             {"usageMetadata": raw_usage}
         )
-    if "input_tokens" in raw_usage and "total_tokens" not in raw_usage:
-        # Anthropic's record; that of OpenAI's Responses endpoint has a total.
+    if "input_tokens" in raw_usage and "input_tokens_details" not in raw_usage:
+        # Anthropic's record; that of OpenAI's Responses endpoint has details.
         return litellm.AnthropicConfig().calculate_usage(raw_usage, None)
     input_details = raw_usage.get(
         "prompt_tokens_details", raw_usage.get("input_tokens_details")
