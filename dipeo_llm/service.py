@@ -536,6 +536,12 @@ class LLMInfraService:
         key = await self._find_key(call.api_key_id, provider)
         return self._make_adapter(provider, name, key)
 
+    async def _place(self, model: str, service: Any) -> tuple[Provider, str]:
+        """Find the provider of a model string, and the name without a prefix."""
+        if factory.needs_litellm(model, service):
+            await load_litellm()
+        return factory.resolve(model, service)
+
     async def _find_key(self, api_key_id: str | None, provider: Provider | None) -> Key:
         """Ask the application for the key of a provider, or of the key's own."""
         return await find_key(
@@ -546,12 +552,6 @@ class LLMInfraService:
             owner=lambda name: factory.by_name(name).name,
             is_local=factory.is_local,
         )
-
-    async def _place(self, model: str, service: Any) -> tuple[Provider, str]:
-        """Find the provider of a model string, and the name without a prefix."""
-        if factory.needs_litellm(model, service):
-            await load_litellm()
-        return factory.resolve(model, service)
 
     def _make_adapter(self, provider: Provider, name: str, key: Key) -> BaseLLMAdapter:
         return self._create_adapter(

@@ -19,7 +19,7 @@ from dipeo_llm import (
     create_adapter,
 )
 from dipeo_llm.adapters.attempt import Attempt
-from dipeo_llm.domain import ChatRequest, ChatResult
+from dipeo_llm.domain import ChatRequest
 from tests.conftest import HELLO, MODELS, each_provider
 from tests.provider_server import Answer, Fault, ProviderServer, Raw, error
 
@@ -457,57 +457,3 @@ async def test_headers_of_the_settings(server: ProviderServer, provider: str) ->
     await adapter.aclose()
 
     assert server.requests[-1].headers["x-tenant"] == "t-1"
-
-
-# --- what only LiteLLM knows ----------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("provider", "model"),
-    [
-        ("azure_ai", "mistral-large"),
-        ("databricks", "databricks-dbrx-instruct"),
-        ("deepseek", "deepseek-chat"),
-        ("fireworks_ai", "llama-v3p1-8b-instruct"),
-        ("groq", "llama-3.3-70b-versatile"),
-        ("hosted_vllm", "qwen3"),
-        ("mistral", "mistral-large-latest"),
-        ("openrouter", "openai/gpt-4o"),
-        ("together_ai", "qwen3"),
-        ("xai", "grok-4"),
-    ],
-)
-# LiteLLM imports what these need at the first call.
-@pytest.mark.filterwarnings("ignore:Items? .* on TypedDict class:UserWarning")
-async def test_providers_of_openais_kind(
-    server: ProviderServer, provider: str, model: str
-) -> None:
-    """What LiteLLM can reach is reached, with our key and through our client."""
-    server.strict = provider != "openrouter"  # which takes more than OpenAI does
-    adapter = create_adapter(provider, model, CANARY, server.base_url("openai"))
-    messages = ({"role": "system", "content": "Be brief."}, *HELLO)
-
-    result = await adapter.complete(ChatRequest(messages=messages, timeout=20))
-    streamed = [item async for item in adapter.stream(REQUEST)]
-    await adapter.aclose()
-
-    assert (result.text, result.service) == (SAID, provider)
-    assert isinstance(streamed[-1], ChatResult)
-    assert streamed[-1].text == SAID
-    assert server.connections == 1
-    for request in server.requests:
-        assert request.path == "/v1/chat/completions"
-        assert request.headers["authorization"] == f"Bearer {CANARY}"
-        assert request.headers["user-agent"] == "dipeo-llm"
-    assert server.requests[0].json["messages"] == list(messages)
-
-
-@pytest.mark.parametrize("provider", ["cohere", "cloudflare", "azure", "perplexity"])
-async def test_a_provider_that_litellm_reaches_by_itself_is_refused(
-    server: ProviderServer, provider: str
-) -> None:
-    """Its own client knows no fence: it follows redirects, and reads the environment."""
-    with pytest.raises(InvalidRequestError, match="service='openai'"):
-        create_adapter(provider, "m", CANARY, server.base_url("openai"))
-
-    assert server.connections == 0

@@ -234,7 +234,7 @@ MATRIX = (
     Row("cut after some chunks", lambda p: Answer(cut_after=4, pieces=9), None, INTERRUPTED),
     Row("error event", lambda p: Answer(error_after=4, pieces=9), None, INTERRUPTED),
     Row("malformed event", lambda p: Answer(garbage_after=4, pieces=9), None, INTERRUPTED),
-    Row("no end mark", lambda p: Answer(drop_end=True), None, INTERRUPTED),
+    Row("no terminator", lambda p: Answer(drop_end=True), None, INTERRUPTED),
     Row("silence after some chunks", lambda p: Answer(stall_after=4, pieces=9), None, INTERRUPTED, timeout=SHORT),
 )  # fmt: skip
 

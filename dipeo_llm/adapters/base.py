@@ -246,9 +246,9 @@ class BaseLLMAdapter:
         try:
             while (piece := await _next_piece(attempt, reader, pieces)) is not None:
                 for chunk in reader.feed(piece):
-                    yield _rename_tool(chunk, names) if names else chunk
+                    yield rename_tool(chunk, names) if names else chunk
             for chunk in reader.close():
-                yield _rename_tool(chunk, names) if names else chunk
+                yield rename_tool(chunk, names) if names else chunk
         finally:
             await pieces.aclose()
             attempt.response.close()
@@ -1023,7 +1023,7 @@ async def _next_piece(
         return None
 
 
-def _rename_tool(chunk: StreamChunk, names: Mapping[str, str]) -> StreamChunk:
+def rename_tool(chunk: StreamChunk, names: Mapping[str, str]) -> StreamChunk:
     """Give a tool call in a stream the caller's name of the tool."""
     if chunk.tool_call is not None and chunk.tool_call.name is not None:
         chunk.tool_call.name = names.get(chunk.tool_call.name, chunk.tool_call.name)
