@@ -55,13 +55,7 @@ KEY: Final = re.compile(
 )
 """Finds keys inside a text."""
 
-_BEGINS_LIKE_KEY_PARAMETERS: Final = (
-    r"(?i:key|api[-_]?key|access_token|token|sig|signature"
-    r"|x-amz-(?:signature|credential|security-token))"
-)
-"""The names of URL parameters that carry a key or a signature, as a regular expression."""
-
-KEY: Final = re.compile(
+_BEGINS_LIKE_KEY: Final = re.compile(
     rf"\b(?:{'|'.join(prefix for prefix, _ in _SHAPES)})|[0-9a-fA-F]{{32}}"
 )
 _LONGEST_ID: Final = 64
@@ -71,7 +65,7 @@ SHORTEST: Final = 8
 
 # What people write where a local server wants a key and reads none, such as "lm-studio".
 _PLACEHOLDER_WORDS: Final = frozenset(
-    "a an and any anything api apikey bearer changeme cpp default demo dev dummy empty"
+    "a an and any anything api apikey bearer changeme cpp default demo dev dummy empty"  # noqa: SIM905 - sixty words read better as text
     " example fake for here ignore ignored is key koboldcpp llama llamacpp llamafile lm"
     " lmstudio local localai localhost missing mock model my n need needed never no"
     " none not nothing null ollama openai or placeholder provided real required sample"

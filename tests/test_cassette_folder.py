@@ -179,7 +179,7 @@ def test_a_file_that_is_no_cassette_is_a_problem(tmp_path: Path) -> None:
 
     (problem,) = check(tmp_path)
 
-    assert "a.yml is no cassette" in str(problem)
+    assert "a.yml contains no cassette" in str(problem)
 
 
 def test_the_command_tells_a_script_by_its_exit_code(
@@ -303,7 +303,7 @@ def test_a_file_that_cannot_be_listed_is_named(
     code = run("list", str(tmp_path))
 
     assert code == 1
-    assert "a.yaml is no cassette" in capsys.readouterr().err
+    assert "a.yaml contains no cassette" in capsys.readouterr().err
 
 
 def test_a_table_cannot_drive_the_terminal(tmp_path: Path) -> None:

@@ -387,7 +387,9 @@ def test_a_file_that_is_no_cassette_is_named(path: Path) -> None:
     path.parent.mkdir()
     path.write_text("<<<<<<< HEAD\n", encoding="utf-8")
 
-    with pytest.raises(BaseException, match=r"test\.yaml is no cassette") as caught:
+    with pytest.raises(
+        BaseException, match=r"test\.yaml contains no cassette"
+    ) as caught:
         use_cassette(path).__enter__()
 
     assert type(caught.value).__name__ == "CassetteError"

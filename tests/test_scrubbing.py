@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dipeo_llm.testing.cassette_file import Exchange, scrubbed
-from dipeo_llm.testing.interception import Request
+from dipeo_llm.testing.cassette_file import Exchange, scrub
+from dipeo_llm.testing.exchange import Answer, Request
 from dipeo_llm.testing.scrubbing import (
     PLACEHOLDER,
     Secrets,
     is_secret_header,
-    told_over_events,
+    join_events,
 )
 
 KEY = 'my"own/key+of=this\\run'
@@ -188,9 +188,8 @@ def kept(secrets: Secrets) -> Exchange:
         "x-new": ["c"],
         "x-request-id": ["d"],
     }
-    status = {"code": 200, "message": "OK"}
-    answer = {"status": status, "headers": headers, "body": {"string": b"{}"}}
-    return scrubbed(Exchange(request, answer), secrets)
+    answer = Answer(200, "OK", headers, [(b"{}", 0)], failure=None)
+    return scrub(Exchange(request, answer), secrets)
 
 
 def test_of_a_requests_headers_only_the_harmless_are_kept() -> None:
@@ -200,7 +199,7 @@ def test_of_a_requests_headers_only_the_harmless_are_kept() -> None:
 
 def test_of_an_answers_headers_only_the_harmless_are_kept() -> None:
     """Of a request's id it is told that there was one."""
-    headers = kept(Secrets()).answer["headers"]
+    headers = kept(Secrets()).answer.headers
 
     assert headers == {**KEPT_OF_AN_ANSWER, "x-request-id": [PLACEHOLDER]}
 
@@ -268,5 +267,5 @@ def test_what_a_stream_tells_bit_by_bit_is_joined() -> None:
     lines = "".join(f"{json.dumps(event)}\n" for event in events)
 
     for body in (f"{sse}data: [DONE]\n\n", lines):
-        assert "my sk-abcdefghijklmnop1234" in told_over_events(body)
+        assert "my sk-abcdefghijklmnop1234" in join_events(body)
         assert Secrets().find(body) == []
