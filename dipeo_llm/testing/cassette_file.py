@@ -137,7 +137,8 @@ def _pieces(body: bytes, lengths: str) -> list[Piece]:
 def response_of(answer: Answer) -> dict[str, Any]:
     """Write a response in vcrpy's form, the body as bytes."""
     failure = answer.failure
-    no_answer = {"code": NO_ANSWER, "message": failure.message if failure else ""}
+    why = (failure.message or failure.type or failure.kind) if failure else ""
+    no_answer = {"code": NO_ANSWER, "message": why}
     response: dict[str, Any] = {
         "status": no_answer
         if answer.status is None

@@ -55,7 +55,7 @@ class Failure:
     def of(cls, exc: BaseException) -> "Failure":
         """Describe an exception of an HTTP client."""
         kind = type(exc)
-        text = getattr(exc, "strerror", None) or str(exc) or kind.__name__
+        text = getattr(exc, "strerror", None) or str(exc)
         errno = getattr(exc, "errno", None)
         name = f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
         return cls(

@@ -7,6 +7,7 @@ respx, pytest-httpx or aioresponses, therefore answers first, and is not recorde
 """
 
 import asyncio
+import builtins
 import functools
 import importlib
 import inspect
@@ -220,9 +221,8 @@ async def _answer_aiohttp(
             return response
         try:
             await _read(answer, live, started)
-        except BaseException:
+        finally:
             response.close()
-            raise
     return await _aiohttp_response(source, answer, request)
 
 
@@ -297,20 +297,26 @@ def _aiohttp_error(request: Any, failure: Failure) -> Exception:
         "connect timeout": aiohttp.ConnectionTimeoutError,
         "timeout": aiohttp.SocketTimeoutError,
     }
-    cls: Any = _class_of(failure, "aiohttp", aiohttp) or kinds.get(
-        failure.kind, aiohttp.ServerDisconnectedError
+    cls: Any = (
+        _class_of(failure, "aiohttp", aiohttp)
+        or _class_of(failure, "builtins", builtins)
+        or kinds.get(failure.kind, aiohttp.ServerDisconnectedError)
     )
-    os_error = OSError(failure.errno, failure.message)
+    if issubclass(cls, aiohttp.ClientConnectorError):
+        os_error = OSError(failure.errno, failure.message)
+        error: Exception = cls(request.connection_key, os_error)
+        return error
+    return _made(cls, failure)
+
+
+def _made(cls: type[Exception], failure: Failure) -> Exception:
+    """Make an exception with what is known of it, whatever its class asks for."""
+    if issubclass(cls, OSError) and failure.errno is not None:
+        return cls(failure.errno, failure.message)
     try:
-        if issubclass(cls, aiohttp.ClientConnectorError):
-            error: Exception = cls(request.connection_key, os_error)
-        elif issubclass(cls, aiohttp.ClientOSError):
-            error = cls(failure.errno, failure.message)
-        else:
-            error = cls(failure.message)
-    except TypeError:  # one of the rare classes whose arguments were not recorded
-        return aiohttp.ClientConnectionError(failure.message)
-    return error
+        return cls(failure.message)
+    except TypeError:  # its arguments are objects that no file can keep
+        return cls.__new__(cls, failure.message)
 
 
 def _class_of(failure: Failure, package: str, module: Any) -> type[Exception] | None:
@@ -635,27 +641,22 @@ def from_vcrpy(request: Any) -> Request:
 
 def _http_client_error(failure: Failure) -> Exception:
     """Make the exception of `http.client` or urllib3 that was raised, or of its kind."""
-    import builtins
     import http.client
+    import socket
 
     import urllib3.exceptions
 
     for package, module in (
         ("builtins", builtins),
-        ("socket", __import__("socket")),
+        ("socket", socket),
         ("http", http.client),
         ("urllib3", urllib3.exceptions),
     ):
         cls = _class_of(failure, package, module)
-        if cls is not None and issubclass(cls, OSError) and package != "http":
-            return cls(failure.errno, failure.message)
         if cls is not None:
-            try:
-                return cls(failure.message)
-            except TypeError:  # urllib3's name the connection or the pool first
-                return cls(None, failure.message)
+            return _made(cls, failure)
     if failure.kind == "connect":
         return ConnectionRefusedError(failure.errno, failure.message)
-    if "timeout" in failure.kind or failure == SILENCE:
-        return TimeoutError(failure.message)
-    return http.client.RemoteDisconnected(failure.message)
+    if failure.kind == "disconnect":
+        return http.client.RemoteDisconnected(failure.message)
+    return TimeoutError(failure.message)
