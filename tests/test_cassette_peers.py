@@ -1,6 +1,7 @@
 """Cassettes of vcrpy and pytest-recording here, and ours there."""
 
 import asyncio
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,15 @@ import yaml
 from dipeo_llm.testing import CassetteMismatchError, use_cassette
 from tests.provider_server import ProviderServer, Raw
 
+
+def files_in(folder: Path) -> list[Path]:
+    """List the files of a folder."""
+    return list(folder.iterdir())
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "JSON": {"serializer": "json"},
+    "JSON": {"serializer": "json", "decode_compressed_response": True},
     "decoded": {"decode_compressed_response": True},
     "filtered": {
         "filter_headers": ["authorization"],
@@ -67,11 +74,11 @@ async def test_a_cassette_of_vcrpy_replays_here(
     """Whatever options it was recorded with, and the answer compressed."""
     given = OPTIONS[options]
     path = tmp_path / ("test.json" if "serializer" in given else "test.yaml")
-    packed = __import__("gzip").compress(b'{"a": 1}')
+    packed = gzip.compress(b'{"a": 1}')
     async with ProviderServer(strict=False) as server:
         url = f"{server.base_url('openai')}/chat/completions?key=abc&sig=def&alt=sse"
         server.reply(Raw(headers={"content-encoding": "gzip"}, body=packed))
-        with vcr.VCR(record_mode="once", **given).use_cassette(str(path)):
+        with vcr.VCR(record_mode="once").use_cassette(str(path), **given):
             await CLIENTS[client](url, {"n": 1})
     with use_cassette(path):
         assert await CLIENTS[client](url, {"n": 1}) == {"a": 1}
@@ -118,7 +125,7 @@ async def test_vcrpy_gets_a_status_for_a_failed_connection(
 async def test_a_form_that_vcrpy_kept_as_objects_replays(
     tmp_path: Path, data: Any, kept: Any
 ) -> None:
-    """vcrpy keeps what a program gave to aiohttp, and not what aiohttp sent."""
+    """In place of the bytes it keeps what the program gave to aiohttp."""
     path = tmp_path / "test.yaml"
     async with ProviderServer(strict=False) as server:
         url = f"{server.base_url('openai')}/chat/completions"
@@ -191,9 +198,11 @@ async def test_repeats_can_be_allowed_as_in_vcrpy(tmp_path: Path) -> None:
     with use_cassette(path, allow_playback_repeats=True):
         for _ in range(3):
             assert await by_httpx(url, {}) == {"a": 1}
-    with pytest.raises(CassetteMismatchError), use_cassette(path):
-        for _ in range(2):
+    with use_cassette(path) as cassette:
+        await by_httpx(url, {})
+        with pytest.raises(CassetteMismatchError):
             await by_httpx(url, {})
+        cassette.mismatches.clear()
 
 
 # --- hooks ---------------------------------------------------------------------------
@@ -219,9 +228,8 @@ async def test_hooks_change_what_is_compared_and_kept(tmp_path: Path) -> None:
         server.reply(Raw(body=b'{"id": "secret-id"}'))
         with use_cassette(path, record="once", **hooks):
             first = await by_httpx(url, {"prompt": "it is 12:00"})
-            ignored = httpx.get
             models = f"{server.base_url('openai')}/models"
-            assert (await asyncio.to_thread(ignored, models)).status_code == 401
+            assert (await asyncio.to_thread(httpx.get, models)).status_code == 200
     with use_cassette(path, **hooks) as cassette:
         then = await by_httpx(url, {"prompt": "it is 12:01"})
 
@@ -238,4 +246,4 @@ async def test_a_hook_can_drop_an_exchange(tmp_path: Path) -> None:
         with use_cassette(path, record="once", before_record_response=lambda _: None):
             await by_httpx(url, {})
 
-    assert not list(tmp_path.iterdir())
+    assert files_in(tmp_path) == []

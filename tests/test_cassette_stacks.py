@@ -1,6 +1,7 @@
 """Every HTTP stack of Python: recorded and replayed, or refused, never passed over."""
 
 import asyncio
+import gzip
 import http.client
 import importlib
 import io
@@ -244,7 +245,7 @@ async def test_a_packed_answer_is_the_same_in_the_replay(
     server: ProviderServer, path: Path, stack: str
 ) -> None:
     """Where vcrpy leaves the compression on, the file has it off all the same."""
-    body = importlib.import_module("gzip").compress(b'{"packed": true}')
+    body = gzip.compress(b'{"packed": true}')
     server.reply(Raw(headers={"content-encoding": "gzip"}, body=body))
 
     with use_cassette(path, record="once"):
@@ -271,9 +272,11 @@ async def test_all_of_httpx2s_streams_replay(
             return [lines, [event.data for event in httpx2.EventSource(got)]]
 
     async def read(url: str) -> list[Any]:
-        async with httpx2.AsyncClient(trust_env=False) as client:
-            async with client.stream("POST", url, json={"way": 3}) as got:
-                pieces = [piece async for piece in got.aiter_bytes()]
+        async with (
+            httpx2.AsyncClient(trust_env=False) as client,
+            client.stream("POST", url, json={"way": 3}) as got,
+        ):
+            pieces = [piece async for piece in got.aiter_bytes()]
         return [pieces, await asyncio.to_thread(blocking, url)]
 
     server.default = Raw(headers=SSE, body=EVENTS, framing="chunked", piece_delay=0.02)
