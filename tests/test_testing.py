@@ -234,7 +234,7 @@ async def test_a_result_in_the_script_is_not_changed() -> None:
 async def test_what_is_no_reply_is_refused() -> None:
     """A mistake in a script is told as one."""
     async with on(MockLLMAdapter(17)) as service:  # type: ignore[arg-type]
-        with pytest.raises(TypeError, match="int is no reply: script a str, a Reply"):
+        with pytest.raises(TypeError, match="int is not a reply"):
             await service.complete(HELLO, MODEL, "openai")
 
 
