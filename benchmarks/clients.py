@@ -198,7 +198,8 @@ class LiteLLM(Client):
 
         from dipeo_llm import Settings
         from dipeo_llm.adapters.base import _sdk_client, create_adapter
-        from dipeo_llm.litellm_import import know_model
+        from dipeo_llm.adapters.translation import untold
+        from dipeo_llm.litellm_tables import know_model
 
         self._litellm: Any = litellm
         self._adapter = create_adapter(
@@ -206,7 +207,7 @@ class LiteLLM(Client):
         )
         self._lease = await self._adapter.client()
         provider = self._adapter.provider
-        know_model(self._litellm, provider, self.model)
+        know_model(self._litellm, self.model, untold(provider, self.model))
         self._arguments: dict[str, Any] = {
             "model": f"{provider.litellm}/{self.model}",
             "custom_llm_provider": provider.litellm,

@@ -8,7 +8,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dipeo_llm.adapters.base import BaseLLMAdapter, create_adapter
+    from dipeo_llm.adapters.base import BaseLLMAdapter
+    from dipeo_llm.adapters.claude import ClaudeAdapter
+    from dipeo_llm.adapters.factory import create_adapter
+    from dipeo_llm.adapters.gemini import GeminiAdapter
+    from dipeo_llm.adapters.ollama import OllamaAdapter
+    from dipeo_llm.adapters.openai import ChatGPTAdapter
     from dipeo_llm.domain import (
         Capabilities,
         ChatRequest,
@@ -61,13 +66,16 @@ __all__ = [
     "APIKeyPort",
     "BaseLLMAdapter",
     "Capabilities",
+    "ChatGPTAdapter",
     "ChatRequest",
     "ChatResult",
     "ChatStream",
+    "ClaudeAdapter",
     "ContentFilterError",
     "ContextWindowError",
     "DiPeOLLMError",
     "EnvironmentAPIKeys",
+    "GeminiAdapter",
     "ImageGenerationResult",
     "InvalidRequestError",
     "LLMDomainService",
@@ -80,6 +88,7 @@ __all__ = [
     "Message",
     "MessageFormatter",
     "ModelNotFoundError",
+    "OllamaAdapter",
     "Person",
     "PersonLLMConfig",
     "QuotaExceededError",
@@ -116,6 +125,7 @@ _MODULES = (
     "message_formatter",
     "streaming",
     "adapters.base",
+    "adapters.factory",
     "service",
 )
 

@@ -1,4 +1,4 @@
-"""Lets `python -m dipeo_llm` stand for `dipeo-llm`."""
+"""Make `python -m dipeo_llm` the same command as `dipeo-llm`."""
 
 import sys
 

@@ -36,7 +36,7 @@ class SettingsError(DiPeOLLMError, ValueError):
     """
 
 
-class _CallError(DiPeOLLMError):
+class CallError(DiPeOLLMError):
     """What both families of a failed call carry. Every argument is optional.
 
     Args:
@@ -86,15 +86,15 @@ class _CallError(DiPeOLLMError):
 
 
 def _rebuild(
-    cls: type[_CallError], args: tuple[Any, ...], state: dict[str, Any]
-) -> _CallError:
+    cls: type[CallError], args: tuple[Any, ...], state: dict[str, Any]
+) -> CallError:
     error = cls.__new__(cls, *args)
     error.args = args
     error.__dict__.update(state)
     return error
 
 
-class APIKeyError(_CallError):
+class APIKeyError(CallError):
     """The key is missing, unknown, another provider's, or refused (401, 403)."""
 
 
@@ -102,7 +102,7 @@ class APIKeyNotFoundError(APIKeyError):
     """No key is kept under this id."""
 
 
-class LLMServiceError(_CallError):
+class LLMServiceError(CallError):
     """A call failed in a way that no subclass describes, or base of those that do."""
 
 

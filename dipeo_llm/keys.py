@@ -12,7 +12,9 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from dipeo_llm.adapters.factory import PROVIDERS, Provider, by_name, of_key
+from dipeo_llm.adapters.factory import PROVIDERS, by_name, of_key
+from dipeo_llm.adapters.provider import Provider
+from dipeo_llm.client import fits_a_header
 from dipeo_llm.errors import APIKeyError, APIKeyNotFoundError
 from dipeo_llm.ports import APIKeyPort
 
@@ -87,11 +89,6 @@ def _check(key: Key, api_key_id: str, service: str | None, *, needed: bool) -> N
             f"key {api_key_id!r} holds a character that no header can carry",
             service=service,
         )
-
-
-def fits_a_header(secret: SecretStr) -> bool:
-    """Say whether a key can travel in a header."""
-    return re.fullmatch(r"[\x21-\x7e]*", secret.get_secret_value()) is not None
 
 
 async def _read(port: APIKeyPort, api_key_id: str) -> Key:

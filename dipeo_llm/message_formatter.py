@@ -91,7 +91,7 @@ def has_content(content: Any) -> bool:
 _ROLES = ("assistant", "developer", "function", "system", "tool", "user")
 
 
-def checked(messages: Any) -> tuple[Mapping[str, Any], ...]:
+def check_messages(messages: Any) -> tuple[Mapping[str, Any], ...]:
     """Return OpenAI-shaped messages that some provider could answer.
 
     Raises:

@@ -116,13 +116,13 @@ class Pool(Generic[C]):
             clients = await self._open_loop()
         return await clients.lease(key, make)
 
-    def turns(self, key: Hashable, limit: int) -> asyncio.Semaphore:
-        """Return what the clients of *key* on this loop share: *limit* turns.
+    def permits(self, key: Hashable, limit: int) -> asyncio.Semaphore:
+        """Return what the clients of *key* on this loop share: *limit* permits.
 
         A client that has left the pool keeps its calls, so one that takes its place
         must count them.
         """
-        shared = self._loops[asyncio.get_running_loop()].turns
+        shared = self._loops[asyncio.get_running_loop()].permits
         return shared.setdefault(key, asyncio.Semaphore(limit))
 
     async def _open_loop(self) -> "_LoopClients[C]":
@@ -218,7 +218,7 @@ class _LoopClients(Generic[C]):
         self._out_of_grace = False
         self._acloser: asyncio.Task[None] | None = None
         self.process = os.getpid()
-        self.turns: WeakValueDictionary[Hashable, asyncio.Semaphore] = (
+        self.permits: WeakValueDictionary[Hashable, asyncio.Semaphore] = (
             WeakValueDictionary()
         )
         self.slots: set[_Slot[C]] = set()

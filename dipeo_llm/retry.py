@@ -6,11 +6,16 @@ none. stamina drives the loop and sleeps; this module answers its question.
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import AsyncIterator
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from dipeo_llm.errors import DiPeOLLMError, LLMTimeoutError
+from dipeo_llm.errors import (
+    CallError,
+    DiPeOLLMError,
+    InvalidRequestError,
+    LLMTimeoutError,
+)
 from dipeo_llm.settings import Settings
 
 
@@ -74,34 +79,57 @@ class Deadline:
         )
 
 
-class RetryDecision:
-    """Answers stamina's question after each failed attempt of one call.
+class RetryPolicy:
+    """Decides, after each failed attempt of one call, whether to make another and when.
 
     Args:
         settings: The waits and their limits.
-        left: Returns the seconds that the whole call still has.
+        deadline: Counts the attempts, and ends the call.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        left: Callable[[], float],
-    ) -> None:
+    def __init__(self, settings: Settings, deadline: Deadline) -> None:
         self._settings = settings
-        self._left = left
+        self._deadline = deadline
 
     def __call__(self, error: Exception) -> bool | float:
         """Return False to give up, True to back off, or the seconds to wait.
 
         A wait that the provider asks for and that is longer than `retry_after_max`, or
-        than what is left of the deadline, ends the call at once: the error says in
+        than the rest of the deadline, ends the call at once: the error says in
         `retry_after` when to come back.
         """
         if not getattr(error, "retryable", False):
             return False
         wait = getattr(error, "retry_after", None)
-        if self._left() <= (wait or 0.0):
+        if self._deadline.left() <= (wait or 0.0):
             return False
         if wait is None:
             return True
         return False if wait > self._settings.retry_after_max else float(wait)
+
+    def is_last(self, error: DiPeOLLMError) -> bool:
+        """Note a failed attempt, and say whether it was the last."""
+        deadline = self._deadline
+        deadline.last = error
+        if isinstance(error, CallError):
+            was_sent = bool(error.status_code) or not isinstance(
+                error, InvalidRequestError
+            )
+            error.attempts = deadline.attempts - (not was_sent)
+        return deadline.attempts > self._settings.max_retries or self(error) is False
+
+    def steps(self) -> AsyncIterator[Any]:
+        """Return stamina's steps; it waits between them."""
+        import stamina
+
+        settings = self._settings
+        return aiter(
+            stamina.retry_context(
+                on=self,
+                attempts=settings.max_retries + 1,
+                timeout=None,
+                wait_initial=settings.retry_wait,
+                wait_max=settings.retry_wait_max,
+                wait_jitter=settings.retry_wait,
+            )
+        )

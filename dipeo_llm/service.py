@@ -1,20 +1,20 @@
-"""The order of things in a call: whose model, which key, what to say, how often to try.
+"""The order of things in a call: compose, check, place, key, media, retry, adapter.
 
-Knows no provider's name and no LiteLLM; each step is another module's, and they are
-written out here in the order in which they happen.
+Knows no provider's name and no LiteLLM. Each step is another module's; the methods
+below stand in the order in which a call runs through them.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Self, TypeVar, cast
 from weakref import WeakSet
 
-from dipeo_llm import counting, listing, media
-from dipeo_llm.adapters import base as adapters
-from dipeo_llm.adapters import factory as providers
-from dipeo_llm.adapters.base import BaseLLMAdapter
-from dipeo_llm.adapters.factory import Provider
+from dipeo_llm import media
+from dipeo_llm.adapters import factory
+from dipeo_llm.adapters.base import BaseLLMAdapter, new_pool
+from dipeo_llm.adapters.provider import Provider
 from dipeo_llm.adapters.usage import token_usage
 from dipeo_llm.domain import (
     Capabilities,
@@ -28,17 +28,17 @@ from dipeo_llm.errors import (
     APIKeyError,
     DiPeOLLMError,
     InvalidRequestError,
-    LLMServiceError,
     ServiceUnavailableError,
     StructuredOutputError,
 )
-from dipeo_llm.keys import find_key
-from dipeo_llm.litellm_import import capabilities_of, infer_provider, load_litellm
-from dipeo_llm.message_formatter import MessageFormatter, checked
+from dipeo_llm.keys import Key, find_key
+from dipeo_llm.litellm_import import load_litellm
+from dipeo_llm.litellm_tables import infer_provider
+from dipeo_llm.message_formatter import MessageFormatter, check_messages
 from dipeo_llm.ports import APIKeyPort, LLMDomainService
-from dipeo_llm.retry import Deadline, RetryDecision
+from dipeo_llm.retry import Deadline, RetryPolicy
 from dipeo_llm.settings import Settings
-from dipeo_llm.streaming import ChatStream, Opened, Start
+from dipeo_llm.streaming import ChatStream, Opened
 from dipeo_llm.structured import form_of, parse
 from dipeo_llm.system_prompt_handler import SystemPromptHandler
 
@@ -46,6 +46,18 @@ _T = TypeVar("_T")
 
 AdapterFactory = Callable[..., BaseLLMAdapter]
 """Called as `create_adapter` is: provider, model, key, base URL, and keywords."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What a caller asked, checked."""
+
+    request: ChatRequest
+    model: str
+    """The model string."""
+    api_key_id: str | None
+    service: Any
+    """The name of the provider, None where the model string decides."""
 
 
 class LLMInfraService:
@@ -81,8 +93,8 @@ class LLMInfraService:
             self.settings.base_dir
         )
         self._formatter = MessageFormatter()
-        self._create_adapter = adapter_factory or adapters.create_adapter
-        self._pool = adapters.new_pool(self.settings)
+        self._create_adapter = adapter_factory or factory.create_adapter
+        self._pool = new_pool(self.settings)
         self._loading: set[asyncio.Task[Any]] = set()
         self._ended: WeakSet[asyncio.Task[Any]] = WeakSet()
         self._closed = False
@@ -146,11 +158,10 @@ class LLMInfraService:
 
         Cancelling the call closes its connection; the pooled client lives on.
         """
-        service = _service(options, service)
-        request = self._request(options, messages=checked(messages))
-        async with Deadline(request.deadline) as deadline:
-            result = await self._answer(request, model, service, api_key_id, deadline)
-        return _finished(request, result, deadline)
+        call = self._check_call(options, model, api_key_id, service, messages)
+        async with Deadline(call.request.deadline) as deadline:
+            result = await self._answer(call, deadline)
+        return _finish(call.request, result, deadline)
 
     async def complete_with_person(
         self,
@@ -172,14 +183,11 @@ class LLMInfraService:
 
         A prompt file is read in a thread. Cancelling is as for `complete`.
         """
-        service = _service(options) or getattr(llm_config, "service", None)
-        request = self._request(options)
-        model, api_key_id = llm_config.model, llm_config.api_key_id
-        async with Deadline(request.deadline) as deadline:
-            messages = await self._compose(person_messages, person_id, llm_config)
-            request = replace(request, messages=checked(messages))
-            result = await self._answer(request, model, service, api_key_id, deadline)
-        return _finished(request, result, deadline)
+        call = self._check_person_call(options, llm_config)
+        async with Deadline(call.request.deadline) as deadline:
+            call = await self._compose(call, person_messages, person_id, llm_config)
+            result = await self._answer(call, deadline)
+        return _finish(call.request, result, deadline)
 
     def stream(
         self,
@@ -209,13 +217,12 @@ class LLMInfraService:
         Raises:
             InvalidRequestError, TypeError, RuntimeError: At once, as `complete`.
         """
-        service = _service(options, service)
-        request = self._request(options, messages=checked(messages))
-
-        async def start(deadline: Deadline) -> Opened:
-            return await self._open(request, model, service, api_key_id, deadline)
-
-        return self._stream(start, request)
+        call = self._check_call(options, model, api_key_id, service, messages)
+        return ChatStream(
+            partial(self._open, call),
+            partial(_finish, call.request),
+            deadline=call.request.deadline,
+        )
 
     def stream_with_person(
         self,
@@ -228,18 +235,14 @@ class LLMInfraService:
 
         Arguments are as for `complete_with_person`, the rest as for `stream`.
         """
-        service = _service(options) or getattr(llm_config, "service", None)
-        request = self._request(options)
-
-        model, api_key_id = llm_config.model, llm_config.api_key_id
-
-        async def start(deadline: Deadline) -> Opened:
-            # Composed when it is entered, as that may read a file.
-            messages = await self._compose(person_messages, person_id, llm_config)
-            whole = replace(request, messages=checked(messages))
-            return await self._open(whole, model, service, api_key_id, deadline)
-
-        return self._stream(start, request)
+        call = self._check_person_call(options, llm_config)
+        return ChatStream(
+            partial(
+                self._open_with_person, call, person_messages, person_id, llm_config
+            ),
+            partial(_finish, call.request),
+            deadline=call.request.deadline,
+        )
 
     async def count_tokens(
         self,
@@ -266,14 +269,14 @@ class LLMInfraService:
         Raises:
             DiPeOLLMError: As `complete`.
         """
-        request = self._request({"tools": list(tools)}, messages=checked(messages))
-        adapter = await self._adapter(model, service, api_key_id)
-        prepared = self._prepared(request, adapter)
-
-        async def attempt() -> TokenCount:
-            return await counting.count(adapter, await prepared())
-
-        return await self._retried(adapter, attempt, Deadline())
+        call = self._check_call(
+            {"tools": list(tools)}, model, api_key_id, service, messages
+        )
+        adapter = await self._find_adapter(call)
+        request = await self._prepare_media(call.request, adapter)
+        return await self._retry(
+            adapter, partial(adapter.count_tokens, request), Deadline()
+        )
 
     def capabilities(self, model: str, *, service: Any = None) -> Capabilities:
         """Say what a model takes and costs, by LiteLLM's table.
@@ -284,7 +287,8 @@ class LLMInfraService:
         Raises:
             InvalidRequestError: The model cannot be placed.
         """
-        return capabilities_of(*_placed(model, service))
+        row, name = _resolve(model, service)
+        return factory.capabilities(row, name)
 
     async def get_available_models(self, api_key_id: str) -> list[str]:
         """Return the names of the models that the provider offers to a key, sorted.
@@ -299,8 +303,8 @@ class LLMInfraService:
 
         Every page of the provider's own list is read.
         """
-        adapter = await self._key_adapter(api_key_id, None)
-        return await self._retried(adapter, lambda: listing.models(adapter), Deadline())
+        adapter = await self._find_key_adapter(api_key_id, None)
+        return await self._retry(adapter, adapter.list_models, Deadline())
 
     async def validate_api_key(
         self, api_key_id: str, provider: str | None = None
@@ -318,10 +322,10 @@ class LLMInfraService:
             APIKeyError: The key is unknown to the application, so nothing was asked.
             LLMServiceError: The provider could not be asked.
         """
-        adapter = await self._key_adapter(api_key_id, provider)
+        adapter = await self._find_key_adapter(api_key_id, provider)
         try:
-            await self._retried(
-                adapter, lambda: listing.models(adapter, pages=1), Deadline()
+            await self._retry(
+                adapter, partial(adapter.list_models, pages=1), Deadline()
             )
         except APIKeyError:
             return False
@@ -339,8 +343,8 @@ class LLMInfraService:
     async def get_provider_for_model(self, model: str) -> str | None:
         """Return the provider of a model string, None where it cannot be told.
 
-        What no row of `providers` claims is asked of LiteLLM, whose import takes
-        seconds the first time, in a thread.
+        LiteLLM is asked about a name that no row claims; its import takes seconds the
+        first time, in a thread.
         """
         try:
             return (await self._place(model, None))[0].name
@@ -350,54 +354,98 @@ class LLMInfraService:
     def _reopen(self) -> None:
         if self._closed:
             # The old pool stays closed: a call that outlived `aclose` finds no way back.
-            self._pool = adapters.new_pool(self.settings)
+            self._pool = new_pool(self.settings)
         self._closed = False
 
-    # The steps of a call, in order.
+    # The steps of a call, in the order in which it takes them.
 
-    async def _compose(
-        self, person_messages: Sequence[Any], person_id: Any, config: Any
-    ) -> list[dict[str, Any]]:
-        if getattr(config, "prompt_file", None):
-            prompt = await asyncio.to_thread(self._prompts.get_system_prompt, config)
-        else:
-            prompt = self._prompts.get_system_prompt(config)
-        # The role "system" is every adapter's to translate: only it knows the provider
-        # for certain when the model string decides.
-        return self._formatter.format_messages_for_llm(
-            person_messages or (), person_id, prompt
-        )
-
-    def _request(
+    def _check_call(
         self,
-        options: Mapping[str, Any],
-        *,
-        messages: Sequence[Mapping[str, Any]] = (),
-    ) -> ChatRequest:
-        self._check_open()
+        options: dict[str, Any],
+        model: str,
+        api_key_id: str | None,
+        service: Any,
+        messages: Sequence[Mapping[str, Any]] | None,
+    ) -> _Call:
+        """Check what a caller gave for a conversation in OpenAI's shape."""
+        service = _take_service(options, service)
+        request = self._check_options(options)
+        request = replace(request, messages=check_messages(messages))
+        return _Call(request, model, api_key_id, service)
+
+    def _check_person_call(self, options: dict[str, Any], llm_config: Any) -> _Call:
+        """Check what a caller gave for a person; `_compose` adds the messages."""
+        service = _take_service(options) or getattr(llm_config, "service", None)
+        request = self._check_options(options)
+        return _Call(request, llm_config.model, llm_config.api_key_id, service)
+
+    def _check_options(self, options: Mapping[str, Any]) -> ChatRequest:
+        if self._closed:
+            raise RuntimeError("the service is closed; initialize() opens it again")
         request = request_from_options(
-            messages,
+            (),
             options,
             default_timeout=self.settings.timeout,
             default_idle_timeout=self.settings.idle_timeout,
         )
         return replace(request, response_format=form_of(request.response_format))
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RuntimeError("the service is closed; initialize() opens it again")
+    async def _compose(
+        self, call: _Call, person_messages: Sequence[Any], person_id: Any, config: Any
+    ) -> _Call:
+        """Add the conversation as the person sees it, with the system prompt."""
+        if getattr(config, "prompt_file", None):
+            prompt = await asyncio.to_thread(self._prompts.get_system_prompt, config)
+        else:
+            prompt = self._prompts.get_system_prompt(config)
+        # The adapter translates the role "system": only it knows the provider for
+        # certain when the model string decides.
+        messages = self._formatter.format_messages_for_llm(
+            person_messages or (), person_id, prompt
+        )
+        request = replace(call.request, messages=check_messages(messages))
+        return replace(call, request=request)
+
+    async def _answer(self, call: _Call, deadline: Deadline) -> ChatResult:
+        """Find the adapter, prepare the media, and try until there is a result."""
+        adapter = await self._find_adapter(call)
+        request = await self._prepare_media(call.request, adapter)
+        return await self._retry(adapter, partial(adapter.complete, request), deadline)
+
+    async def _open_with_person(
+        self,
+        call: _Call,
+        person_messages: Sequence[Any],
+        person_id: Any,
+        llm_config: Any,
+        deadline: Deadline,
+    ) -> Opened:
+        """Compose a person's conversation, which may read a file, and open a stream."""
+        call = await self._compose(call, person_messages, person_id, llm_config)
+        return await self._open(call, deadline)
+
+    async def _open(self, call: _Call, deadline: Deadline) -> Opened:
+        """Do as `_answer` for a stream, until its first chunk is there."""
+        adapter = await self._find_adapter(call)
+        request = await self._prepare_media(call.request, adapter)
+        return await self._retry(
+            adapter, partial(_open_stream, adapter, request), deadline
+        )
+
+    async def _find_adapter(self, call: _Call) -> BaseLLMAdapter:
+        """Place the model, find the key, and make the adapter."""
+        provider, name = await self._place(call.model, call.service)
+        key = await find_key(self.api_key_service, call.api_key_id, provider)
+        return self._make_adapter(provider, name, key)
 
     async def _place(self, model: str, service: Any) -> tuple[Provider, str]:
-        if providers.split(model, service)[0] is None:
-            # It is asked now, and its import takes seconds.
+        """Find the provider of a model string, and the name without a prefix."""
+        if factory.resolve(model, service)[0] is None:
+            # LiteLLM is asked now, and its import takes seconds.
             await load_litellm()
-        return _placed(model, service)
+        return _resolve(model, service)
 
-    async def _adapter(
-        self, model: str, service: Any, api_key_id: str | None
-    ) -> BaseLLMAdapter:
-        provider, name = await self._place(model, service)
-        key = await find_key(self.api_key_service, api_key_id, provider)
+    def _make_adapter(self, provider: Provider, name: str, key: Key) -> BaseLLMAdapter:
         return self._create_adapter(
             provider,
             name,
@@ -407,30 +455,85 @@ class LLMInfraService:
             pool=self._pool,
         )
 
-    def _prepared(
+    async def _prepare_media(
         self, request: ChatRequest, adapter: BaseLLMAdapter
-    ) -> Callable[[], Awaitable[ChatRequest]]:
-        """Return what gives the request with its media loaded, once for all attempts."""
-        loaded = [request] if _is_text(request) else []
+    ) -> ChatRequest:
+        """Load pictures, files and sounds, once for all attempts."""
+        if all(isinstance(m.get("content"), str | None) for m in request.messages):
+            return request
+        # LiteLLM's import takes the proxy's variables away for a while.
+        await load_litellm()
+        preparing = media.prepare(
+            request.messages,
+            adapter.provider.media,
+            service=adapter.provider.name,
+            base_dir=self._prompts.base_dir,
+            settings=self.settings,
+            allow_outside_base_dir=self._prompts.allow_outside_base_dir,
+        )
+        messages = await self._run_until_closed(asyncio.create_task(preparing))
+        return replace(request, messages=messages)
 
-        async def prepared() -> ChatRequest:
-            if not loaded:
-                # Its import takes the proxy's variables away for a while.
-                await load_litellm()
-                preparing = media.prepare(
-                    request.messages,
-                    adapter.provider,
-                    base_dir=self._prompts.base_dir,
-                    settings=self.settings,
-                    allow_outside_base_dir=self._prompts.allow_outside_base_dir,
-                )
-                messages = await self._loaded(asyncio.create_task(preparing))
-                loaded.append(replace(request, messages=messages))
-            return loaded[0]
+    async def _retry(
+        self,
+        adapter: BaseLLMAdapter,
+        attempt: Callable[[], Awaitable[_T]],
+        deadline: Deadline,
+    ) -> _T:
+        """Make attempts until one succeeds or another is not worth it.
 
-        return prepared
+        N retries are N + 1 attempts, and an attempt sends at most one request. The
+        deadline counts them; an error carries their number in `attempts`.
+        """
+        deadline.service, deadline.model = adapter.provider.name, adapter.model_name
+        policy = RetryPolicy(self.settings, deadline)
+        # The first attempt is made outside stamina's loop, which costs more than all
+        # else here; its failure is then raised again as the loop's first. The loop would
+        # keep the last failure, and with it the conversation, in a cycle: so that one is
+        # raised outside of it.
+        deadline.attempts = 1
+        try:
+            return await attempt()
+        except DiPeOLLMError as exc:
+            if policy.is_last(exc):
+                raise
+        async for step in policy.steps():
+            with step:
+                if step.num == 1:
+                    raise cast("DiPeOLLMError", deadline.last)
+                deadline.attempts += 1
+                try:
+                    return await attempt()
+                except DiPeOLLMError as exc:
+                    if policy.is_last(exc):
+                        break
+                    raise
+        del step
+        try:
+            raise cast("DiPeOLLMError", deadline.last)
+        finally:
+            deadline.last = None
 
-    async def _loaded(self, task: asyncio.Task[_T]) -> _T:
+    # Around a call.
+
+    async def _find_key_adapter(
+        self, api_key_id: str, provider: str | None
+    ) -> BaseLLMAdapter:
+        """Make the adapter of a key's provider, for questions about the key."""
+        if self._closed:
+            raise RuntimeError("the service is closed; initialize() opens it again")
+        row = factory.by_name(provider) if provider else factory.of_key(api_key_id)
+        key = await find_key(self.api_key_service, api_key_id, row)
+        if key.service and not provider:
+            row = factory.by_name(key.service)
+        if row is None:
+            raise InvalidRequestError(
+                f"cannot tell which provider key {api_key_id!r} belongs to; set"
+                ' "service" in its record'
+            )
+        return self._make_adapter(row, "", key)
+
+    async def _run_until_closed(self, task: asyncio.Task[_T]) -> _T:
         """Wait for a task that `aclose` may end."""
         self._loading.add(task)
         task.add_done_callback(self._loading.discard)
@@ -444,7 +547,7 @@ class LLMInfraService:
             ) from None
 
     async def _end_loading(self, grace: float) -> None:
-        """End what loads media when the grace is over."""
+        """End the tasks that load media when the grace is over."""
         here = asyncio.get_running_loop()
         ours = [task for task in self._loading if task.get_loop() is here]
         if ours:
@@ -455,148 +558,33 @@ class LLMInfraService:
         if ours:
             await asyncio.wait(ours)
 
-    def _stream(self, start: Start, request: ChatRequest) -> ChatStream:
-        return ChatStream(
-            start,
-            lambda result, deadline: _finished(request, result, deadline),
-            deadline=request.deadline,
-        )
 
-    async def _answer(
-        self,
-        request: ChatRequest,
-        model: str,
-        service: Any,
-        api_key_id: str | None,
-        deadline: Deadline,
-    ) -> ChatResult:
-        """Place the model, find the key, load the media, and try until it answers."""
-        adapter = await self._adapter(model, service, api_key_id)
-        prepared = self._prepared(request, adapter)
-
-        async def attempt() -> ChatResult:
-            return await adapter.complete(await prepared())
-
-        return await self._retried(adapter, attempt, deadline)
-
-    async def _open(
-        self,
-        request: ChatRequest,
-        model: str,
-        service: Any,
-        api_key_id: str | None,
-        deadline: Deadline,
-    ) -> Opened:
-        """Do the same for a stream, until its first chunk is there."""
-        adapter = await self._adapter(model, service, api_key_id)
-        prepared = self._prepared(request, adapter)
-
-        async def attempt() -> Opened:
-            items = adapter.stream(await prepared())
-            try:
-                return Opened(items, await anext(items))
-            except BaseException:
-                await items.aclose()
-                raise
-
-        return await self._retried(adapter, attempt, deadline)
-
-    async def _key_adapter(
-        self, api_key_id: str, provider: str | None
-    ) -> BaseLLMAdapter:
-        self._check_open()
-        row = providers.by_name(provider) if provider else providers.of_key(api_key_id)
-        key = await find_key(self.api_key_service, api_key_id, row)
-        if key.service and not provider:
-            row = providers.by_name(key.service)
-        if row is None:
-            raise InvalidRequestError(
-                f"whose key {api_key_id!r} is cannot be told: give its record a service"
-            )
-        return self._create_adapter(
-            row, "", key.secret, key.base_url, settings=self.settings, pool=self._pool
-        )
-
-    async def _retried(
-        self,
-        adapter: BaseLLMAdapter,
-        attempt: Callable[[], Awaitable[_T]],
-        deadline: Deadline,
-    ) -> _T:
-        """Make attempts until one succeeds or no other is worth it.
-
-        N retries are N + 1 attempts, and an attempt is at most one request. The deadline
-        counts them; an error carries their number in `attempts`.
-        """
-        settings = self.settings
-        deadline.service, deadline.model = adapter.provider.name, adapter.model_name
-        decision = RetryDecision(settings, deadline.left)
-
-        def is_last(exc: DiPeOLLMError) -> bool:
-            deadline.last = exc
-            made = deadline.attempts
-            if isinstance(exc, LLMServiceError | APIKeyError):
-                unsent = isinstance(exc, InvalidRequestError) and not exc.status_code
-                exc.attempts = made - unsent
-            return made > settings.max_retries or decision(exc) is False
-
-        # The first attempt is made outside stamina's loop, which costs more than all
-        # else here; a failure is then told to it as its first. The last failure is not
-        # told to it: it would keep it, and with it the conversation, in a cycle.
-        deadline.attempts = 1
-        try:
-            return await attempt()
-        except DiPeOLLMError as exc:
-            if is_last(exc):
-                raise
-        import stamina
-
-        async for step in stamina.retry_context(
-            on=decision,
-            attempts=settings.max_retries + 1,
-            timeout=None,
-            wait_initial=settings.retry_wait,
-            wait_max=settings.retry_wait_max,
-            wait_jitter=settings.retry_wait,
-        ):
-            with step:
-                if step.num == 1:
-                    raise cast("DiPeOLLMError", deadline.last)
-                deadline.attempts += 1
-                try:
-                    return await attempt()
-                except DiPeOLLMError as exc:
-                    if is_last(exc):
-                        break
-                    raise
-        del step
-        try:
-            raise cast("DiPeOLLMError", deadline.last)
-        finally:
-            deadline.last = None
+async def _open_stream(adapter: BaseLLMAdapter, request: ChatRequest) -> Opened:
+    """Make one attempt at a stream, until its first chunk is there."""
+    items = adapter.stream(request)
+    try:
+        return Opened(items, await anext(items))
+    except BaseException:
+        await items.aclose()
+        raise
 
 
-def _placed(model: str, service: Any) -> tuple[Provider, str]:
-    """Find the provider of a model string, and the model's name without a prefix."""
-    provider, name = providers.split(model, service)
+def _resolve(model: str, service: Any) -> tuple[Provider, str]:
+    """Find the provider of a model string, asking LiteLLM where no row claims it."""
+    provider, name = factory.resolve(model, service)
+    if provider is not None:
+        return provider, name
+    inferred = infer_provider(name)
+    provider = factory.by_name(inferred) if inferred else factory.find_local(name)
     if provider is None:
-        provider = infer_provider(name) or providers.local(name)
-        if provider is None:
-            raise providers.unknown_model(model)
-        name = name.removeprefix(f"{provider.litellm}/")
-    return provider, name
+        raise factory.unknown_model(model)
+    return provider, name.removeprefix(f"{provider.litellm}/")
 
 
-def _is_text(request: ChatRequest) -> bool:
-    return all(isinstance(m.get("content"), str | None) for m in request.messages)
+def _finish(request: ChatRequest, result: ChatResult, deadline: Deadline) -> ChatResult:
+    """Complete a result with what the call knows, and parse a structured answer.
 
-
-def _finished(
-    request: ChatRequest, result: ChatResult, deadline: Deadline
-) -> ChatResult:
-    """Complete a result with what the call knows, and with what was asked of it.
-
-    A turn that calls tools is not the answer yet, and has no form.
+    A turn that calls tools is not the answer yet, and is not parsed.
     """
     result.attempts = deadline.attempts
     form = request.response_format
@@ -611,11 +599,14 @@ def _finished(
     return result
 
 
-def _service(options: dict[str, Any], given: Any = None) -> Any:
+_SERVICE_NAMES = ("service", "provider", "service_name")
+
+
+def _take_service(options: dict[str, Any], given: Any = None) -> Any:
     """Take the service, under any of its names, out of a call's keywords.
 
     Raises:
-        TypeError: Two of its names were given, and they differ.
+        TypeError: Two of the names were given, with different values.
     """
     named = {name: options.pop(name, None) for name in _SERVICE_NAMES}
     named["service"] = named["service"] or given
@@ -623,6 +614,3 @@ def _service(options: dict[str, Any], given: Any = None) -> Any:
     if len(found) > 1:
         raise TypeError(f"two services for one call: {' and '.join(found)}")
     return next(iter(found.values()), None)
-
-
-_SERVICE_NAMES = ("service", "provider", "service_name")

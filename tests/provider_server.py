@@ -35,10 +35,14 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeAlias
 
+from tests.provider_rules import losses_of, violations_of
+
 Json: TypeAlias = dict[str, Any]
 
 DEFAULT_TEXT = "Hello from the loopback."
 MISSING_MODEL = "no-such-model"
+CHECK_RULES = os.environ.get("CHECK_PROVIDER_RULES") == "1"
+"""Whether every server checks every request against `tests.provider_rules`."""
 _HUGE = 64 * 1024 * 1024
 _serial = itertools.count(1)
 
@@ -1492,6 +1496,16 @@ def _check(asked: Received) -> None:
             _refuse("google", "streamGenerateContent wants alt=sse here")
 
 
+def _broken_rules(asked: Received) -> list[str]:
+    """What the real provider would refuse or pass over in a generation request."""
+    if _ask(asked) is None or not isinstance(asked.json, dict):
+        return []
+    query = f"?{urllib.parse.urlencode(asked.query)}" if asked.query else ""
+    path = f"{asked.path}{query}"
+    request = (asked.provider, asked.method, path, asked.headers, asked.json)
+    return [*violations_of(*request), *losses_of(*request)]
+
+
 # --- the server --------------------------------------------------------------------
 
 
@@ -1550,6 +1564,10 @@ class ProviderServer:
         ssl: ssl.SSLContext | None = None,
     ) -> None:
         self.strict = strict
+        self.rules = CHECK_RULES
+        """Whether requests that the real provider would refuse fail the test; a test
+        that sends nonsense on purpose sets it to False."""
+        self.broken_rules: list[str] = []
         self.host = host
         self.port = port
         self.ssl = ssl
@@ -1604,6 +1622,8 @@ class ProviderServer:
         # Two turns of the loop for the transports to tell that they are closed.
         await asyncio.sleep(0)
         await asyncio.sleep(0)
+        if self.rules and self.broken_rules and exc[:1] == (None,):
+            raise AssertionError("\n".join(["refused for real:", *self.broken_rules]))
 
     async def wait_closed_by_client(self, timeout: float = 5) -> None:  # noqa: ASYNC109
         """Wait until the peers have closed every connection whose last answer streamed.
@@ -1671,6 +1691,8 @@ class ProviderServer:
         body = await _read_body(connection.reader, head)
         asked = _parse(head, body, connection.number)
         self.requests.append(asked)
+        if self.rules:
+            self.broken_rules += _broken_rules(asked)
         self.in_flight += 1
         self.max_in_flight = max(self.max_in_flight, self.in_flight)
         try:
@@ -1904,6 +1926,7 @@ async def _main(options: argparse.Namespace) -> None:
         if options.fast
         else ProviderServer(port=options.port, strict=not options.lenient)
     )
+    server.rules = False
     async with server:
         sys.stdout.write(f"{server.origin}\n")
         sys.stdout.flush()

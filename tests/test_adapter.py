@@ -18,8 +18,7 @@ from dipeo_llm import (
     Settings,
     create_adapter,
 )
-from dipeo_llm import client as wire_module
-from dipeo_llm.client import Exchange
+from dipeo_llm.adapters.attempt import Attempt
 from dipeo_llm.domain import ChatRequest, ChatResult
 from tests.conftest import PROVIDERS
 from tests.provider_server import Answer, Fault, ProviderServer, Raw, error
@@ -353,13 +352,13 @@ async def test_the_fence_lets_one_request_through_an_attempt(
     """A second request in one attempt is refused, whoever makes it."""
     adapter = adapter_of(server, provider)
     url = f"{server.origin}/image.png"
-    token = wire_module.current.set(Exchange())
+    attempt = Attempt()
 
     async with await adapter.client() as client:
-        await client.read(await client.send("GET", url, {}, None), Exchange())
+        await client.send("GET", url, {}, None, attempt)
+        await client.read(attempt)
         with pytest.raises(LLMServiceError, match="second request"):
-            await client.send("GET", url, {}, None)
-    wire_module.current.reset(token)
+            await client.send("GET", url, {}, None, attempt)
     await adapter.aclose()
 
     assert len(server.requests) == 1
@@ -381,9 +380,9 @@ async def test_the_fence_keeps_the_origin(
     async with await adapter.client() as client:
         for url in urls[:3]:
             with pytest.raises(LLMServiceError, match="base URL is at"):
-                await client.send("POST", url + "/v1/x", {}, b"{}")
+                await client.send("POST", url + "/v1/x", {}, b"{}", Attempt())
         with pytest.raises((LLMServiceError, ValueError)):
-            await client.send("POST", urls[3], {}, b"{}")
+            await client.send("POST", urls[3], {}, b"{}", Attempt())
     await adapter.aclose()
 
     assert (server.connections, other.connections) == (0, 0)
@@ -408,7 +407,9 @@ async def test_the_fence_keeps_headers_that_nobody_asked_for(
 
     async with await adapter.client() as client:
         url = f"{server.origin}/image.png"
-        await client.read(await client.send("GET", url, asked, None), Exchange())
+        attempt = Attempt()
+        await client.send("GET", url, asked, None, attempt)
+        await client.read(attempt)
     await adapter.aclose()
 
     (request,) = server.requests

@@ -1,4 +1,4 @@
-"""What goes wrong at a provider, and which error a caller gets for it."""
+"""Failed responses of providers, and the exceptions that callers get for them."""
 
 import email.utils
 import json
@@ -26,6 +26,7 @@ from dipeo_llm import (
     ServiceUnavailableError,
     Settings,
     StaticAPIKeys,
+    errors,
 )
 from dipeo_llm.adapters.failures import (
     CallError,
@@ -54,7 +55,7 @@ each_provider = pytest.mark.parametrize("provider", PROVIDERS)
 
 _KEY, _ASK, _LONG = APIKeyError, InvalidRequestError, ContextWindowError
 _MODEL, _RATE, _DOWN = ModelNotFoundError, RateLimitError, ServiceUnavailableError
-# By folder and the end of the name; what the class is, and the wait that is asked for.
+# A recording, the class of its error, and the requested wait in seconds.
 REAL: dict[str, tuple[type[CallError], float | None]] = {
     "anthropic/err400-claude-haiku-4-5-f19c": (_LONG, None),
     "anthropic/err400-claude-opus-4-6-fe55": (_ASK, None),
@@ -104,7 +105,7 @@ REAL: dict[str, tuple[type[CallError], float | None]] = {
 @pytest.mark.skipif(not RECORDINGS.is_dir(), reason="the recordings are not here")
 @pytest.mark.parametrize("name", REAL)
 def test_errors_that_providers_really_sent(name: str) -> None:
-    """Each recorded refusal gets its class, its waiting time and one line of words."""
+    """Each recorded error gets its class, its wait and a printable message."""
     response = json.loads((RECORDINGS / f"{name}.json").read_text("utf-8"))["response"]
     cls, wait = REAL[name]
 
@@ -127,13 +128,13 @@ def test_errors_that_providers_really_sent(name: str) -> None:
 
 @pytest.mark.skipif(not RECORDINGS.is_dir(), reason="the recordings are not here")
 def test_every_recorded_error_is_in_the_table() -> None:
-    """A recording that is added is looked at."""
+    """A new recording must be added to the table."""
     found = {f"{path.parent.name}/{path.stem}" for path in RECORDINGS.glob("*/err*")}
 
     assert found == set(REAL)
 
 
-# --- words to errors -----------------------------------------------------------------
+# --- messages to errors -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -189,7 +190,7 @@ def test_every_recorded_error_is_in_the_table() -> None:
             ContentFilterError,
         ),
         (400, {"code": "model_not_found", "message": "x"}, ModelNotFoundError),
-        # The output's limit is no context window: shortening the messages helps not.
+        # A limit of the output is not the context window.
         (
             400,
             {"message": "max_tokens is too large: 99999. This model supports 16384."},
@@ -213,10 +214,10 @@ def test_every_recorded_error_is_in_the_table() -> None:
         (529, {}, ServiceUnavailableError),
         (599, {}, ServiceUnavailableError),
         (307, {}, LLMServiceError),
-        # Not every 500 that speaks of a context is for its length.
+        # Not every 500 that mentions a context is about its length.
         (500, {"message": "context canceled"}, ServiceUnavailableError),
         (503, {"message": "exceeds the context"}, ServiceUnavailableError),
-        # Not every 403 is for the key, but most are.
+        # A 403 without a known code is about the key.
         (403, {"message": "Not allowed", "metadata": {}}, APIKeyError),
         (403, {"message": "x", "metadata": {"reasons": []}}, APIKeyError),
         (429, {"message": "quota, limit: 0.5, model: x"}, RateLimitError),
@@ -226,7 +227,7 @@ def test_every_recorded_error_is_in_the_table() -> None:
 def test_class_of_an_error(
     status: int, body: Mapping[str, Any], cls: type[CallError]
 ) -> None:
-    """The status and the provider's code or words decide, and nothing else."""
+    """The status, the code and the message decide."""
     got = from_answer(
         status, {}, json.dumps({"error": body}).encode(), service="x", model="m"
     )
@@ -234,290 +235,51 @@ def test_class_of_an_error(
     assert type(got) is cls
 
 
-_QUOTA, _FILTER = QuotaExceededError, ContentFilterError
-_OPENROUTER = "Provider returned error"
-# What servers were seen to say, in the forms that they say it in: the status, the error,
-# and what it is. The sources stand beside the patterns in `failures`.
-SAID: dict[str, tuple[int, Any, type[CallError]]] = {
-    "Anthropic, with max_tokens": (
-        400,
-        {
-            "type": "invalid_request_error",
-            "message": "input length and `max_tokens` exceed context limit: 178959 +"
-            " 64000 > 200000, decrease input length or `max_tokens` and try again",
-        },
-        _LONG,
-    ),
-    "SGLang": (
-        400,
-        {
-            "message": "The input (61709 tokens) is longer than the model's context"
-            " length (32768 tokens).",
-            "type": "BadRequestError",
-            "code": 400,
-        },
-        _LONG,
-    ),
-    "vLLM": (
-        400,
-        {
-            "message": "The decoder prompt (length 10127) is longer than the maximum"
-            " model length of 8192. Make sure that `max_model_len` is no smaller than"
-            " the number of text tokens.",
-            "type": "BadRequestError",
-            "code": 400,
-        },
-        _LONG,
-    ),
-    "LM Studio": (
-        400,
-        (
-            "The number of tokens to keep from the initial prompt is greater than the"
-            " context length. Try to load the model with a"
-            " larger context length, or provide a shorter input."
-        ),
-        _LONG,
-    ),
-    "LM Studio, older": (
-        400,
-        (
-            "Trying to keep the first 15857 tokens when context the overflows. However, the"
-            " model is loaded with context length of only 4096 tokens, which is not enough."
-        ),
-        _LONG,
-    ),
-    "LM Studio, newer": (
-        400,
-        "Cannot truncate prompt with n_keep (15028) >= n_ctx (7424)",
-        _LONG,
-    ),
-    "xAI": (
-        400,
-        (
-            "This model's maximum prompt length is 131072 but the request contains 151312"
-            " tokens."
-        ),
-        _LONG,
-    ),
-    "text-generation-inference": (
-        422,
-        (
-            "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 4096."
-            " Given: 4000 `inputs` tokens and 1024 `max_new_tokens`"
-        ),
-        _LONG,
-    ),
-    "llama.cpp": (
-        500,
-        {
-            "code": 500,
-            "message": "Context size has been exceeded.",
-            "type": "server_error",
-        },
-        _LONG,
-    ),
-    "llama.cpp, by its type": (
-        500,
-        {
-            "code": 500,
-            "message": "the request is too large. try increasing the context size",
-            "type": "exceed_context_size_error",
-            "n_prompt_tokens": 1407,
-            "n_ctx": 256,
-        },
-        _LONG,
-    ),
-    "OpenRouter, of its provider": (
-        400,
-        {
-            "message": _OPENROUTER,
-            "code": 400,
-            "metadata": {
-                "raw": '{"error":{"message":"This model\'s maximum context length is'
-                ' 131072 tokens."}}',
-                "provider_name": "Novita",
-            },
-        },
-        _LONG,
-    ),
-    "OpenRouter, of its provider, as an object": (
-        400,
-        {
-            "message": _OPENROUTER,
-            "code": 400,
-            "metadata": {"raw": {"code": "context_length_exceeded"}},
-        },
-        _LONG,
-    ),
-    "OpenRouter, by its type": (
-        400,
-        {"message": "x", "metadata": {"error_type": "context_length_exceeded"}},
-        _LONG,
-    ),
-    "OpenRouter, moderation": (
-        403,
-        {
-            "message": "Your chosen model requires moderation and your input was flagged",
-            "code": 403,
-            "metadata": {
-                "reasons": ["violence"],
-                "flagged_input": "my insufficient balance…",
-                "provider_name": "OpenAI",
-            },
-        },
-        _FILTER,
-    ),
-    "OpenRouter, moderation without the input": (
-        403,
-        {"message": "flagged", "code": 403, "metadata": {"reasons": ["violence"]}},
-        _FILTER,
-    ),
-    "OpenRouter, a provider's filter": (
-        403,
-        {"message": "x", "metadata": {"error_type": "content_policy_violation"}},
-        _FILTER,
-    ),
-    "OpenAI, a prompt": (
-        400,
-        {
-            "message": "Invalid prompt: your prompt was flagged as potentially violating"
-            " our usage policy. Please try again with a different prompt:"
-            " https://platform.openai.com/docs/guides/reasoning#advice-on-prompting",
-            "type": "invalid_request_error",
-            "param": None,
-            "code": "invalid_prompt",
-        },
-        _FILTER,
-    ),
-    "OpenRouter, a prompt of another shape": (
-        400,
-        {"code": "invalid_prompt", "message": "Invalid Responses API request"},
-        _ASK,
-    ),
-    "DeepSeek, a prompt": (
-        400,
-        {
-            "message": "Content Exists Risk",
-            "type": "invalid_request_error",
-            "param": None,
-            "code": "invalid_request_error",
-        },
-        _FILTER,
-    ),
-    "OpenAI, a model that is closed to a project": (
-        403,
-        {
-            "message": "Project `proj_x` does not have access to model `gpt-4o`",
-            "type": "invalid_request_error",
-            "param": None,
-            "code": "model_not_found",
-        },
-        _MODEL,
-    ),
-    "DeepSeek, a model": (
-        400,
-        {
-            "message": "Model Not Exist",
-            "type": "invalid_request_error",
-            "param": None,
-            "code": "invalid_request_error",
-        },
-        _MODEL,
-    ),
-    "OpenRouter, a model": (
-        400,
-        {"message": "openrouter/foo is not a valid model ID", "code": 400},
-        _MODEL,
-    ),
-    "OpenAI, a country": (
-        403,
-        {
-            "code": "unsupported_country_region_territory",
-            "message": "Country, region, or territory not supported",
-            "param": None,
-            "type": "request_forbidden",
-        },
-        LLMServiceError,
-    ),
-    "Anthropic, a limit of the account's owner": (
-        400,
-        {
-            "type": "invalid_request_error",
-            "message": "You have reached your specified API usage limits. You will regain"
-            " access on 2026-04-01 at 00:00 UTC.",
-        },
-        _QUOTA,
-    ),
-    "Anthropic, a limit of its own": (
-        429,
-        {
-            "type": "rate_limit_error",
-            "message": "You have reached your API usage limits: your organization has"
-            " crossed its monthly API usage threshold, set based on your organization's"
-            " API tier. You will regain access on 2026-09-01 at 00:00 UTC.",
-            "details": {"error_code": "enforced_spend_limit_reached"},
-        },
-        _QUOTA,
-    ),
-    "OpenAI, a limit of the project": (
-        429,
-        {"code": "project_spend_limit_exceeded", "message": "x"},
-        _QUOTA,
-    ),
-    "OpenAI, no credits": (
-        429,
-        {"code": "credit_balance_exhausted", "message": "x"},
-        _QUOTA,
-    ),
-    "Gemini, a model that has no free quota": (
-        429,
-        {
-            "code": 429,
-            "message": "You exceeded your current quota, please check your plan and"
-            " billing details. For more information on this error, head to:"
-            " https://ai.google.dev/gemini-api/docs/rate-limits.\n* Quota exceeded for"
-            " metric: generativelanguage.googleapis.com/generate_content_free_tier_requests"
-            ", limit: 0, model: gemini-2.5-pro\nPlease retry in 48.1s.",
-            "status": "RESOURCE_EXHAUSTED",
-        },
-        _QUOTA,
-    ),
+# One line per body: the server, the status, the expected error, the body, and where it
+# was seen (read 2026-11-25).
+ERROR_BODIES = {
+    row["server"]: row
+    for row in map(
+        json.loads,
+        Path(__file__).with_name("error_bodies.jsonl").read_text("utf-8").splitlines(),
+    )
 }
 
 
-@pytest.mark.parametrize("kind", SAID)
-def test_what_a_server_was_seen_to_say(kind: str) -> None:
-    """Its words tell what no status tells, and none of it is tried again."""
-    status, error, cls = SAID[kind]
+@pytest.mark.parametrize("server_name", ERROR_BODIES)
+def test_a_real_error(server_name: str) -> None:
+    """The status, the code and the message decide on the class and on retrying."""
+    row = ERROR_BODIES[server_name]
 
-    got = from_answer(status, {}, json.dumps({"error": error}).encode(), service="x")
+    got = from_answer(row["status"], {}, json.dumps(row["body"]).encode(), service="x")
 
-    assert type(got) is cls
+    assert type(got) is getattr(errors, row["error"])
+    assert got.retryable is row["retryable"]
+    assert got.status_code == row["status"]
+
+
+@pytest.mark.parametrize(
+    "server_name",
+    [
+        name
+        for name, row in ERROR_BODIES.items()
+        if row["error"] == "ContextWindowError"
+    ],
+)
+def test_a_prompt_that_is_too_long_with_200(server_name: str) -> None:
+    """Gateways wrap the error of a provider into a 200."""
+    body = json.dumps(ERROR_BODIES[server_name]["body"]).encode()
+
+    got = from_answer(200, {}, body, service="x")
+
+    assert type(got) is ContextWindowError
     assert not got.retryable
-    assert got.status_code == status
 
 
-def test_a_request_that_is_larger_than_a_minutes_tokens() -> None:
-    """OpenAI's limit for a minute may be less than one request: then no wait helps."""
-    error = {
-        "message": "Request too large for gpt-4o in organization org-x on tokens per min"
-        " (TPM): Limit 30000, Requested 45411. The input or output tokens must be reduced"
-        " in order to run successfully.",
-        "type": "tokens",
-        "param": None,
-        "code": "rate_limit_exceeded",
-    }
-
-    got = from_answer(429, {}, json.dumps({"error": error}).encode(), service="openai")
-
-    assert type(got) is RateLimitError
-    assert not got.retryable
-
-
-def test_the_words_of_the_provider_behind_a_provider() -> None:
-    """What OpenRouter's own provider said is shown, without the key and not in full."""
+def test_the_message_of_a_provider_behind_openrouter() -> None:
+    """OpenRouter's error shows the provider's message, redacted and shortened."""
     raw = "bad key sk-secret-1 " + "x" * 1000
-    error = {"message": _OPENROUTER, "code": 400, "metadata": {"raw": raw}}
+    error = {"message": "Provider returned error", "metadata": {"raw": raw}}
 
     got = from_answer(
         400,
@@ -527,13 +289,13 @@ def test_the_words_of_the_provider_behind_a_provider() -> None:
         secret="sk-secret-1",
     )
 
-    assert f"{_OPENROUTER}: bad key [key] xxx" in str(got)
+    assert "Provider returned error: bad key [key] xxx" in str(got)
     assert len(str(got)) < 650
 
 
 @pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 502, 503, 504, 529])
-def test_statuses_that_are_worth_another_try(status: int) -> None:
-    """They are retryable, unless the provider says in a header that they are not."""
+def test_retryable_statuses(status: int) -> None:
+    """They are retryable unless a header says otherwise."""
     told = {"X-Should-Retry": "false"}
 
     assert from_answer(status, {}, b"", service="x").retryable
@@ -541,8 +303,8 @@ def test_statuses_that_are_worth_another_try(status: int) -> None:
 
 
 @pytest.mark.parametrize("status", [302, 400, 401, 402, 403, 404, 413, 418, 422])
-def test_statuses_that_are_not(status: int) -> None:
-    """They are refused once and for all, whatever a header says."""
+def test_statuses_that_are_not_retryable(status: int) -> None:
+    """They are not retryable, whatever a header says."""
     told = {"x-should-retry": "true"}
 
     assert not from_answer(status, {}, b"", service="x").retryable
@@ -573,7 +335,7 @@ def test_statuses_that_are_not(status: int) -> None:
 )
 @pytest.mark.parametrize("status", [400, 429, 500])
 def test_a_body_of_any_form(status: int, body: bytes) -> None:
-    """No body, however odd, hides the status that came with it."""
+    """No body hides the status."""
     got = from_answer(status, {}, body, service="x")
 
     assert got.status_code == status
@@ -582,7 +344,7 @@ def test_a_body_of_any_form(status: int, body: bytes) -> None:
 
 
 def test_an_error_that_is_the_whole_body() -> None:
-    """Not each server wraps its error; a state of failure beside it hides none of it."""
+    """A body without an error object is the error itself."""
     body = b'{"status": "failed", "code": "c", "message": "the whole is the error"}'
 
     got = from_answer(400, {}, body, service="x")
@@ -592,7 +354,7 @@ def test_an_error_that_is_the_whole_body() -> None:
 
 
 def test_a_redirect_says_what_to_do() -> None:
-    """Where it leads is not followed; the base URL is wrong."""
+    """Redirects are not followed; the base URL must be fixed."""
     got = from_answer(307, {}, b"Moved", service="x")
 
     assert str(got) == (
@@ -601,7 +363,7 @@ def test_a_redirect_says_what_to_do() -> None:
 
 
 def test_what_an_error_keeps() -> None:
-    """The provider's code and type, its request id and the wait are on the error."""
+    """The error has the code, the type, the request id and the wait, and pickles."""
     body = b'{"error": {"message": "no", "code": "c", "type": "t"}}'
     headers = {"X-Request-ID": "req_1", "Retry-After": "7"}
 
@@ -615,7 +377,7 @@ def test_what_an_error_keeps() -> None:
     assert (str(copy), vars(copy)) == (str(got), vars(got))
 
 
-# --- waits, ids, words ----------------------------------------------------------------
+# --- waits, ids, messages ----------------------------------------------------------------
 
 
 def _retry_info(delay: Any) -> bytes:
@@ -653,13 +415,13 @@ def _retry_info(delay: Any) -> bytes:
 def test_retry_after(
     headers: Mapping[str, str], body: bytes, seconds: float | None
 ) -> None:
-    """Milliseconds, seconds, a date, or Google's RetryInfo; what is none of it is None."""
+    """Milliseconds, seconds, a date, or Google's RetryInfo; None for anything else."""
     assert retry_after(headers, body) == seconds
 
 
 @pytest.mark.parametrize("zone", ["GMT", "-0000", "+0200"])
 def test_retry_after_a_date(zone: str) -> None:
-    """A date in the future is so many seconds from now, in whatever zone."""
+    """A date gives the seconds from now, in any time zone."""
     offset = 7200 if zone == "+0200" else 0
     stamp = email.utils.formatdate(time.time() + 100 + offset, usegmt=True)
 
@@ -688,15 +450,15 @@ def test_retry_after_a_date(zone: str) -> None:
     ],
 )
 def test_seconds_until(text: str, seconds: float | None) -> None:
-    """A reset is a duration in any of the providers' spellings, or a time."""
+    """A reset is a duration in any provider's format, or a time."""
     got = seconds_until(text)
 
     assert got == (seconds if seconds is None else pytest.approx(seconds))
 
 
 @pytest.mark.parametrize("text", ["1.2.3s", ".s", "1..5m", "..ms"])
-def test_seconds_until_a_number_that_is_none(text: str) -> None:
-    """A header that cannot be read ends no call."""
+def test_seconds_until_an_invalid_number(text: str) -> None:
+    """An unreadable header is None."""
     assert seconds_until(text) is None
 
 
@@ -713,7 +475,7 @@ def test_seconds_until_a_number_that_is_none(text: str) -> None:
     ],
 )
 def test_request_id(headers: Mapping[str, str], body: bytes, found: str | None) -> None:
-    """From a header, else from Anthropic's body."""
+    """The id comes from a header, else from Anthropic's body."""
     assert request_id(headers, body) == found
 
 
@@ -737,13 +499,34 @@ def test_request_id(headers: Mapping[str, str], body: bytes, found: str | None) 
         ("", ""),
     ],
 )
-def test_words_for_one_line_of_a_log(said: str, line: str) -> None:
-    """No key, no control character, one line, and not too long."""
+def test_a_message_for_one_log_line(said: str, line: str) -> None:
+    """One line without the key and control characters, and not too long."""
     assert clean(said, "sk-secret-1") == line
 
 
+@pytest.mark.parametrize(
+    ("secret", "said", "line"),
+    [
+        ("x", "exceeds the limit, x", "exceeds the limit, [key]"),
+        ("key-1", "monkey-1 sent key-1.", "monkey-1 sent [key]."),
+        (
+            "a/b",
+            r'path "a/b", "a\/b", a%2Fb, ca/bd',
+            'path "[key]", "[key]", [key], ca/bd',
+        ),
+        ("x.y", "xzy x.y", "xzy [key]"),
+        ("k-long-8", "mk-long-8s", "m[key]s"),
+    ],
+)
+def test_a_short_key_is_redacted_as_a_whole_token(
+    secret: str, said: str, line: str
+) -> None:
+    """A key of fewer than eight characters does not destroy words that contain it."""
+    assert clean(said, secret) == line
+
+
 def test_a_key_that_is_cut_by_the_end_of_the_line() -> None:
-    """The key is taken out before the text is shortened, so no half of it stays."""
+    """The key is redacted before the text is cut, so no part of it remains."""
     got = clean("x" * 595 + "sk-secret-1", "sk-secret-1")
 
     assert "sk-" not in got
@@ -754,14 +537,14 @@ def test_a_key_that_is_cut_by_the_end_of_the_line() -> None:
 
 @pytest.fixture
 async def once(keys: StaticAPIKeys) -> AsyncIterator[LLMInfraService]:
-    """Open a service that makes one retry at most, and at once."""
+    """Open a service that makes one immediate retry at most."""
     settings = Settings(max_retries=1, retry_wait=0.01, retry_wait_max=0.02, timeout=20)
     async with LLMInfraService(keys, settings=settings) as opened:
         yield opened
 
 
 async def fails(service: LLMInfraService, provider: str) -> CallError:
-    """Make a call that must fail, and return its error."""
+    """Return the error of a call that must fail."""
     with pytest.raises(DiPeOLLMError) as caught:
         await service.complete(HELLO, MODELS[provider], provider)
     got = caught.value
@@ -796,10 +579,10 @@ STATUSES: dict[int, tuple[type[CallError], int]] = {
 async def test_a_status(
     once: LLMInfraService, server: ProviderServer, provider: str, status: int
 ) -> None:
-    """Each status has its class and its number of requests, with every provider."""
+    """Each status has its class and its number of requests, for every provider."""
     headers = {"x-request-id": "req_7"} if provider in {"openai", "ollama"} else {}
     headers = {"request-id": "req_7"} if provider == "anthropic" else headers
-    # Of other providers than Anthropic there is no word on it.
+    # The header cannot turn a final error into a retryable one.
     headers["x-should-retry"] = "true"
     server.default = error(provider, status, headers=headers)
     cls, requests = STATUSES[status]
@@ -818,7 +601,7 @@ async def test_a_status(
 async def test_a_rate_limit_that_says_when(
     once: LLMInfraService, server: ProviderServer, provider: str
 ) -> None:
-    """The wait is on the error, from a header or from Google's body."""
+    """The error has the wait from a header or from Google's body."""
     server.default = error(provider, 429, retry_delay=0.05)
 
     got = await fails(once, provider)
@@ -828,10 +611,10 @@ async def test_a_rate_limit_that_says_when(
     assert got.attempts == 2
 
 
-async def test_an_empty_account_is_not_asked_again(
+async def test_an_empty_account_is_not_retried(
     once: LLMInfraService, server: ProviderServer
 ) -> None:
-    """OpenAI's 429 insufficient_quota is a RateLimitError that waiting does not fix."""
+    """OpenAI's 429 insufficient_quota is not retried."""
     server.default = error("openai", 429, code="insufficient_quota")
 
     got = await fails(once, "openai")
@@ -843,10 +626,10 @@ async def test_an_empty_account_is_not_asked_again(
 
 
 @each_provider
-async def test_a_proxys_words_in_plain_text(
+async def test_a_proxys_plain_text(
     once: LLMInfraService, server: ProviderServer, provider: str
 ) -> None:
-    """A 503 of something before the provider is told in its own words."""
+    """A proxy's 503 keeps the proxy's message."""
     said = b"upstream connect error or disconnect/reset before headers"
     server.default = Raw(503, headers={"content-type": "text/plain"}, body=said)
 
@@ -862,7 +645,7 @@ async def test_a_proxys_words_in_plain_text(
 async def test_a_connection_that_breaks(
     once: LLMInfraService, server: ProviderServer, provider: str, kind: str
 ) -> None:
-    """A connection that breaks is tried again, once an attempt, without a status."""
+    """A broken connection is retried, with one request an attempt."""
     server.reply(Fault(kind), Fault(kind), Answer())
 
     got = await fails(once, provider)
@@ -897,7 +680,7 @@ async def test_nobody_listens(provider: str) -> None:
 
 
 HTML = b"<html><body>502 Bad Gateway</body></html>"
-NO_ANSWERS: dict[str, bytes] = {
+WITHOUT_ANSWER: dict[str, bytes] = {
     "html": HTML,
     "empty": b"",
     "spaces": b" \n",
@@ -919,13 +702,13 @@ NO_ANSWERS: dict[str, bytes] = {
 
 
 @each_provider
-@pytest.mark.parametrize("kind", NO_ANSWERS)
-async def test_a_200_that_is_no_answer(
+@pytest.mark.parametrize("kind", WITHOUT_ANSWER)
+async def test_a_200_without_an_answer(
     once: LLMInfraService, server: ProviderServer, provider: str, kind: str
 ) -> None:
-    """What is no answer is never returned as an empty one; it is tried again."""
+    """It is retried, and never returned as an empty answer."""
     content_type = "text/html" if kind == "html" else "application/json"
-    body = NO_ANSWERS[kind]
+    body = WITHOUT_ANSWER[kind]
     server.default = Raw(headers={"content-type": content_type}, body=body)
 
     got = await fails(once, provider)
@@ -974,7 +757,7 @@ async def test_a_200_that_is_no_answer(
             RateLimitError,
         ),
         ("ollama", {"error": "llama runner terminated"}, ServiceUnavailableError),
-        # The code is nearer to the point than the type.
+        # The code is more precise than the type.
         (
             "openai",
             {
@@ -995,9 +778,13 @@ async def test_a_200_that_is_no_answer(
         (
             "openai",
             {"error": {"message": "x", "code": "image_content_policy_violation"}},
-            _FILTER,
+            ContentFilterError,
         ),
-        ("openai", {"error": {"message": "x", "code": "content_filter"}}, _FILTER),
+        (
+            "openai",
+            {"error": {"message": "x", "code": "content_filter"}},
+            ContentFilterError,
+        ),
         ("openai", {"error": {"message": "x", "code": "model_not_found"}}, _MODEL),
         ("google", {"error": {"message": "x", "status": "INVALID_ARGUMENT"}}, _ASK),
         ("google", {"error": {"message": "x", "status": "RESOURCE_EXHAUSTED"}}, _RATE),
@@ -1007,8 +794,12 @@ async def test_a_200_that_is_no_answer(
             {"error": {"message": "x", "status": "CANCELLED"}},
             LLMServiceError,
         ),
-        # LM Studio's, and Ollama's
-        ("openai", {"error": {"message": SAID["LM Studio"][1]}}, _LONG),
+        # LM Studio, and Ollama.
+        (
+            "openai",
+            {"error": {"message": ERROR_BODIES["LM Studio"]["body"]["error"]}},
+            _LONG,
+        ),
         ("openai", {"error": "Context size has been exceeded."}, _LONG),
         ("ollama", {"error": "the input length exceeds the context length"}, _LONG),
     ],
@@ -1020,7 +811,7 @@ async def test_a_200_that_is_an_error(
     body: Mapping[str, Any],
     cls: type[CallError],
 ) -> None:
-    """Its own words decide on the class, and the status stays the one that was sent."""
+    """The error decides on the class, and the status remains 200."""
     server.default = Raw(body=json.dumps(body).encode())
 
     got = await fails(once, provider)
@@ -1048,7 +839,7 @@ TOO_LONG = {
 async def test_a_conversation_that_is_too_long(
     once: LLMInfraService, server: ProviderServer, provider: str
 ) -> None:
-    """A 400 for its length is a ContextWindowError, in whatever words."""
+    """A 400 for the length is a ContextWindowError."""
     server.default = error(provider, 400, TOO_LONG[provider])
 
     got = await fails(once, provider)
@@ -1072,7 +863,7 @@ async def test_content_that_is_refused(
     code: str | None,
     said: str,
 ) -> None:
-    """A 400 for its content is a ContentFilterError."""
+    """A 400 for the content is a ContentFilterError."""
     server.default = error(provider, 400, said, code=code)
 
     got = await fails(once, provider)
@@ -1085,7 +876,7 @@ async def test_content_that_is_refused(
 async def test_a_key_that_the_provider_refuses(
     server: ProviderServer, provider: str
 ) -> None:
-    """Each provider's own refusal of a bad key, Google's 400 too, is an APIKeyError."""
+    """Each provider's response to a bad key is an APIKeyError, also Google's 400."""
     key = f"sk-bad-{provider}-0123456789"
     if provider == "ollama":
         server.default = error(provider, 401, "unauthorized")
@@ -1105,7 +896,7 @@ async def test_a_key_that_the_provider_refuses(
 async def test_an_answer_that_echoes_the_key(
     once: LLMInfraService, server: ProviderServer, provider: str, status: int
 ) -> None:
-    """Whatever the provider repeats, no line, no escape and no key reaches a log."""
+    """No line break, escape sequence or key of a response reaches a message."""
     said = f"bad key sk-test-{provider}\nsecond line \x1b[31mred"
     server.default = error(provider, status, said)
 
@@ -1116,10 +907,10 @@ async def test_an_answer_that_echoes_the_key(
 
 
 @each_provider
-async def test_a_model_that_is_not_there(
+async def test_an_unknown_model(
     once: LLMInfraService, server: ProviderServer, provider: str
 ) -> None:
-    """A model's wrong name is a ModelNotFoundError that shows the name."""
+    """A wrong model name is a ModelNotFoundError that shows the name."""
     with pytest.raises(ModelNotFoundError, match="no-such-model") as caught:
         await once.complete(HELLO, "no-such-model", provider, service=provider)
 
@@ -1128,10 +919,10 @@ async def test_a_model_that_is_not_there(
 
 
 @each_provider
-async def test_a_stranger_in_the_answer(
+async def test_a_malformed_answer(
     once: LLMInfraService, server: ProviderServer, provider: str
 ) -> None:
-    """What LiteLLM raises on its own account has no traceback in its message."""
+    """An exception of LiteLLM's leaves no traceback in the message."""
     odd: dict[str, Any] = {
         "choices": [{"message": {"content": {"a": 1}, "tool_calls": 5}}],
         "content": [{"type": "tool_use", "input": 5}, 5],

@@ -9,18 +9,17 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
-from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any, Self
 
 import pytest
 
-from dipeo_llm import media
+from dipeo_llm import fetch, media
 from dipeo_llm.adapters.base import create_adapter
-from dipeo_llm.adapters.factory import by_name
 from dipeo_llm.domain import ChatRequest
 from dipeo_llm.errors import InvalidRequestError, LLMServiceError
 from dipeo_llm.keys import StaticAPIKeys
+from dipeo_llm.media import MediaRules
 from dipeo_llm.service import LLMInfraService
 from dipeo_llm.settings import Settings
 from tests.conftest import PROVIDERS, Authority
@@ -67,22 +66,33 @@ def sound(data: Any, name: str = "wav") -> dict[str, Any]:
     return {"type": "input_audio", "input_audio": {"data": data, "format": name}}
 
 
-async def prepared(
-    part: Any,
+def rules_of(provider: str) -> MediaRules:
+    """Return what a provider takes."""
+    return by_name(provider).media
+
+
+async def prepare(
+    messages: list[dict[str, Any]],
     provider: str = "openai",
     *,
     base_dir: Path | None = None,
     settings: Settings | None = None,
     **options: Any,
-) -> Any:
-    """Prepare a message of one part, and return the part."""
-    messages = await media.prepare(
-        [{"role": "user", "content": [part]}],
-        by_name(provider),
+) -> list[dict[str, Any]]:
+    """Prepare messages for a provider."""
+    return await media.prepare(
+        messages,
+        rules_of(provider),
+        service=provider,
         base_dir=base_dir,
         settings=settings or Settings(),
         **options,
     )
+
+
+async def prepared(part: Any, provider: str = "openai", **options: Any) -> Any:
+    """Prepare a message of one part, and return the part."""
+    messages = await prepare([{"role": "user", "content": [part]}], provider, **options)
     return messages[0]["content"][0]
 
 
@@ -169,11 +179,10 @@ async def test_bytes_of_a_file_reach_the_provider(
     adapter = create_adapter(
         provider, MODELS[provider], "sk-test", server.base_url(provider)
     )
-    messages = await media.prepare(
+    messages = await prepare(
         [{"role": "user", "content": ["What is this?", Path("unnamed")]}],
-        by_name(provider),
+        provider,
         base_dir=tmp_path,
-        settings=Settings(),
     )
 
     await adapter.complete(ChatRequest(messages=messages))
@@ -191,10 +200,9 @@ async def test_bytes_of_a_url_reach_the_provider(
         provider, MODELS[provider], "sk-test", server.base_url(provider)
     )
     url = f"{server.origin}/image.png?token=of-the-picture"
-    messages = await media.prepare(
+    messages = await prepare(
         [{"role": "user", "content": ["What is this?", image(url)]}],
-        by_name(provider),
-        base_dir=None,
+        provider,
         settings=Settings(
             allow_private_urls=True, extra_headers={"x-secret": "s3cret"}
         ),
@@ -220,12 +228,7 @@ async def test_openai_gets_a_picture_by_its_url(server: ProviderServer) -> None:
     adapter = create_adapter(
         "openai", MODELS["openai"], "sk-test", server.base_url("openai")
     )
-    messages = await media.prepare(
-        [{"role": "user", "content": [image(url)]}],
-        by_name("openai"),
-        base_dir=None,
-        settings=Settings(),
-    )
+    messages = await prepare([{"role": "user", "content": [image(url)]}])
 
     await adapter.complete(ChatRequest(messages=messages))
 
@@ -329,9 +332,7 @@ async def test_plain_messages_come_back_as_they_are() -> None:
         {"role": "assistant", "content": None, "tool_calls": []},
     ]
 
-    got = await media.prepare(
-        messages, by_name("openai"), base_dir=None, settings=Settings()
-    )
+    got = await prepare(messages)
 
     assert [id(message) for message in got] == [id(message) for message in messages]
 
@@ -341,9 +342,7 @@ async def test_parts_are_copies() -> None:
     part = {"type": "file", "file": {"file_id": "file-123"}}
     messages = [{"role": "user", "content": [part]}]
 
-    got = await media.prepare(
-        messages, by_name("openai"), base_dir=None, settings=Settings()
-    )
+    got = await prepare(messages)
     got[0]["content"][0]["file"]["filename"] = "written-by-litellm.pdf"
 
     assert messages == [
@@ -356,9 +355,7 @@ async def test_same_url_is_fetched_once(server: ProviderServer) -> None:
     part = image(f"{server.origin}/image.png")
     message = {"role": "user", "content": (part, part)}
 
-    got = await media.prepare(
-        [message, message], by_name("ollama"), base_dir=None, settings=PRIVATE
-    )
+    got = await prepare([message, message], "ollama", settings=PRIVATE)
 
     assert [m["content"] for m in got] == [[image(PNG_URL)] * 2] * 2
     assert len(server.requests) == 1
@@ -388,11 +385,8 @@ async def test_google_keeps_its_own_files(part: dict[str, Any]) -> None:
 async def test_the_result_of_a_tool_takes_no_stored_file(part: dict[str, Any]) -> None:
     """LiteLLM would fetch it for Google, or leave it out."""
     with pytest.raises(InvalidRequestError, match="takes no stored file, only its"):
-        await media.prepare(
-            [{"role": "tool", "tool_call_id": "a", "content": [part]}],
-            by_name("google"),
-            base_dir=None,
-            settings=Settings(),
+        await prepare(
+            [{"role": "tool", "tool_call_id": "a", "content": [part]}], "google"
         )
 
 
@@ -448,21 +442,21 @@ async def test_parts_as_other_interfaces_spell_them(
 # --- what is not taken ---------------------------------------------------------------
 
 NOT_TAKEN: list[tuple[str, Any, str]] = [
-    ("openai", image(data_url("image/heic", HEIC)), "openai takes no image/heic, only"),
-    ("openai", image(data_url("image/svg+xml", b"<svg/>")), "takes no image/svg+xml"),
-    ("openai", sound("T2dnUw==", "ogg"), "openai takes no audio/ogg"),
-    ("openai", file(file_data=data_url("text/plain", b"a")), "takes no text/plain"),
-    ("anthropic", sound(WAV_64), "anthropic takes no audio/wav"),
-    ("anthropic", file(file_data=data_url("audio/wav", WAV)), "takes no audio/wav"),
-    ("google", image(data_url("image/gif", GIF)), "google takes no image/gif"),
+    ("openai", image(data_url("image/heic", HEIC)), "openai does not take image/heic"),
+    ("openai", image(data_url("image/svg+xml", b"<svg/>")), "not take image/svg+xml"),
+    ("openai", sound("T2dnUw==", "ogg"), "not take audio/ogg"),
+    ("openai", file(file_data=data_url("text/plain", b"a")), "not take text/plain"),
+    ("anthropic", sound(WAV_64), "not take audio/wav"),
+    ("anthropic", file(file_data=data_url("audio/wav", WAV)), "not take audio/wav"),
+    ("google", image(data_url("image/gif", GIF)), "not take image/gif"),
     ("google", file(file_id="gs://bucket/cat"), "needs a 'format'"),
-    ("ollama", image(data_url("image/gif", GIF)), "ollama takes no image/gif"),
-    ("ollama", file(file_data=PDF_URL), "ollama takes no application/pdf"),
-    ("ollama", sound(WAV_64), "ollama takes no audio/wav"),
+    ("ollama", image(data_url("image/gif", GIF)), "not take image/gif"),
+    ("ollama", file(file_data=PDF_URL), "not take application/pdf"),
+    ("ollama", sound(WAV_64), "not take audio/wav"),
     ("ollama", file(file_id="file-123"), "ollama keeps no files"),
-    ("openai", image(PDF_URL), "a PDF goes into a 'file' part"),
-    ("openai", image(data_url("audio/wav", WAV)), "stands where image/… is asked for"),
-    ("openai", sound(PNG_URL), "stands where audio/… is asked for"),
+    ("openai", image(PDF_URL), "put a PDF into a 'file' part"),
+    ("openai", image(data_url("audio/wav", WAV)), "its part takes image/…"),
+    ("openai", sound(PNG_URL), "its part takes audio/…"),
     ("openai", image("data:image/png,abc"), "does not say base64"),
     ("openai", image("data:image/png;base64"), "does not say base64"),
     ("openai", image("data:;base64,AAAA"), "names no media type"),
@@ -472,9 +466,9 @@ NOT_TAKEN: list[tuple[str, Any, str]] = [
     ("openai", image("data:image/png;base64,AA-_"), "base64 cannot be read"),
     ("openai", image("data:image/png;base64,AAAA\n"), "base64 cannot be read"),
     ("openai", image("data:image/png;base64,ÄÄÄÄ"), "base64 cannot be read"),
-    ("openai", image("cat.png"), "a local file is given as a pathlib.Path"),
-    ("openai", image("/etc/passwd"), "a local file is given as a pathlib.Path"),
-    ("openai", image("file:///etc/passwd"), "neither a data: nor a https: URL"),
+    ("openai", image("cat.png"), "give a local file as a pathlib.Path"),
+    ("openai", image("/etc/passwd"), "give a local file as a pathlib.Path"),
+    ("openai", image("file:///etc/passwd"), "neither a data: nor an https: URL"),
     ("openai", image(""), "'image_url' holds no data"),
     ("openai", image(None), "'image_url' holds no data"),
     ("openai", {"type": "image_url"}, "has no 'image_url'"),
@@ -487,7 +481,7 @@ NOT_TAKEN: list[tuple[str, Any, str]] = [
     ("openai", {"type": "input_image", "file_id": "file-1"}, "has no 'image_url'"),
     ("anthropic", {"type": "tool_result", "content": []}, "of the role tool"),
     ("openai", file(file_data=PDF_URL, file_id="a"), "holds file_data and file_id"),
-    ("openai", file(file_id="www.evil.example/a.pdf"), "neither a data: nor a https:"),
+    ("openai", file(file_id="www.evil.example/a.pdf"), "neither a data: nor an https:"),
     ("google", image("gs://bucket/cat.png/"), "needs a 'format'"),
     ("google", file(file_id="gs://bucket/cat", format=["a"]), "needs a 'format'"),
     ("google", file(file_id="gs://bucket/cat.png/."), "needs a 'format'"),
@@ -518,9 +512,7 @@ async def test_too_many_parts() -> None:
     message = {"role": "user", "content": [image(PNG_URL)] * (media.MAX_PARTS + 1)}
 
     with pytest.raises(InvalidRequestError, match="more than 100"):
-        await media.prepare(
-            [message], by_name("openai"), base_dir=None, settings=Settings()
-        )
+        await prepare([message])
 
 
 async def test_too_large_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -529,9 +521,7 @@ async def test_too_large_together(monkeypatch: pytest.MonkeyPatch) -> None:
     message = {"role": "user", "content": [image(PNG_URL)] * 4}
 
     with pytest.raises(InvalidRequestError, match="with it the pictures and files"):
-        await media.prepare(
-            [message], by_name("openai"), base_dir=None, settings=Settings()
-        )
+        await prepare([message])
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
@@ -625,7 +615,7 @@ JAIL: list[tuple[str, Callable[[Path], Any], str]] = [
     ("nul\0.png", outside, "null"),
     ("~nobody-of-that-name/x.png", outside, "home directory"),
     ("cat.png/x.png", outside, "Not a directory"),
-    ("text.png", text, "no picture, PDF or sound"),
+    ("text.png", text, "not a picture, PDF or sound"),
     ("large.png", large, "larger than 20971520 bytes"),
 ]
 
@@ -1005,17 +995,17 @@ BAD_ANSWERS: list[tuple[bytes, str]] = [
     (answer(kind="application/octet-stream"), "it answered application/octet-stream"),
     (answer(PDF, "application/pdf"), "it answered application/pdf"),
     (answer(kind=""), "it answered no media type"),
-    (answer(b"<html>"), "its bytes are not the image/png"),
-    (answer(PDF), "its bytes are not the image/png"),
-    (answer(b""), "its bytes are not the image/png"),
-    (answer(b"<svg/>", "image/svg+xml"), "its bytes are not the image/svg+xml"),
+    (answer(b"<html>"), "its bytes are not image/png"),
+    (answer(PDF), "its bytes are not image/png"),
+    (answer(b""), "its bytes are not image/png"),
+    (answer(b"<svg/>", "image/svg+xml"), "its bytes are not image/svg+xml"),
     (answer(content_encoding="gzip"), "a compressed body"),
     (answer(content_length="900000000"), "larger than 20971520 bytes"),
     (answer(content_length="99999"), "the connection failed"),
     (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", "the connection failed"),
     (b"", "the connection failed"),
     (redirect(""), "more than 3 redirects"),
-    (redirect("https://[::1/"), "it redirects to what is not a URL"),
+    (redirect("https://[::1/"), "it redirects to an invalid URL"),
     (redirect("ftp://pictures.example/"), "it redirects: the URL at pictures.example"),
     (redirect("http://a:b@127.0.0.1/"), "it carries a user name"),
     (redirect("/again?s3cret"), "more than 3 redirects"),
@@ -1166,10 +1156,9 @@ async def test_first_failure_ends_the_others() -> None:
         content = [image(f"{site.origin}/{name}.png") for name in ("slow", "bad")]
         with pytest.raises(InvalidRequestError, match=r"part 1: .* it answered 404"):
             await asyncio.wait_for(
-                media.prepare(
+                prepare(
                     [{"role": "user", "content": content}],
-                    by_name("google"),
-                    base_dir=None,
+                    "google",
                     settings=PRIVATE,
                 ),
                 20,
@@ -1179,7 +1168,7 @@ async def test_first_failure_ends_the_others() -> None:
 
 async def test_silent_site(monkeypatch: pytest.MonkeyPatch) -> None:
     """A site that does not answer in time is an error that says so."""
-    monkeypatch.setattr(media, "FETCH_TIMEOUT", 0.2)
+    monkeypatch.setattr(fetch, "FETCH_TIMEOUT", 0.2)
 
     async with Site({"/a.png": None}) as site:
         part = image(f"{site.origin}/a.png")
@@ -1194,9 +1183,12 @@ async def test_silent_site(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def public_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let 127.0.0.0/8 count as public; everything else stays as it is."""
-    loopback = IPv4Network("127.0.0.0/8")
-    networks = tuple(net for net in media._PRIVATE_4 if net != loopback)
-    monkeypatch.setattr(media, "_PRIVATE_4", networks)
+    is_public = fetch.is_public
+    monkeypatch.setattr(
+        fetch,
+        "is_public",
+        lambda address: address.startswith("127.") or is_public(address),
+    )
 
 
 @pytest.fixture

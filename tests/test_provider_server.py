@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests import provider_server
 from tests.provider_server import PNG, Answer, Fault, ProviderServer, Raw, error
 
 # LiteLLM builds its models at their first use, with a warning from pydantic.
@@ -34,6 +35,12 @@ MODELS = {
     "ollama": "llama3.2",
 }
 LITELLM = {"google": "gemini", "ollama": "ollama_chat"}
+
+
+@pytest.fixture(autouse=True)
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is sent here is made by hand, and much of it is wrong on purpose."""
+    monkeypatch.setattr(provider_server, "CHECK_RULES", False)
 
 
 @pytest.fixture
@@ -670,3 +677,18 @@ async def test_command(fast: bool) -> None:
         process.stdin.close()
     _, errors = await process.communicate()
     assert (process.returncode, errors) == (0, b"")
+
+
+async def test_a_request_that_the_provider_would_refuse_fails_the_test(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the switch on, unless the test says that it sends nonsense on purpose."""
+    monkeypatch.setattr(provider_server, "CHECK_RULES", True)
+    path, body = chat("openai", top_k=5)
+    with pytest.raises(AssertionError, match="top_k: unknown field"):
+        async with ProviderServer() as running:
+            await call(running, path, body)
+    async with ProviderServer() as running:
+        running.rules = False
+        await call(running, path, body)
+        assert running.broken_rules == []

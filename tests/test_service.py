@@ -420,7 +420,7 @@ async def test_options_on_the_wire(
         assert sent == body
     logged = [r.getMessage() for r in caplog.records if r.name == "dipeo_llm"]
     assert sorted(logged) == [
-        f"{model} takes no {option}: it was left out" for option in left_out
+        f"{model} does not take {option}: it was left out" for option in left_out
     ]
 
 
@@ -567,7 +567,7 @@ async def test_what_a_provider_has_no_word_for_is_reported_left_out(
         await service.complete(HELLO, model, provider, tools=[TOOL], **{option: value})
 
     assert [r.getMessage() for r in caplog.records if "left out" in r.getMessage()] == [
-        f"{provider}/{model} takes no {option}: it was left out"
+        f"{provider}/{model} does not take {option}: it was left out"
     ]
 
 

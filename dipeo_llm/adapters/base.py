@@ -1,81 +1,114 @@
-"""A request in, a result out, for one model of one provider with one key.
+"""One attempt at a request, for one model of one provider with one key.
 
-Two engines stand behind one seam. The direct one asks LiteLLM to translate the request,
-and sends it itself; the other makes the whole call through `litellm.acompletion`. Both
-send through our own client and read what the wire really said. Knows nothing of
-persons, prompts or retries.
+`BaseLLMAdapter` makes the exchange that all formats share: prepare, translate, send,
+read. A subclass declares what is particular to its provider. Knows nothing of persons,
+prompts or retries.
 """
 
 import asyncio
-import json
 import logging
-import math
 import os
 import re
 import time
-from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from hashlib import blake2b
-from typing import Any
+from typing import Any, ClassVar
+from urllib.parse import quote, urlencode
 
 from pydantic import SecretStr
 from pydantic_core import to_json
 
-from dipeo_llm import client as wire
-from dipeo_llm import litellm_import as litellm_gate
-from dipeo_llm.adapters import events as answers
-from dipeo_llm.adapters import failures, translation
-from dipeo_llm.adapters.events import MalformedStreamError, Reading, StreamReader
-from dipeo_llm.adapters.factory import Provider, by_name, check_reach
-from dipeo_llm.adapters.failures import CallError
-from dipeo_llm.adapters.request import Shape, shape
-from dipeo_llm.adapters.usage import priced_apart, rate_limits, token_usage
-from dipeo_llm.client import PLACEHOLDER, Client, Endpoint, Exchange
+from dipeo_llm import client as http
+from dipeo_llm import litellm_import, litellm_tables
+from dipeo_llm.adapters import failures
+from dipeo_llm.adapters.attempt import Attempt, CompletionAttempt
+from dipeo_llm.adapters.events import MalformedStreamError, StreamReader
+from dipeo_llm.adapters.provider import ModelList, Page, Probe, Provider, TokenCounter
+from dipeo_llm.adapters.reading import JSON, Reading
+from dipeo_llm.adapters.request import (
+    COMMON_FIELDS,
+    Message,
+    PreparedRequest,
+    complete_arguments,
+    copy_json,
+    copy_messages,
+    drop_cache_control,
+    keep_fields,
+    rename_tools,
+)
+from dipeo_llm.adapters.tools import sort_tools
+from dipeo_llm.adapters.translation import Outgoing, check_translation
+from dipeo_llm.adapters.usage import rate_limits, token_usage
+from dipeo_llm.client import Client, Endpoint, fits_a_header
 from dipeo_llm.domain import (
     ChatRequest,
     ChatResult,
     StreamChunk,
+    TokenCount,
     TokenUsage,
-    ToolOutput,
-    ToolType,
+    ToolConfig,
 )
 from dipeo_llm.errors import (
     APIKeyError,
     APIKeyNotFoundError,
+    CallError,
     ContentFilterError,
     InvalidRequestError,
     LLMServiceError,
     LLMTimeoutError,
     ServiceUnavailableError,
 )
-from dipeo_llm.keys import fits_a_header
-from dipeo_llm.litellm_import import load_litellm
-from dipeo_llm.message_formatter import checked
+from dipeo_llm.message_formatter import check_messages
 from dipeo_llm.pool import Lease, Pool
 from dipeo_llm.settings import Settings, http_url
 from dipeo_llm.streaming import Items
+from dipeo_llm.structured import form_of
 
 _log = logging.getLogger("dipeo_llm")
 
-
-# Seconds.
+# Seconds that a server gets to close a stream after its terminator.
 _AFTER_THE_END = 0.5
+_MOST_PAGES = 100
 
 
-class BaseLLMAdapter(ABC):
+class BaseLLMAdapter:
     """Talks to one model of one provider with one key.
 
     Args:
         provider: The provider: its row, or its name as a string or a `LLMService`.
         model_name: The model, without a prefix.
         api_key: The key; wrapped at once. Empty where the provider needs none.
-        base_url: Where the provider lives; None asks the settings, then the provider.
+        base_url: The provider's address; None asks the settings, then the row.
         settings: How calls are made; None takes the defaults.
-        pool: Where open clients are shared; None makes a pool of this adapter's own,
+        pool: Where open clients are shared; None makes a pool of the adapter's own,
             which `aclose` closes.
+
+    Raises:
+        APIKeyNotFoundError: The provider needs a key.
+        APIKeyError: The key holds a character that no header can carry.
+        InvalidRequestError: The model's name or the base URL cannot be used.
     """
+
+    # What an adapter declares about its format.
+
+    rows: ClassVar[tuple[Provider, ...]] = ()
+    """The providers that speak the format, the one it belongs to first."""
+    probe: ClassVar[Probe | None] = None
+    """Checks the translation; None where the format has none here."""
+    model_list: ClassVar[ModelList | None] = None
+    token_counter: ClassVar[TokenCounter | None] = None
+    question_headers: ClassVar[Mapping[str, str]] = {}
+    """Headers of a question besides completions."""
+    tool_name: ClassVar[re.Pattern[str]] = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+    """Matches a name that the provider takes for a tool."""
+    longest_tool_name: ClassVar[int] = 64
+    """Most characters of such a name."""
+    most_stops: ClassVar[int | None] = None
+    """Most texts of `stop`; None is no limit."""
+    headers: ClassVar[frozenset[str] | None] = http.STANDARD_HEADERS
+    """Headers that may leave beside the key; None forwards what LiteLLM sets."""
 
     def __init__(
         self,
@@ -87,26 +120,18 @@ class BaseLLMAdapter(ABC):
         settings: Settings | None = None,
         pool: "Pool[Client] | None" = None,
     ) -> None:
-        provider = provider if isinstance(provider, Provider) else by_name(provider)
-        self.provider = provider
+        self.provider = (
+            provider if isinstance(provider, Provider) else _find_row(provider)
+        )
         self.model_name = model_name
         self.settings = settings or Settings()
-        check_reach(provider)
-        _check_model(provider, model_name)
-        if not isinstance(api_key, SecretStr):
-            api_key = SecretStr((api_key or "").strip())
-        if provider.needs_key and not api_key:
-            raise APIKeyNotFoundError(
-                f"{provider.name} needs a key", service=provider.name, model=model_name
-            )
-        if not fits_a_header(api_key):
-            raise APIKeyError(
-                "the key holds a character that no header can carry",
-                service=provider.name,
-                model=model_name,
-            )
+        self.check_model()
         self.endpoint = Endpoint(
-            provider, _base_url(provider, base_url, self.settings), api_key
+            service=self.provider.name,
+            base_url=self._find_base_url(base_url),
+            secret=self._check_key(api_key),
+            key_header=self.provider.key_header,
+            allowed_headers=self.headers,
         )
         self._pool = pool if pool is not None else new_pool(self.settings)
         self._owns_pool = pool is None
@@ -114,7 +139,8 @@ class BaseLLMAdapter(ABC):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.provider.name!r}, {self.model_name!r})"
 
-    @abstractmethod
+    # One attempt, from the caller's request to the result.
+
     async def complete(
         self, request: ChatRequest | Sequence[Mapping[str, Any]]
     ) -> ChatResult:
@@ -127,45 +153,579 @@ class BaseLLMAdapter(ABC):
         Raises:
             APIKeyError, LLMServiceError: As `errors` describes them.
 
-        Cancelling it closes the connection that the request went out on.
+        Cancelling it closes the connection of the request.
         """
+        attempt = await self._begin(request, is_stream=False)
+        async with _Permit(self, attempt) as client:
+            with self._map_errors(attempt):
+                async with asyncio.timeout_at(attempt.due):
+                    return await attempt.adapter.exchange(attempt, client)
 
-    @abstractmethod
-    def stream(self, request: ChatRequest | Sequence[Mapping[str, Any]]) -> Items:
+    async def stream(self, request: ChatRequest | Sequence[Mapping[str, Any]]) -> Items:
         """Make one attempt at a stream.
 
         Args:
             request: As for `complete`.
 
         Yields:
-            Chunks as they come, and as the last item the whole result. The first is
-            waited for as long as `request.timeout`, each later one as long as
-            `request.idle_timeout`.
+            Chunks as they arrive, and as the last item the whole result. The first one
+            has `request.timeout` seconds, each later one `request.idle_timeout`.
 
         Raises:
-            APIKeyError, LLMServiceError: Also in mid-stream; the caller knows how far
-                it had come.
+            APIKeyError, LLMServiceError: Also between two chunks.
 
         Closing the generator, or cancelling its reader, closes the connection.
         """
+        attempt = await self._begin(request, is_stream=True)
+        idle = attempt.request.idle_timeout or attempt.request.timeout
+        async with _Permit(self, attempt) as client:
+            items = attempt.adapter.receive(attempt, client)
+            try:
+                with self._map_errors(attempt):
+                    async for item in items:
+                        yield item
+                        attempt.allow(idle, "sent nothing for")
+            finally:
+                await items.aclose()
 
     def request(self, asked: ChatRequest | Sequence[Mapping[str, Any]]) -> ChatRequest:
-        """Return a request as it is, and messages as one without options.
+        """Return a request as it is, and messages as a request without options.
 
         Raises:
-            InvalidRequestError: They are no messages that could be answered.
+            InvalidRequestError: The messages cannot be answered.
         """
         if isinstance(asked, ChatRequest):
             return asked
-        return ChatRequest(checked(asked), timeout=self.settings.timeout)
+        return ChatRequest(check_messages(asked), timeout=self.settings.timeout)
 
-    async def client(self) -> Lease[Client]:
-        """Lease the open client of this endpoint, opening it if need be."""
+    async def _begin(
+        self, request: ChatRequest | Sequence[Mapping[str, Any]], *, is_stream: bool
+    ) -> CompletionAttempt:
+        """Prepare an attempt: load LiteLLM, prepare the request, select the endpoint."""
+        litellm = await litellm_import.load_litellm()
+        request = self.request(request)
+        prepared = self.prepare(request)
+        return CompletionAttempt(
+            adapter=self._select(litellm, prepared),
+            request=request,
+            prepared=prepared,
+            litellm=litellm,
+            is_stream=is_stream,
+            extra_body=request.extra_body,
+        )
+
+    def _select(self, litellm: Any, prepared: PreparedRequest) -> "BaseLLMAdapter":
+        """Return the adapter that makes the exchange: this one or one beside it."""
+        if (other := self.other_endpoint(litellm, prepared)) is not None:
+            return other
+        engine = self.settings.engine
+        is_direct = engine == "direct" or (
+            engine == "auto" and check_translation(litellm, type(self))
+        )
+        if self.probe is None or is_direct:
+            return self
+        return self.sibling("litellm")
+
+    async def exchange(self, attempt: CompletionAttempt, client: Client) -> ChatResult:
+        """Send a request and read the whole answer."""
+        await self._send(attempt, client)
+        body = self._check_answer(attempt)
+        self._log_left_out(attempt)
+        return self._make_result(attempt, body)
+
+    async def receive(self, attempt: CompletionAttempt, client: Client) -> Items:
+        """Send a request and read the answer as a stream."""
+        reader = self.stream_reader()
+        names = attempt.prepared.tool_names
+        async with asyncio.timeout_at(attempt.due):
+            await self._send(attempt, client)
+        pieces = client.pieces(attempt, keep=False)
         try:
-            return await self._pool.lease(_pool_key(self.endpoint), self._open)
-        except LLMServiceError as exc:
-            exc.service, exc.model = self.provider.name, self.model_name
+            while (piece := await _next_piece(attempt, reader, pieces)) is not None:
+                for chunk in reader.feed(piece):
+                    yield _rename_tool(chunk, names) if names else chunk
+            for chunk in reader.close():
+                yield _rename_tool(chunk, names) if names else chunk
+        except Exception as exc:
+            # aiohttp's reader keeps the exception, and its traceback this attempt with
+            # the conversation; clear it to break the cycle.
+            exc.__traceback__ = None
             raise
+        finally:
+            await pieces.aclose()
+            attempt.response.close()
+        body = self._check_stream(attempt, reader)
+        self._log_left_out(attempt)
+        yield self._make_result(attempt, body)
+
+    async def _send(self, attempt: CompletionAttempt, client: Client) -> None:
+        """Send the request; read the body unless a stream has begun with 200."""
+        outgoing = self._translate(attempt)
+        await client.send(
+            "POST",
+            f"{self.endpoint.base_url}{outgoing.path}",
+            outgoing.headers,
+            to_json(outgoing.body),
+            attempt,
+        )
+        if not (attempt.is_stream and attempt.status == 200):
+            await client.read(attempt)
+        if attempt.status != 200:
+            raise self._refusal(attempt)
+
+    def _translate(self, attempt: CompletionAttempt) -> Outgoing:
+        try:
+            return self.translate(
+                attempt.litellm, attempt.prepared, stream=attempt.is_stream
+            )
+        except CallError:
+            raise
+        except Exception as exc:
+            raise self._untranslatable(exc) from exc
+
+    # The preparation of a request, before LiteLLM translates it.
+
+    def prepare(self, request: ChatRequest) -> PreparedRequest:
+        """Prepare a request. The result shares no list or dict with it.
+
+        Raises:
+            InvalidRequestError: The provider cannot do what is asked.
+        """
+        messages = copy_messages(request.messages)
+        complete_arguments(messages)
+        prepared = PreparedRequest(
+            self.prepare_messages(messages), dict(request.sampling)
+        )
+        options = prepared.options
+        tools = sort_tools(request.tools)
+        all_tools = copy_json(tools.functions)
+        for tool in tools.provided:
+            all_tools += self.own_tool(tool, options)
+        if all_tools:
+            options["tools"] = all_tools
+            if request.tool_choice is not None:
+                options["tool_choice"] = copy_json(request.tool_choice)
+        form = form_of(request.response_format)
+        if form is not None:
+            options["response_format"] = copy_json(form.response_format)
+        self._limit_tokens(options)
+        self._check_stops(options.get("stop"))
+        rename_tools(prepared, self.tool_name, self.longest_tool_name)
+        self.adjust_options(prepared)
+        return prepared
+
+    def _check_stops(self, stop: Any) -> None:
+        if self.most_stops and isinstance(stop, list) and len(stop) > self.most_stops:
+            raise InvalidRequestError(
+                f"`stop` has {len(stop)} texts; {self.provider.name} takes at most"
+                f" {self.most_stops}",
+                **self._fields(),
+            )
+
+    def _limit_tokens(self, options: dict[str, Any]) -> None:
+        """Lower `max_tokens` to the model's limit, and log it once; drop fractions of 0.
+
+        DiPeO asks for 256,000 tokens of any model.
+        """
+        for name in ("max_tokens", "n", "seed"):
+            if isinstance(value := options.get(name), float) and value.is_integer():
+                options[name] = int(value)
+        asked = options.get("max_tokens")
+        if asked is None:
+            return
+        info = litellm_tables.known_model_info(
+            self.provider.litellm, self.model_name, self.provider.name
+        )
+        limit = info.get("max_output_tokens")
+        if isinstance(limit, int) and 0 < limit < asked:
+            options["max_tokens"] = limit
+            key = (self.provider.name, self.model_name, "max_tokens over the limit")
+            if key not in _seen_options:
+                _seen_options.add(key)
+                _log.info(
+                    "%s/%s writes at most %d tokens: max_tokens=%s was lowered",
+                    self.provider.name,
+                    self.model_name,
+                    limit,
+                    asked,
+                )
+
+    def prepare_messages(self, messages: list[Message]) -> list[Message]:
+        """Return copied messages in the shape that the provider takes."""
+        prepared = keep_fields(messages, COMMON_FIELDS | {"reasoning_content"})
+        drop_cache_control(prepared)
+        return prepared
+
+    def own_tool(self, tool: ToolConfig, options: dict[str, Any]) -> list[JSON]:
+        """Return one of the provider's own tools in its words; may set options.
+
+        Raises:
+            InvalidRequestError: The provider, or this model of it, has no such tool.
+        """
+        raise InvalidRequestError(
+            f"{self.provider.name}'s {self.model_name} has no tool"
+            f" {tool.type.value!r} of its own",
+            **self._fields(),
+        )
+
+    def adjust_options(self, prepared: PreparedRequest) -> None:
+        """Change options, in place, that the model refuses and LiteLLM would send."""
+
+    def teach(self, litellm: Any) -> None:
+        """Tell LiteLLM what its table leaves out about the model."""
+
+    def other_endpoint(
+        self, litellm: Any, prepared: PreparedRequest
+    ) -> "BaseLLMAdapter | None":
+        """Return the adapter of the endpoint that must serve a request, if not this."""
+        return None
+
+    # The translation and the reading: a format overrides them.
+
+    def translate(
+        self, litellm: Any, prepared: PreparedRequest, *, stream: bool
+    ) -> Outgoing:
+        """Translate a prepared request with LiteLLM's functions, which may change it.
+
+        Raises:
+            Exception: As LiteLLM raises for a request that it cannot translate.
+        """
+        raise NotImplementedError
+
+    def has_answer(self, body: Mapping[str, Any]) -> bool:
+        """Say whether the JSON of a 200 holds an answer in this format."""
+        raise NotImplementedError
+
+    def blocked_prompt(self, body: Mapping[str, Any]) -> str | None:
+        """Return the reason why the provider refused the prompt, None if it did not."""
+        return None
+
+    def read(self, body: Mapping[str, Any]) -> Reading:
+        """Read the JSON of a whole answer."""
+        raise NotImplementedError
+
+    def stream_reader(self) -> StreamReader:
+        """Return a reader for one stream."""
+        raise NotImplementedError
+
+    # The answer.
+
+    def _check_answer(self, attempt: Attempt) -> JSON:
+        """Return the JSON of a 200.
+
+        Raises:
+            LLMServiceError: It does not hold an answer.
+        """
+        content_type = attempt.headers.get("content-type", "")
+        data, reason = failures.answer_in(
+            content_type, bytes(attempt.body), self.has_answer
+        )
+        if data.get("error"):
+            raise self._refusal(attempt)
+        self._check_prompt(attempt, data)
+        if reason is not None:
+            raise ServiceUnavailableError(
+                f"{self.provider.name} answered {attempt.status}, but"
+                f" {self._clean(reason)}",
+                **self._answer_fields(attempt),
+            )
+        return data
+
+    def _check_stream(self, attempt: Attempt, reader: StreamReader) -> JSON:
+        """Return the JSON of a whole stream.
+
+        Raises:
+            LLMServiceError: The stream holds an error, or lacks its terminator.
+        """
+        if reader.error is not None:
+            attempt.body = bytearray(reader.error)
+            raise self._refusal(attempt)
+        if not reader.is_ended:
+            how = "ended without its terminator" if reader.events else "was empty"
+            raise ServiceUnavailableError(
+                f"{self.provider.name}: the stream {how}",
+                **self._answer_fields(attempt),
+            )
+        with self._map_unreadable(attempt):
+            body = reader.body()
+        self._check_prompt(attempt, body)
+        return body
+
+    def _check_prompt(self, attempt: Attempt, body: Mapping[str, Any]) -> None:
+        if reason := self.blocked_prompt(body):
+            raise ContentFilterError(
+                f"{self.provider.name} refused the prompt: {self._clean(reason)}",
+                **self._answer_fields(attempt),
+            )
+
+    def _make_result(self, attempt: CompletionAttempt, body: JSON) -> ChatResult:
+        with self._map_unreadable(attempt):
+            reading = self.read(body)
+            if reading.tool_calls and reading.finish in {"stop", None}:
+                reading.finish = "tool_calls"
+            names = attempt.prepared.tool_names
+            for call in reading.tool_calls:
+                call.name = names.get(call.name, call.name)
+            usage = token_usage(reading.usage)
+            return ChatResult(
+                text=reading.text,
+                texts=reading.texts,
+                token_usage=usage,
+                raw_response=body,
+                tool_outputs=reading.tool_outputs,
+                tool_calls=reading.tool_calls,
+                finish_reason=reading.finish,
+                model=reading.model or self.model_name,
+                service=self.provider.name,
+                cost_usd=self._cost(attempt.litellm, usage, reading.usage),
+                request_id=failures.request_id(attempt.headers) or reading.id,
+                queued=attempt.queued,
+                reasoning=reading.reasoning,
+                rate_limits=rate_limits(attempt.headers),
+                refusal=reading.refusal,
+                thinking_blocks=reading.thinking_blocks,
+            )
+
+    def _cost(
+        self, litellm: Any, usage: TokenUsage | None, raw_usage: Any
+    ) -> float | None:
+        """Return the price in USD by LiteLLM's table; None where it has no price."""
+        if not self.provider.has_prices:
+            return None
+        return litellm_tables.cost(
+            litellm, self.provider.litellm, self.model_name, usage, raw_usage
+        )
+
+    # The errors.
+
+    @contextmanager
+    def _map_errors(self, attempt: Attempt) -> Iterator[None]:
+        """Raise the error of ours for a failure, by what the wire showed."""
+        try:
+            yield
+        except CallError as exc:
+            exc.service = exc.service or self.provider.name
+            exc.model = exc.model or self.model_name
+            raise
+        except TimeoutError as exc:
+            if not attempt.is_late:
+                raise self._from_transport(exc, attempt) from exc
+            raise LLMTimeoutError(
+                f"{self.provider.name} {attempt.timeout_message}",
+                **self._answer_fields(attempt),
+            ) from exc
+        except MalformedStreamError as exc:
+            attempt.body = bytearray(str(exc).encode())
+            raise ServiceUnavailableError(
+                f"{self.provider.name} sent an invalid event: {self._clean(str(exc))}",
+                **self._answer_fields(attempt),
+            ) from None
+        except Exception as exc:  # noqa: BLE001 - mapped
+            raise self._from_transport(exc, attempt) from _safe_cause(exc, attempt)
+
+    @contextmanager
+    def _map_unreadable(self, attempt: Attempt) -> Iterator[None]:
+        """Raise a ServiceUnavailableError for JSON of an unknown shape."""
+        try:
+            yield
+        except _UNREADABLE as exc:
+            raise ServiceUnavailableError(
+                f"{self.provider.name} answered {attempt.status}, but in a form that"
+                f" cannot be read: {self._clean(repr(exc))}",
+                **self._answer_fields(attempt),
+            ) from None
+
+    def _untranslatable(self, exc: Exception) -> LLMServiceError:
+        """Make the error for a request that LiteLLM could not translate."""
+        text = self._clean(str(exc))
+        status = getattr(exc, "status_code", None)
+        if status in {400, 404, 422} or "surrogates not allowed" in text:
+            return InvalidRequestError(
+                f"the request cannot be made, nothing was sent: {text}",
+                **self._fields(),
+            )
+        return LLMServiceError(
+            f"LiteLLM failed at the request, nothing was sent: {text}", **self._fields()
+        )
+
+    def _refusal(self, attempt: Attempt) -> CallError:
+        return failures.from_answer(
+            attempt.status or 0,
+            attempt.headers,
+            bytes(attempt.body),
+            secret=self.endpoint.secret.get_secret_value(),
+            **self._fields(),
+        )
+
+    def _from_transport(self, exc: Exception, attempt: Attempt) -> Exception:
+        return http.from_transport(
+            exc,
+            secret=self.endpoint.secret.get_secret_value(),
+            **self._answer_fields(attempt),
+        )
+
+    def _clean(self, text: str) -> str:
+        """Redact the key in somebody else's words, and drop what is not printable."""
+        return failures.clean(text, self.endpoint.secret.get_secret_value())
+
+    def _fields(self) -> dict[str, Any]:
+        return {"service": self.provider.name, "model": self.model_name or None}
+
+    def _answer_fields(self, attempt: Attempt) -> dict[str, Any]:
+        """Return the fields of an error once there is an answer."""
+        request_id = failures.request_id(attempt.headers)
+        return self._fields() | {
+            "status_code": attempt.status,
+            "request_id": self._clean(request_id) if request_id else None,
+        }
+
+    # The options that were left out.
+
+    def _log_left_out(self, attempt: CompletionAttempt) -> None:
+        """Log, once per model and option, an option that was asked for and not sent."""
+        request = attempt.request
+        names = [*request.sampling]
+        form = form_of(request.response_format)
+        if request.tools and request.tool_choice not in (None, "auto", "none"):
+            names.append("tool_choice")
+        if form and form.response_format == {"type": "json_object"}:
+            names.append("response_format")
+        model = (self.provider.name, self.model_name)
+        new = [name for name in names if (*model, name) not in _seen_options]
+        for name in new:
+            _seen_options.add((*model, name))
+            if not self.sends(attempt, name):
+                _log.info("%s/%s does not take %s: it was left out", *model, name)
+
+    def sends(self, attempt: CompletionAttempt, option: str) -> bool:
+        """Say whether an option changes the request, by translating it without."""
+        request = attempt.request
+        without = replace(
+            request,
+            sampling={k: v for k, v in request.sampling.items() if k != option},
+            tool_choice=None if option == "tool_choice" else request.tool_choice,
+            response_format=(
+                None if option == "response_format" else request.response_format
+            ),
+        )
+        bodies = [
+            self.translate(
+                attempt.litellm, self.preparer.prepare(each), stream=attempt.is_stream
+            ).body
+            for each in (request, without)
+        ]
+        return bodies[0] != bodies[1]
+
+    # Questions besides completions.
+
+    async def list_models(self, pages: int = _MOST_PAGES) -> list[str]:
+        """Return the names of the provider's models, sorted, without "models/".
+
+        LiteLLM's own `get_valid_models` is synchronous, over a client of its own, and
+        reads one page.
+
+        Args:
+            pages: How many pages to read at most.
+
+        Raises:
+            InvalidRequestError: The provider has no list that is known here.
+            APIKeyError, LLMServiceError: As the provider answers.
+        """
+        listed = self.model_list
+        if listed is None or self.endpoint.base_url is None:
+            raise InvalidRequestError(
+                f"{self.provider.name} has no list of models that is known here",
+                service=self.provider.name,
+            )
+        found: set[str] = set()
+        following: Mapping[str, Any] | None = {}
+        for _ in range(pages):
+            if following is None:
+                break
+            query = urlencode({**listed.query, **following})
+            page = await self.ask(f"{listed.path}?{query}" if query else listed.path)
+            found.update(self._read_names(listed, page))
+            following = listed.next_page(page)
+        return sorted(found)
+
+    def _read_names(self, listed: ModelList, page: Page) -> list[str]:
+        rows = page.get(listed.rows)
+        if rows is None and listed.is_optional:
+            return []
+        names = [
+            row.get(listed.name) if isinstance(row, Mapping) else None
+            for row in (rows if isinstance(rows, list) else [None])
+        ]
+        if not all(isinstance(name, str) for name in names):
+            raise ServiceUnavailableError(
+                f"{self.provider.name} answered 200, but not with a list of models",
+                status_code=200,
+                service=self.provider.name,
+            )
+        return [str(name).removeprefix("models/") for name in names]
+
+    async def count_tokens(self, request: ChatRequest) -> TokenCount:
+        """Count the input tokens of a request, at the provider where it counts them.
+
+        LiteLLM's tokenizer counts for the others, and for a server that speaks a
+        provider's format without its counting endpoint.
+
+        Raises:
+            InvalidRequestError: The request cannot be translated or counted.
+            APIKeyError, LLMServiceError: As the provider answers.
+        """
+        counter = self.counting_adapter()
+        if counter is not None and self.endpoint.base_url is not None:
+            tokens = await counter.ask_for_count(self.prepare(request))
+            if isinstance(tokens, int):
+                return TokenCount(tokens=tokens, source="provider")
+        prepared = self.prepare(request)
+        try:
+            tokens = await litellm_tables.count_tokens(
+                self.model_name, prepared.messages, prepared.options.get("tools")
+            )
+        except Exception as exc:
+            raise self._uncountable(exc) from exc
+        return TokenCount(tokens=tokens, source="tokenizer")
+
+    def counting_adapter(self) -> "BaseLLMAdapter | None":
+        """Return the adapter whose endpoint counts tokens; None where none does."""
+        return self if self.token_counter is not None else None
+
+    async def ask_for_count(self, prepared: PreparedRequest) -> Any:
+        """Ask the provider for the number; None if it has no such endpoint."""
+        counter = self.token_counter
+        if counter is None:
+            return None
+        litellm = await litellm_import.load_litellm()
+        try:
+            outgoing = self.translate(litellm, prepared, stream=False)
+        except Exception as exc:
+            raise self._uncountable(exc) from exc
+        body = {k: v for k, v in outgoing.body.items() if k in counter.takes}
+        path = counter.path.format(model=quote(self.model_name, safe="/"))
+        try:
+            answer = await self.ask(path, self.count_body(body), outgoing.headers)
+        except LLMServiceError as exc:
+            # A server of the user's own: vLLM answers 405, LM Studio 200 and an error
+            # (https://github.com/vllm-project/vllm/issues/49533, 2026-11-25).
+            is_own = self.endpoint.base_url != self.provider.base_url
+            if exc.status_code in {404, 405, 501} or (
+                is_own and exc.status_code == 200
+            ):
+                return None
+            raise
+        return answer.get(counter.answer)
+
+    def count_body(self, body: JSON) -> JSON:
+        """Return the body of the question from the fields that the endpoint takes."""
+        return body
+
+    def _uncountable(self, exc: Exception) -> InvalidRequestError:
+        return InvalidRequestError(
+            f"the request cannot be counted, nothing was sent: {self._clean(str(exc))}",
+            **self._fields(),
+        )
 
     async def ask(
         self,
@@ -177,94 +737,155 @@ class BaseLLMAdapter(ABC):
 
         Args:
             path: Below the base URL, with the query.
-            body: JSON to post; None gets.
-            headers: What the format needs.
+            body: JSON to post; None sends a GET.
+            headers: Further headers that the format needs.
 
         Returns:
-            The JSON object that it answers.
+            The JSON object of the answer.
 
         Raises:
             APIKeyError, LLMServiceError: As the provider answers.
         """
-        exchange = Exchange()
-        asked = {"accept": "application/json", **(headers or {})}
-        if self.provider.format == "anthropic":
-            asked["anthropic-version"] = "2023-06-01"
         try:
             data = None if body is None else to_json(body)
         except ValueError as exc:
             raise InvalidRequestError(
                 f"the request cannot be made, nothing was sent: {exc}", **self._fields()
             ) from None
-        method = "GET" if data is None else "POST"
-        limit = asyncio.timeout(self.settings.timeout)
-        try:
-            async with limit, await self.client() as client:
+        attempt = Attempt()
+        attempt.allow(self.settings.timeout, "did not answer within")
+        asked = {
+            "accept": "application/json",
+            **self.question_headers,
+            **(headers or {}),
+        }
+        with self._map_errors(attempt):
+            async with asyncio.timeout_at(attempt.due), await self.client() as client:
+                method = "GET" if data is None else "POST"
                 url = f"{self.endpoint.base_url}{path}"
-                await client.read(
-                    await client.send(method, url, asked, data, exchange=exchange),
-                    exchange,
-                )
-        except Exception as exc:  # noqa: BLE001 - mapped
-            error = self._from_transport(exc, exchange)
-            if isinstance(exc, TimeoutError) and limit.expired():
-                error = LLMTimeoutError(
-                    f"{self.provider.name} did not answer within"
-                    f" {self.settings.timeout:g} s",
-                    **self._fields(),
-                )
-            raise error from _os_error(exc, exchange)
-        found, refusal = self._asked(exchange)
-        if refusal is not None:
-            raise refusal  # here, where no local holds what came
+                await client.send(method, url, asked, data, attempt)
+                await client.read(attempt)
+        return self._check_object(attempt)
+
+    def _check_object(self, attempt: Attempt) -> Mapping[str, Any]:
+        found, reason = failures.answer_in("", bytes(attempt.body))
+        if attempt.status != 200 or found.get("error"):
+            raise self._refusal(attempt)
+        if reason is not None:
+            raise ServiceUnavailableError(
+                f"{self.provider.name} answered 200, but {self._clean(reason)}",
+                **self._answer_fields(attempt),
+            )
         return found
 
-    def _asked(self, exchange: Exchange) -> tuple[Mapping[str, Any], CallError | None]:
-        """Return the JSON object of an answer, or what it is in place of one."""
-        found, reason = failures.answer_in(None, "", bytes(exchange.body))
-        if exchange.status != 200 or found.get("error"):
-            return {}, self._refused(exchange)
-        if reason is None:
-            return found, None
-        return {}, ServiceUnavailableError(
-            f"{self.provider.name} answered 200, but {self._clean(reason)}",
-            **self._seen_fields(exchange),
+    # The client, the key and the address.
+
+    async def client(self) -> Lease[Client]:
+        """Lease the open client of this endpoint, opening it if need be."""
+        try:
+            return await self._pool.lease(self._pool_key(), self._open)
+        except LLMServiceError as exc:
+            exc.service, exc.model = self.provider.name, self.model_name
+            raise
+
+    async def aclose(self) -> None:
+        """Close what this adapter opened for itself. May be called twice."""
+        if self._owns_pool:
+            await self._pool.aclose()
+
+    def sibling(self, name: str) -> "BaseLLMAdapter":
+        """Return another endpoint of the same provider, over the same client."""
+        from dipeo_llm.adapters.factory import ENDPOINTS
+
+        other = object.__new__(ENDPOINTS[name])
+        other.__dict__ = {**self.__dict__, "_owns_pool": False, "_origin": self}
+        return other
+
+    @property
+    def preparer(self) -> "BaseLLMAdapter":
+        """The adapter that prepares the requests of this endpoint."""
+        origin: BaseLLMAdapter = self.__dict__.get("_origin", self)
+        return origin
+
+    async def _open(self) -> Client:
+        await litellm_import.environment_is_whole()
+        tls = await http.tls_context(self.endpoint.base_url, self.settings)
+        limit = self.settings.max_concurrency
+        permits = None if limit is None else self._pool.permits(self._pool_key(), limit)
+        return Client(self.endpoint, self.settings, tls, permits)
+
+    def _pool_key(self) -> tuple[str, str | None, bytes]:
+        # The digest is keyed, so that it cannot be compared with anything outside.
+        secret = self.endpoint.secret.get_secret_value().encode()
+        digest = blake2b(secret, digest_size=16, key=_PROCESS).digest()
+        return self.provider.name, self.endpoint.base_url, digest
+
+    def _check_key(self, api_key: str | SecretStr | None) -> SecretStr:
+        if not isinstance(api_key, SecretStr):
+            api_key = SecretStr((api_key or "").strip())
+        if self.provider.needs_key and not api_key:
+            raise APIKeyNotFoundError(
+                f"{self.provider.name} needs a key", **self._fields()
+            )
+        if not fits_a_header(api_key):
+            raise APIKeyError(
+                "the key holds a character that no header can carry", **self._fields()
+            )
+        return api_key
+
+    def check_model(self) -> None:
+        """Refuse a model name that cannot be sent.
+
+        Raises:
+            InvalidRequestError: It holds characters that are not printable.
+        """
+        if not self.model_name.isprintable():
+            raise self._invalid_model()
+
+    def _invalid_model(self) -> InvalidRequestError:
+        return InvalidRequestError(
+            f"{self.model_name[:80]!r} is not the name of a model",
+            service=self.provider.name,
         )
 
-    def _clean(self, text: str) -> str:
-        """Take the key, and what is not printable, out of somebody else's words."""
-        return failures.clean(text, self.endpoint.secret.get_secret_value())
-
-    def _seen_fields(self, exchange: Exchange) -> dict[str, Any]:
-        """Return what every error of an attempt says, once there is an answer."""
-        return self._fields() | {
-            "status_code": exchange.status,
-            "request_id": self._clean(failures.request_id(exchange.headers) or "")
-            or None,
+    def _find_base_url(self, given: str | None) -> str | None:
+        row = self.provider
+        names = (row.name, row.litellm, *row.aliases)
+        # A member of a string enum may stand for a name.
+        urls = {
+            str(getattr(k, "value", k)): v for k, v in self.settings.base_urls.items()
         }
+        set_up = next((urls[name] for name in names if name in urls), None)
+        url = given or set_up or row.base_url
+        if url is None:
+            if row.derives_address:
+                return None
+            # LiteLLM would take it from the environment, and the key would go there.
+            raise InvalidRequestError(
+                f"{row.name} needs a base_url, in the key's record or in"
+                " Settings.base_urls",
+                service=row.name,
+            )
+        try:
+            return self.complete_base_url(http_url(url))
+        except ValueError as exc:
+            raise InvalidRequestError(
+                f"the base URL of {row.name} cannot be used: {exc}", service=row.name
+            ) from None
 
-    def _refused(self, exchange: Exchange) -> CallError:
-        return failures.from_answer(
-            exchange.status or 0,
-            exchange.headers,
-            bytes(exchange.body),
-            secret=self.endpoint.secret.get_secret_value(),
-            **self._fields(),
-        )
+    def complete_base_url(self, url: str) -> str:
+        """Return a checked base URL with the provider's path, if it has none."""
+        has_path = "/" in url.partition("://")[2]
+        return url if has_path else f"{url}{self.provider.path}"
 
-    def _from_transport(self, exc: Exception, exchange: Exchange) -> Exception:
-        return wire.from_transport(
-            exc,
-            secret=self.endpoint.secret.get_secret_value(),
-            **self._seen_fields(exchange),
-        )
+    # What the system document names.
 
     def common_parameters(self, request: ChatRequest) -> dict[str, Any]:
         """Return the options of a request under OpenAI's names, for this model."""
-        return dict(shape(self.provider, self.model_name, request).parameters)
+        return self.prepare(request).options
 
     def get_token_usage(self, usage: Any) -> TokenUsage | None:
-        """Read a usage record of this provider's; None for none."""
+        """Read a usage record of this provider; None if it holds no number."""
         return token_usage(usage)
 
     def supports_tools(self) -> bool | None:
@@ -272,634 +893,9 @@ class BaseLLMAdapter(ABC):
 
         Imports LiteLLM if nothing has yet, which takes seconds.
         """
-        return litellm_gate.supports(
-            self.provider, self.model_name, "supports_function_calling"
-        )
-
-    async def aclose(self) -> None:
-        """Close what this adapter opened for itself. May be called twice."""
-        if self._owns_pool:
-            await self._pool.aclose()
-
-    async def _open(self) -> Client:
-        await litellm_gate.environment_is_whole()
-        tls = await wire.tls_context(self.endpoint, self.settings)
-        limit = self.settings.max_concurrency
-        key = _pool_key(self.endpoint)
-        turns = None if limit is None else self._pool.turns(key, limit)
-        return Client(self.endpoint, self.settings, tls, turns)
-
-    def _fields(self) -> dict[str, Any]:
-        return {"service": self.provider.name, "model": self.model_name or None}
-
-
-def create_adapter(
-    provider: Any,
-    model_name: str,
-    api_key: str | SecretStr | None,
-    base_url: str | None = None,
-    *,
-    settings: Settings | None = None,
-    pool: "Pool[Client] | None" = None,
-) -> BaseLLMAdapter:
-    """Make the adapter of a provider. Nothing is imported or opened yet.
-
-    Args:
-        provider: Its name, as a string or a `LLMService`.
-        model_name: The model, without a prefix.
-        api_key: The key; None or empty where the provider needs none.
-        base_url: Where the provider lives, if not at its own address.
-        settings: How calls are made.
-        pool: Where open clients are shared; without it, call `aclose` at the end.
-
-    Raises:
-        APIKeyNotFoundError: The provider needs a key.
-        InvalidRequestError: The provider's name or the base URL is not one.
-    """
-    return LiteLLMAdapter(
-        provider, model_name, api_key, base_url, settings=settings, pool=pool
-    )
-
-
-def _check_model(provider: Provider, model: str) -> None:
-    """Refuse a name that would be more than a name in a URL.
-
-    Google's has it in the path, and of the providers that LiteLLM alone knows nobody
-    knows where they have it.
-    """
-    in_a_url = provider.format in {"google", None}
-    parts = r"[?#%\\\s]|(^|/)\.\.?(/|$)"
-    if not model.isprintable() or (in_a_url and re.search(parts, model)):
-        raise InvalidRequestError(
-            f"{model[:80]!r} is not the name of a model", service=provider.name
-        )
-
-
-def _os_error(exc: Exception, exchange: Exchange) -> Exception | None:
-    """Return what an error may be chained to: the system's words, or LiteLLM's refusal.
-
-    Anything else that was raised once a request had gone out may hold what the peer
-    said, with a key in it if the peer echoes one.
-    """
-    if not exchange.requests:
-        return exc
-    for cause in (exc, exchange.error):
-        if isinstance(cause, OSError | TimeoutError):
-            return cause
-    return None
-
-
-@dataclass(slots=True)
-class _Call:
-    """One attempt: what is asked, and what the wire has seen of it."""
-
-    litellm: Any
-    request: ChatRequest = field(repr=False)
-    shape: Shape = field(repr=False)
-    exchange: Exchange
-    stream: bool
-    queued: float = 0.0
-    ends: float = math.inf
-    """When the next piece of an answer must have come, on the event loop's clock."""
-    late: str = ""
-    """What to say if it has not."""
-    told_whole: bool = False
-    """Whether LiteLLM took a stream for whole, and closed it before we saw its end."""
-
-    def allow(self, seconds: float, late: str) -> None:
-        """Give the next piece this long, from now."""
-        self.ends = asyncio.get_running_loop().time() + seconds
-        self.late = f"{late} {seconds:g} s"
-
-    @property
-    def format(self) -> str | None:
-        """Whose words the answer is in."""
-        return self.shape.format
-
-
-class _Turn:
-    """The client of an adapter, and a turn on it, for one attempt.
-
-    A turn is waited for first come first served; who is cancelled meanwhile takes none.
-    """
-
-    def __init__(self, adapter: BaseLLMAdapter, call: _Call) -> None:
-        self._adapter = adapter
-        self._call = call
-        self._lease: Lease[Client]
-
-    async def __aenter__(self) -> Client:
-        self._lease = await self._adapter.client()
-        client = self._lease.client
-        if client.turns is not None:
-            came = time.monotonic()
-            try:
-                await client.turns.acquire()
-            except BaseException:
-                await self._lease.release()
-                raise
-            self._call.queued = time.monotonic() - came
-        return client
-
-    async def __aexit__(self, kind: object, exc: object, trace: object) -> None:
-        if self._lease.client.turns is not None:
-            self._lease.client.turns.release()
-        if self._call.queued and isinstance(exc, LLMServiceError | APIKeyError):
-            exc.details["queued"] = self._call.queued
-        # It knows the frames that it passed, and they know this call.
-        self._call.exchange.error = None
-        await self._lease.release()
-
-
-class LiteLLMAdapter(BaseLLMAdapter):
-    """Reaches a model with LiteLLM's translation, by either engine.
-
-    `settings.engine` chooses: "direct", "litellm", or "auto", which is direct for a
-    provider whose translation the installed LiteLLM has proved to have.
-    """
-
-    async def complete(
-        self, request: ChatRequest | Sequence[Mapping[str, Any]]
-    ) -> ChatResult:
-        """Make one attempt at a request."""
-        request = self.request(request)
-        call = await self._call(request, stream=False)
-        async with _Turn(self, call) as client:
-            call.allow(request.timeout, "did not answer within")
-            try:
-                async with asyncio.timeout_at(call.ends):
-                    if self._direct(call):
-                        await self._send(call, client)
-                        body = self._checked(call)
-                    else:
-                        body = await self._through_litellm(call, client)
-            except TimeoutError as exc:
-                raise self._failure(call, exc) from _os_error(exc, call.exchange)
-        self._log_left_out(call)
-        try:
-            return self._result(call, body)
-        finally:
-            del body  # no frame of an error shows what came
-
-    async def stream(self, request: ChatRequest | Sequence[Mapping[str, Any]]) -> Items:
-        """Make one attempt at a stream."""
-        request = self.request(request)
-        call = await self._call(request, stream=True)
-        reader = answers.STREAMS[call.format or "openai"]()
-        pieces = self._direct_pieces if self._direct(call) else self._litellm_pieces
-        idle = request.idle_timeout or request.timeout
-        async with _Turn(self, call) as client:
-            call.allow(request.timeout, "did not answer within")
-            chunks = pieces(call, client, reader)
-            try:
-                async for chunk in chunks:
-                    yield chunk
-                    call.allow(idle, "sent nothing for")
-            finally:
-                await chunks.aclose()
-        body, error = self._put_together(call, reader)
-        if error is not None:
-            raise error
-        self._log_left_out(call)
-        yield self._result(call, body)
-
-    async def _call(self, request: ChatRequest, *, stream: bool) -> _Call:
-        litellm = await load_litellm()
-        info = litellm_gate.model_info(litellm, self.provider, self.model_name) or {}
-        shaped = shape(
-            self.provider,
-            self.model_name,
-            request,
-            responses=self.provider.name == "openai"
-            and info.get("mode") == "responses",
-        )
-        exchange = Exchange(extra_body=request.extra_body)
-        return _Call(litellm, request, shaped, exchange, stream)
-
-    def _direct(self, call: _Call) -> bool:
-        if call.format == "responses":
-            return True  # only the direct engine has a client for it, see translation
-        engine = self.settings.engine
-        if engine == "litellm" or self.provider.format is None:
-            return False
-        return engine == "direct" or translation.self_check(
-            call.litellm, self.provider.format
-        )
-
-    # The direct engine: LiteLLM translates, the wire is ours.
-
-    async def _send(self, call: _Call, client: Client) -> None:
-        """Send the request; read the body unless it is a stream that has begun well.
-
-        The open answer is in the exchange alone, as its repr shows its headers.
-        """
-        outgoing = self._translated(call)
-        exchange = call.exchange
-        try:
-            await client.send(
-                "POST",
-                f"{self.endpoint.base_url}{outgoing.path}",
-                outgoing.headers,
-                to_json(outgoing.body),
-                exchange=exchange,
-            )
-            if not (call.stream and exchange.status == 200):
-                await client.read(exchange.response, exchange)
-        except Exception as exc:  # noqa: BLE001 - mapped
-            raise self._failure(call, exc) from _os_error(exc, call.exchange)
-        if exchange.status != 200:
-            raise self._refused(exchange)
-
-    def _translated(self, call: _Call) -> translation.Outgoing:
-        try:
-            return translation.translate(
-                call.litellm,
-                self.provider,
-                self.model_name,
-                call.shape,
-                stream=call.stream,
-            )
-        except Exception as exc:  # noqa: BLE001 - mapped
-            raise self._failure(call, exc) from _os_error(exc, call.exchange)
-
-    async def _direct_pieces(
-        self, call: _Call, client: Client, reader: StreamReader
-    ) -> AsyncGenerator[StreamChunk, None]:
-        try:
-            async with asyncio.timeout_at(call.ends):
-                await self._send(call, client)
-        except TimeoutError as exc:
-            raise self._failure(call, exc) from _os_error(exc, call.exchange)
-        exchange = call.exchange
-        pieces = client.pieces(exchange.response, exchange, keep=False)
-        over = math.inf  # when what follows the end mark is waited for no longer
-        try:
-            while reader.error is None:
-                if reader.ended:
-                    now = asyncio.get_running_loop().time()
-                    over = min(over, now + _AFTER_THE_END)
-                # Only a wait for the network costs a timer; many chunks come in one
-                # piece.
-                try:
-                    async with asyncio.timeout_at(min(call.ends, over)):
-                        piece = await anext(pieces, None)
-                except TimeoutError:
-                    if not reader.ended:
-                        raise
-                    piece = None  # it has said all, and keeps the connection open
-                if piece is None:
-                    break
-                try:
-                    chunks = reader.feed(piece)
-                finally:
-                    del piece  # no frame of an error shows what came
-                for chunk in chunks:
-                    yield chunk
-            for chunk in reader.close():
-                yield chunk
-        except Exception as exc:  # noqa: BLE001 - mapped
-            # aiohttp's reader keeps it, and with it the frames that it passed: this call.
-            exc.__traceback__ = None
-            raise self._failure(call, exc) from _os_error(exc, exchange)
-        finally:
-            await pieces.aclose()
-            exchange.response.close()
-
-    # The other engine: the whole call is LiteLLM's, over our client.
-
-    async def _through_litellm(self, call: _Call, client: Client) -> dict[str, Any]:
-        arguments = self._arguments(call, client)
-        response: Any = None
-        failed: tuple[Exception, Exception | None] | None = None
-        try:
-            response = await self._begun(call, arguments)
-        except Exception as exc:  # noqa: BLE001 - mapped
-            if not self._has_answer(call):
-                failed = self._failure(call, exc), _os_error(exc, call.exchange)
-        if failed is not None:
-            # Here, and not in the block above, which would hang LiteLLM's exception on
-            # it: that one's frames hold what the provider echoed.
-            raise failed[0] from failed[1]
-        self._check_seen(call)
-        if call.format is None:
-            return dict(response.model_dump())
-        return self._checked(call)
-
-    def _has_answer(self, call: _Call) -> bool:
-        """Say whether the bytes are an answer, whatever LiteLLM made of them."""
-        exchange = call.exchange
-        return (
-            call.format is not None
-            and exchange.status == 200
-            and exchange.error is None
-            and self._judged(call)[1] is None
-        )
-
-    def _check_seen(self, call: _Call) -> None:
-        """Refuse an answer that did not come over our client."""
-        if not call.exchange.requests:
-            raise LLMServiceError(
-                f"LiteLLM reaches {self.provider.name}'s {self.model_name} through a"
-                " client of its own, which has no key",
-                **self._fields(),
-            )
-
-    async def _litellm_pieces(  # noqa: C901, PLR0912 - one story, told in one place
-        self, call: _Call, client: Client, reader: StreamReader
-    ) -> AsyncGenerator[StreamChunk, None]:
-        """Let LiteLLM read the stream, and read the same bytes under it.
-
-        LiteLLM takes a stream without its end mark, or with a broken event in it, for a
-        whole one, so its own chunks tell less than the bytes.
-        """
-        arguments = self._arguments(call, client)
-        exchange = call.exchange
-        chunks: list[StreamChunk] = []
-        if call.format is not None:
-            exchange.on_piece = lambda piece: chunks.extend(reader.feed(piece))
-        response: Any = None
-        failed: tuple[Exception, Exception | None] | None = None
-        try:
-            async with asyncio.timeout_at(call.ends):
-                response = await self._begun(call, arguments)
-            items = aiter(response)
-            while True:
-                async with asyncio.timeout_at(call.ends):
-                    item = await self._seen(exchange, lambda: anext(items, None))
-                if item is None:
-                    break
-                self._check_seen(call)
-                if call.format is None:
-                    chunks += reader.take(item.model_dump())
-                while chunks:
-                    yield chunks.pop(0)
-            if call.format is None:
-                reader.take_end()
-            elif not (reader.ended or exchange.whole):
-                async with asyncio.timeout_at(call.ends):
-                    chunks += await self._rest(call, reader)
-        except Exception as exc:  # noqa: BLE001 - judged below, by what the wire saw
-            failed = self._failure(call, exc), _os_error(exc, call.exchange)
-        finally:
-            # LiteLLM does not close an Anthropic stream that is left early.
-            if exchange.response is not None:
-                exchange.response.close()
-            if response is not None:
-                await response.aclose()
-        if exchange.status == 200 and exchange.whole and exchange.error is None:
-            # The bytes are all there: whatever LiteLLM made of them, they tell.
-            try:
-                chunks += reader.close()
-            except MalformedStreamError as exc:
-                raise self._failure(call, exc) from None
-        elif failed is not None and (
-            isinstance(exchange.error, LLMServiceError)
-            or (reader.error is None and not reader.ended)
-        ):
-            raise failed[0] from failed[1]
-        for chunk in chunks:
-            yield chunk
-
-    @staticmethod
-    async def _rest(call: _Call, reader: StreamReader) -> list[StreamChunk]:
-        """Read on where LiteLLM stops: at the finish reason, before the end mark."""
-        chunks: list[StreamChunk] = []
-        exchange = call.exchange
-        content = exchange.response.content
-        if content.exception() is not None:
-            # It has hung up by itself. Since 1.108 it does so at the end of Anthropic's,
-            # and nowhere before; the OpenAI SDK does at [DONE], whatever came before it.
-            call.told_whole = call.format == "anthropic"
-            return chunks
-        async for piece in content.iter_any():
-            chunks += reader.feed(piece)
-        exchange.whole = True
-        return chunks
-
-    async def _begun(self, call: _Call, arguments: dict[str, Any]) -> Any:
-        """Begin LiteLLM's call in a task of its own.
-
-        LiteLLM makes the coroutine of the call in a thread. Cancelled meanwhile, it
-        would drop it there, never awaited; so it is let out, and stopped at the fence.
-        """
-        exchange = call.exchange
-        task = asyncio.create_task(
-            self._seen(exchange, lambda: call.litellm.acompletion(**arguments))
-        )
-        # Heard here, as a caller who is cancelled twice does not wait for it.
-        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError:
-            if exchange.requests:
-                task.cancel()
-            exchange.abandoned = True
-            await asyncio.wait([task])
-            raise
-        try:
-            return task.result()
-        finally:
-            del task  # its repr has LiteLLM's exception in it, and that the answer
-
-    @staticmethod
-    async def _seen(exchange: Exchange, step: Callable[[], Any]) -> Any:
-        """Await a step of LiteLLM's with the exchange as the current one."""
-        token = wire.current.set(exchange)
-        try:
-            return await step()
-        finally:
-            wire.current.reset(token)
-
-    def _arguments(self, call: _Call, client: Client) -> dict[str, Any]:
-        litellm_gate.without_reroutes()
-        litellm_gate.know_model(call.litellm, self.provider, self.model_name)
-        shaped = call.shape
-        if self.provider.litellm == "openai":
-            # LiteLLM turns "developer" into "system" for all but the o-series, and
-            # "system" into "user" for some of those.
-            call.exchange.extra_body = {
-                "messages": shaped.messages,
-                **call.request.extra_body,
-            }
-        arguments: dict[str, Any] = {
-            "model": f"{self.provider.litellm}/{self.model_name}",
-            "custom_llm_provider": self.provider.litellm,
-            "messages": shaped.messages,
-            **shaped.parameters,
-            "client": _sdk_client(client),
-            "api_key": PLACEHOLDER,
-            "timeout": call.request.timeout,
-            "max_retries": 0,
-            "num_retries": 0,
-            "drop_params": True,
-        }
-        if self.endpoint.base_url is not None:
-            arguments["api_base"] = self.endpoint.base_url
-        if call.stream:
-            arguments |= {"stream": True, "stream_options": {"include_usage": True}}
-        return arguments
-
-    # What came back.
-
-    def _checked(self, call: _Call) -> dict[str, Any]:
-        """Return the JSON of a 200, or raise what it is in place of an answer."""
-        data, error = self._judged(call)
-        if error is not None:
-            raise error  # here, where no local holds what came
-        return data
-
-    def _judged(self, call: _Call) -> tuple[dict[str, Any], CallError | None]:
-        """Return the JSON of a 200, or what it is in place of an answer."""
-        exchange = call.exchange
-        content_type = exchange.headers.get("content-type", "")
-        data, reason = failures.answer_in(
-            call.format, content_type, bytes(exchange.body)
-        )
-        if data.get("error"):
-            return {}, self._refused(call.exchange)
-        why = failures.blocked(data)
-        if reason is None and not why:
-            return data, None
-        fields = self._seen_fields(call.exchange)
-        name = self.provider.name
-        if reason is not None:
-            return {}, ServiceUnavailableError(
-                f"{name} answered {exchange.status}, but {self._clean(reason)}",
-                **fields,
-            )
-        return {}, ContentFilterError(
-            f"{name} refused the prompt: {self._clean(why or '')}", **fields
-        )
-
-    def _put_together(
-        self, call: _Call, reader: StreamReader
-    ) -> tuple[dict[str, Any], CallError | None]:
-        """Return the JSON of a whole stream, or what kept it from its end."""
-        try:
-            body = reader.body()
-        except _UNREADABLE as exc:
-            return {}, self._unreadable(call, exc)
-        if reader.error is not None:
-            call.exchange.body = bytearray(reader.error)
-            return {}, self._refused(call.exchange)
-        fields, name = self._seen_fields(call.exchange), self.provider.name
-        if not (reader.ended or call.told_whole):
-            what = "ended without its end mark" if reader.events else "was empty"
-            return {}, ServiceUnavailableError(f"{name}: the stream {what}", **fields)
-        if why := failures.blocked(body):
-            said = f"{name} refused the prompt: {self._clean(why)}"
-            return {}, ContentFilterError(said, **fields)
-        return body, None
-
-    def _malformed(self, call: _Call, exc: Exception) -> Exception:
-        call.exchange.body = bytearray(str(exc).encode())
-        return ServiceUnavailableError(
-            f"{self.provider.name} sent what is no event of a stream:"
-            f" {self._clean(str(exc))}",
-            **self._seen_fields(call.exchange),
-        )
-
-    def _failure(self, call: _Call, exc: Exception) -> Exception:
-        """Say what went wrong by what the wire saw, not by what LiteLLM raised."""
-        if isinstance(exc, CallError):
-            return self._from_transport(exc, call.exchange)
-        now = asyncio.get_running_loop().time()
-        if isinstance(exc, TimeoutError) and now >= call.ends:
-            return LLMTimeoutError(
-                f"{self.provider.name} {call.late}", **self._seen_fields(call.exchange)
-            )
-        exchange = call.exchange
-        for cause in (exc, exchange.error):
-            if isinstance(cause, MalformedStreamError):
-                return self._malformed(call, cause)
-        if exchange.error is not None:
-            return self._from_transport(exchange.error, exchange)
-        if exchange.status is not None and exchange.status >= 300:
-            return self._refused(call.exchange)
-        if exchange.status is not None:
-            if not call.stream and (error := self._judged(call)[1]) is not None:
-                return error
-            return LLMServiceError(
-                f"LiteLLM could not read the answer of {self.provider.name}:"
-                f" {self._clean(str(exc))}",
-                **self._seen_fields(call.exchange),
-            )
-        status = getattr(exc, "status_code", None)
-        text = self._clean(str(exc))
-        if status in {400, 404, 422} or "surrogates not allowed" in text:
-            return InvalidRequestError(
-                f"the request cannot be made, nothing was sent: {text}",
-                **self._fields(),
-            )
-        # A provider without a format of ours may have been reached by LiteLLM itself.
-        sent = ", nothing was sent" if self.provider.format is not None else ""
-        return LLMServiceError(
-            f"LiteLLM failed at the request{sent}: {text}", **self._fields()
-        )
-
-    def _log_left_out(self, call: _Call) -> None:
-        """Log, once for each model and option, what was asked and not sent."""
-        request = call.request
-        asked = list(request.sampling)
-        if request.tools and request.tool_choice not in (None, "auto", "none"):
-            asked.append("tool_choice")
-        form = request.response_format
-        if getattr(form, "response_format", form) == {"type": "json_object"}:
-            asked.append("response_format")
-        model = (self.provider.name, self.model_name)
-        if not asked or all((*model, option) in _seen_options for option in asked):
-            return
-        body = json.loads(call.exchange.request_body or b"{}")
-        sent = set(body)
-        for part in ("generationConfig", "options", "text", "output_config"):
-            sent.update(body.get(part) or ())
-        for option in asked:
-            if (*model, option) not in _seen_options:
-                _seen_options.add((*model, option))
-                if not sent & _WIRE_NAMES.get(option, {option}):
-                    _log.info("%s/%s takes no %s: it was left out", *model, option)
-
-    def _result(self, call: _Call, body: dict[str, Any]) -> ChatResult:
-        try:
-            return self._read(call, body)
-        except _UNREADABLE as exc:
-            error = self._unreadable(call, exc)
-        del body
-        raise error
-
-    def _unreadable(self, call: _Call, exc: Exception) -> ServiceUnavailableError:
-        return ServiceUnavailableError(
-            f"{self.provider.name} answered {call.exchange.status}, but in a form that"
-            f" cannot be read: {self._clean(repr(exc))}",
-            **self._seen_fields(call.exchange),
-        )
-
-    def _read(self, call: _Call, body: dict[str, Any]) -> ChatResult:
-        headers = call.exchange.headers
-        reading = answers.read(call.format or "openai", body)
-        usage = token_usage(reading.usage)
-        cost = None
-        if not priced_apart(reading.usage):
-            cost = litellm_gate.cost(
-                call.litellm, self.provider, self.model_name, usage
-            )
-        return ChatResult(
-            text=reading.text,
-            texts=reading.texts,
-            token_usage=usage,
-            raw_response=body,
-            tool_outputs=_tool_outputs(reading) or None,
-            tool_calls=reading.tool_calls,
-            finish_reason=reading.finish,
-            model=reading.model or self.model_name,
-            service=self.provider.name,
-            cost_usd=cost,
-            request_id=failures.request_id(headers) or reading.id,
-            queued=call.queued,
-            reasoning=reading.reasoning,
-            rate_limits=rate_limits(headers),
-            refusal=reading.refusal,
-            thinking_blocks=reading.thinking_blocks,
+        row = self.provider
+        return litellm_tables.supports(
+            row.litellm, row.name, self.model_name, "supports_function_calling"
         )
 
 
@@ -912,54 +908,8 @@ _UNREADABLE = (
     RecursionError,
 )
 """What reading JSON of an unknown shape may raise."""
-
-
-def _tool_outputs(reading: Reading) -> list[ToolOutput]:
-    outputs: list[ToolOutput] = []
-    if reading.searches:
-        outputs.append(ToolOutput(type=ToolType.WEB_SEARCH, result=reading.searches))
-    outputs += [
-        ToolOutput(type=ToolType.IMAGE_GENERATION, result=image)
-        for image in reading.images
-    ]
-    return outputs
-
-
-def _base_url(provider: Provider, given: str | None, settings: Settings) -> str | None:
-    names = (provider.name, provider.litellm, *provider.aliases)
-    # An enum of strings may stand for a name.
-    urls = {str(getattr(k, "value", k)): v for k, v in settings.base_urls.items()}
-    settled = next((urls[name] for name in names if name in urls), None)
-    url = given or settled or provider.base_url
-    if url is None and provider.name not in _WITHOUT_BASE_URL:
-        # LiteLLM would take it from the environment, and the key would go there.
-        raise InvalidRequestError(
-            f"{provider.name} needs a base_url, in the key's record or in"
-            " Settings.base_urls",
-            service=provider.name,
-        )
-    if url is None:
-        return None
-    try:
-        return _whole_url(url, provider.format, provider.path)
-    except ValueError as exc:
-        raise InvalidRequestError(
-            f"the base URL of {provider.name} cannot be used: {exc}",
-            service=provider.name,
-        ) from None
-
-
-@lru_cache(maxsize=256)
-def _whole_url(url: str, wire_format: str | None, path: str) -> str:
-    url = http_url(url)
-    if wire_format == "anthropic":
-        return url.removesuffix("/v1")
-    scheme, _, rest = url.partition("://")
-    return url if "/" in rest else f"{scheme}://{rest}{path}"
-
-
-# LiteLLM derives the address from a region or a project.
-_WITHOUT_BASE_URL = frozenset({"bedrock", "vertex"})
+_PROCESS = os.urandom(16)
+_seen_options: set[tuple[str, str, str]] = set()
 
 
 def new_pool(settings: Settings) -> "Pool[Client]":
@@ -967,69 +917,91 @@ def new_pool(settings: Settings) -> "Pool[Client]":
     return Pool(ttl=settings.client_ttl, max_clients=settings.max_clients)
 
 
-def _pool_key(endpoint: Endpoint) -> tuple[str, str | None, bytes]:
-    # The key of the process keeps the digest from being compared with anything.
-    secret = endpoint.secret.get_secret_value().encode()
-    digest = blake2b(secret, digest_size=16, key=_PROCESS).digest()
-    return endpoint.provider.name, endpoint.base_url, digest
+def _find_row(name: Any) -> Provider:
+    from dipeo_llm.adapters.factory import by_name
+
+    return by_name(name)
 
 
-_PROCESS = os.urandom(16)
+class _Permit:
+    """Leases an adapter's client for one attempt, and waits for a permit on it.
+
+    First come, first served; a caller that is cancelled while it waits takes no permit.
+    """
+
+    def __init__(self, adapter: BaseLLMAdapter, attempt: CompletionAttempt) -> None:
+        self._adapter = adapter
+        self._attempt = attempt
+        self._lease: Lease[Client]
+
+    async def __aenter__(self) -> Client:
+        self._lease = await self._adapter.client()
+        client = self._lease.client
+        if client.permits is not None:
+            start = time.monotonic()
+            try:
+                await client.permits.acquire()
+            except BaseException:
+                await self._lease.release()
+                raise
+            self._attempt.queued = time.monotonic() - start
+        self._attempt.allow(self._attempt.request.timeout, "did not answer within")
+        return client
+
+    async def __aexit__(self, kind: object, exc: object, trace: object) -> None:
+        if self._lease.client.permits is not None:
+            self._lease.client.permits.release()
+        if self._attempt.queued and isinstance(exc, CallError):
+            exc.details["queued"] = self._attempt.queued
+        # The exception's traceback keeps this attempt alive; break the cycle.
+        self._attempt.error = None
+        await self._lease.release()
 
 
-def _sdk_client(client: Client) -> Any:
-    """Return what LiteLLM takes as `client=` for the client's provider."""
-    if client.sdk is None:
-        http = wire.httpx_client(client)
-        if client.endpoint.provider.litellm == "openai":
-            from openai import AsyncOpenAI
+async def _next_piece(
+    attempt: CompletionAttempt,
+    reader: StreamReader,
+    pieces: AsyncGenerator[bytes, None],
+) -> bytes | None:
+    """Return the next piece of a stream, None after its end.
 
-            client.sdk = AsyncOpenAI(
-                api_key=PLACEHOLDER,
-                base_url=client.endpoint.base_url,
-                http_client=http,
-                max_retries=0,
-            )
-        else:
-            from litellm.llms.custom_httpx.http_handler import AsyncHTTPHandler
+    The end is the provider's error, the end of the body, or a moment after the
+    terminator: some servers keep the connection open.
 
-            # The transport in the constructor spares it a client of its own; the
-            # client set afterwards is one that follows no redirect.
-            client.sdk = AsyncHTTPHandler(
-                transport=http._transport  # noqa: SLF001 - made by us
-            )
-            client.sdk.client = http
-    return client.sdk
+    Raises:
+        TimeoutError: The next piece is late.
+    """
+    if reader.error is not None:
+        return None
+    if reader.is_ended:
+        now = asyncio.get_running_loop().time()
+        attempt.close_due = min(attempt.close_due, now + _AFTER_THE_END)
+    # Only a wait for the network costs a timer; one piece holds many chunks.
+    try:
+        async with asyncio.timeout_at(min(attempt.due, attempt.close_due)):
+            return await anext(pieces, None)
+    except TimeoutError:
+        if not reader.is_ended:
+            raise
+        return None
 
 
-_seen_options: set[tuple[str, str, str]] = set()
+def _rename_tool(chunk: StreamChunk, names: Mapping[str, str]) -> StreamChunk:
+    """Give a tool call in a stream the caller's name of the tool."""
+    if chunk.tool_call is not None and chunk.tool_call.name is not None:
+        chunk.tool_call.name = names.get(chunk.tool_call.name, chunk.tool_call.name)
+    return chunk
 
-# What an option is called on the wires.
-_WIRE_NAMES: Mapping[str, set[str]] = {
-    "tool_choice": {"tool_choice", "toolConfig", "tool_config"},
-    "response_format": {
-        "response_format",
-        "format",
-        "responseMimeType",
-        "response_mime_type",
-    },
-    "max_tokens": {
-        "max_tokens",
-        "max_completion_tokens",
-        "max_output_tokens",
-        "maxOutputTokens",
-        "num_predict",
-    },
-    "top_p": {"top_p", "topP"},
-    "n": {"n", "candidateCount", "candidate_count"},
-    "stop": {"stop", "stop_sequences", "stopSequences"},
-    "reasoning_effort": {
-        "reasoning_effort",
-        "reasoning",
-        "thinking",
-        "think",
-        "thinkingConfig",
-        "thinking_config",
-        "effort",
-    },
-}
+
+def _safe_cause(exc: Exception, attempt: Attempt) -> Exception | None:
+    """Return what an error may be chained to.
+
+    Other exceptions that were raised after a request had been sent may hold the peer's
+    words, and with them an echoed key.
+    """
+    if not attempt.requests:
+        return exc
+    for cause in (exc, attempt.error):
+        if isinstance(cause, OSError | TimeoutError):
+            return cause
+    return None

@@ -1,15 +1,16 @@
-"""Reads an HTTP answer that is not what was asked for, and says which error it is.
+"""Maps a failed HTTP response to an exception of `errors`.
 
-Pure: status, headers and body in, an exception of `errors` out. It classifies by what
-was really on the wire, because LiteLLM's own exceptions change status numbers and guess
-by words (its 529 is a 500, its 502 from Gemini is a 500 too).
+Pure: status, headers and body in, an exception out. It reads the response itself,
+because LiteLLM's own exceptions change status numbers (Anthropic's 529 and Gemini's 502
+become 500). The patterns are shared by all providers, because compatible servers and
+gateways use each other's wording.
 """
 
 import json
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -17,6 +18,7 @@ from urllib.parse import quote
 
 from dipeo_llm.errors import (
     APIKeyError,
+    CallError,
     ContentFilterError,
     ContextWindowError,
     InvalidRequestError,
@@ -28,64 +30,94 @@ from dipeo_llm.errors import (
     ServiceUnavailableError,
 )
 
-CallError = APIKeyError | LLMServiceError
-
 _REQUEST_ID_HEADERS = ("x-request-id", "request-id", "x-goog-request-id")
 
-# Words of the providers' own messages, from real answers of each. Codes come first
-# where a provider has them; Anthropic, Google and Ollama have only words for these.
-# The last three lines are the servers' that run models at home, and xAI's: LM Studio
-# (github.com/lmstudio-ai/lmstudio-bug-tracker/issues/2322), llama.cpp, SGLang, vLLM and
-# text-generation-inference, read 2026-11-25.
+# Patterns for the codes and messages of real responses. Anthropic, Google and Ollama
+# have no codes for these errors. The responses and their sources are in
+# tests/error_bodies.jsonl.
 _TOO_LONG = re.compile(
-    r"context_length_exceeded|exceed_context_size|maximum context length|context window"
+    # Codes: OpenAI, llama.cpp, GitHub Copilot, GitHub Models, vMLX, LiteLLM's proxy,
+    # Ark, Qianfan.
+    r"context_length_exceeded|exceed_context_size|prompt_tokens_exceeded"
+    r"|tokens_limit_reached|prompt_too_long|ContextWindowExceeded|OutofContextError"
+    r"|(?:tokens|characters)_too_long"
+    # OpenAI and most compatible servers.
+    r"|maximum context length|context window|reduce the length of the messages"
     r"|exceeds? (?:the )?(?:available )?context|exceeded max context length"
-    r"|prompt is too long|prompt too long|input token count.{0,60}exceeds"
-    r"|too many tokens|context size has been exceeded|maximum prompt length is"
+    r"|context size has been exceeded|input tokens exceed the configured limit"
+    r"|Invalid '(?:messages|input)[\w.\[\]]*\.(?:content|text)': string too long"
+    # Anthropic, Bedrock, Cohere. Bedrock's "too many tokens per day" is a rate limit.
+    r"|prompt is too long|prompt too long|input is too long|Input Tokens Exceeded"
+    r"|too many tokens(?! per|, please wait)"
+    # Google AI Studio, Vertex.
+    r"|input token count.{0,60}exceeds|input token count is \d+ but model only supports"
+    # Ark, SGLang, TensorRT-LLM: "Input length 203743 exceeds the maximum length 202752".
+    r"|(?:input|prompt) length (?:\(?\d+(?: tokens)?\)? )?exceeds"
+    r"|exceed max message tokens"
+    # SGLang, vLLM, LM Studio.
     r"|(?:longer|greater) than the (?:model's |maximum )?(?:context|model) length"
-    r"|context length of only|n_keep.{0,12}>= n_ctx|`inputs` tokens \+",
+    r"|context length of only|n_keep.{0,12}>= n_ctx"
+    # Moonshot, DashScope, Z.ai, SiliconFlow, GitHub Copilot, xAI.
+    r"|exceeded model token limit|model max length exceeded|total message size \d+ exceeds"
+    r"|range of input length should be|prompt exceeds max length"
+    r"|prompt_tokens \(\d+\) must be less than|exceeded max_prompt_tokens"
+    r"|prompt token count of \d+ exceeds"
+    r"|maximum prompt length is"
+    # text-generation-inference, and Together for older models.
+    r"|`inputs` tokens \+|`inputs` must have less than",
     re.IGNORECASE,
 )
+# vLLM names the context's length here too, but it is the output that does not fit.
+_OUTPUT_TOO_LONG = re.compile(r"max_(?:completion_)?tokens['`]? is too large")
 _REFUSED = re.compile(
     r"content_policy_violation|content_filter|content management policy"
     r"|content filtering policy|blocked by .{0,20}safety|moderation_blocked"
-    # OpenAI's invalid_prompt, a code that it has for other prompts too; DeepSeek.
-    r"|flagged as potentially violating|content exists risk",
+    # OpenAI, whose code invalid_prompt has other meanings too; DeepSeek, DashScope, Ark,
+    # Zhipu, New API.
+    r"|flagged as potentially violating|content exists risk|data_?inspection_?failed"
+    r"|SensitiveContentDetected|不安全或敏感内容|sensitive_words_detected",
     re.IGNORECASE,
 )
-_NO_MONEY = re.compile(
+_OUT_OF_CREDIT = re.compile(
     r"insufficient_quota|credit balance is too low|billing_hard_limit_reached"
     r"|billing_not_active|insufficient balance|credit_balance_exhausted"
-    # Limits of a month: https://developers.openai.com/api/docs/guides/error-codes, and
-    # https://platform.claude.com/docs/en/api/rate-limits, where one that the owner of
-    # the account has set is a 400. Both read 2026-11-25.
+    # Monthly limits: https://developers.openai.com/api/docs/guides/error-codes and
+    # https://platform.claude.com/docs/en/api/rate-limits, both read 2026-11-25.
+    # Anthropic sends 400 for a limit that the account's owner has set.
     r"|spend_limit_(?:reached|exceeded)|organization_usage_limit_exceeded"
     r"|reached your specified (?:workspace )?API usage limits",
     re.IGNORECASE,
 )
-# A model that the account has no quota for, in Gemini's words; 0.5 is a quota.
+# Gemini's wording for a model without a quota; "limit: 0.5" is a quota.
 _NO_QUOTA = re.compile(r"limit: 0(?!\.?\d)")
 _NO_MODEL = re.compile(
     r"model_not_found|model not exist|is not a valid model ID", re.IGNORECASE
 )
-# OpenRouter's moderation, see `_reasons`.
-_FLAGGED = re.compile(r"flagged_input|content_policy_violation")
+# OpenRouter's moderation, see `_reasons`; xAI.
+_FLAGGED = re.compile(
+    r"flagged_input|content_policy_violation|Content violates usage guidelines"
+)
 _NO_COUNTRY = re.compile(r"unsupported_country_region_territory")
 _BAD_KEY = re.compile(r"API_KEY_INVALID|API key not valid|API key expired")
 _ECHOED_KEY = re.compile(r"(API key provided: )\S+?(?=\.?(?:\s|$))")
-# More than a minute's tokens in one request: no wait makes it fit.
-_TOO_LARGE = re.compile(r"tokens must be reduced in order to run")
+# A single request that exceeds the limit of a minute (OpenAI, Groq) never succeeds.
+_PER_MINUTE = re.compile(r"tokens per min")
+_NEVER_FITS = re.compile(
+    r"tokens must be reduced in order to run|please reduce your message size"
+)
 
-# What words make of a status, the first row that fits; then what it is without words.
+# The first row whose status and pattern match decides; then the status alone.
 _BY_WORDS: tuple[tuple[frozenset[int], re.Pattern[str], type[CallError]], ...] = (
-    (frozenset({400, 403, 429}), _NO_MONEY, QuotaExceededError),
+    (frozenset({400, 403, 429}), _OUT_OF_CREDIT, QuotaExceededError),
     (frozenset({429}), _NO_QUOTA, QuotaExceededError),
     (frozenset({400}), _BAD_KEY, APIKeyError),
-    # llama.cpp says it with 500 (github.com/ggml-org/llama.cpp/pull/15780).
+    (frozenset({413}), _PER_MINUTE, RateLimitError),
+    (frozenset({400}), _OUTPUT_TOO_LONG, InvalidRequestError),
+    # llama.cpp sends 500 (https://github.com/ggml-org/llama.cpp/pull/15780).
     (frozenset({400, 413, 422, 500}), _TOO_LONG, ContextWindowError),
     (frozenset({400, 422}), _REFUSED, ContentFilterError),
-    # OpenAI says 403 for a model that is closed to a project, and on its Responses
-    # endpoint 400 for one that it does not know; so do DeepSeek and OpenRouter.
+    # OpenAI sends 403 for a model that is closed to a project, and its Responses
+    # endpoint 400 for an unknown model, as do DeepSeek and OpenRouter.
     (frozenset({400, 403}), _NO_MODEL, ModelNotFoundError),
     (frozenset({403}), _FLAGGED, ContentFilterError),
     (frozenset({403}), _NO_COUNTRY, LLMServiceError),
@@ -101,13 +133,13 @@ _BY_STATUS: Mapping[int, type[CallError]] = {
     422: InvalidRequestError,
     429: RateLimitError,
 }
-_TRY_AGAIN = frozenset({409, 425})
+_RETRYABLE = frozenset({409, 425})
 
-# What the codes, types and states of errors stand for that come with 200, in lower
-# case: Anthropic's types, OpenAI's codes
-# (openai-python, src/openai/types/responses/response_error.py, 2026-11-25) and Google's
-# states (google/rpc/code.proto).
-_BY_NAME: Mapping[str, int] = {
+# The status that an error's code, type or state stands for, where the error comes with
+# 200; in lower case. Anthropic's types, OpenAI's codes (openai-python,
+# src/openai/types/responses/response_error.py, 2026-11-25), Google's states
+# (google/rpc/code.proto).
+_STATUS_OF: Mapping[str, int] = {
     "invalid_request_error": 400,
     "invalid_prompt": 400,
     "invalid_image": 400,
@@ -158,26 +190,26 @@ def from_answer(
     model: str | None = None,
     secret: str = "",
 ) -> CallError:
-    """Make the error for an answer of a provider.
+    """Return the exception for a provider's error response.
 
     Args:
-        status: The status on the wire.
-        headers: Its headers, looked up without regard to case.
-        body: Its body, or as much of it as was read.
+        status: The HTTP status.
+        headers: The headers, in any case.
+        body: The body, or the part of it that was read.
         service: The provider.
-        model: The model that was asked for.
-        secret: The key, to be taken out of what the provider says.
+        model: The requested model.
+        secret: The key, which is redacted in the provider's message.
     """
     error = _error_object(body)
-    said = error["message"] or _excerpt(body)
+    message = error["message"] or _excerpt(body)
     words = {name: value for name, value in error.items() if isinstance(value, str)}
     code, kind = words.get("code"), words.get("type") or words.get("status")
-    text = f"{code} {kind} {error['reasons']} {said}"[:_LOOKED_AT]
+    text = f"{code} {kind} {error['reasons']} {message}"[:_MOST_READ]
     cls, retryable = _classify(_meaning(status, error, text), text)
     if _header(headers, "x-should-retry") == "false":
         retryable = False
     return cls(
-        f"{service} answered {status}: {clean(said, secret)}"
+        f"{service} answered {status}: {clean(message, secret)}"
         + (_REDIRECT if 300 <= status < 400 else ""),
         service=service,
         model=model,
@@ -197,63 +229,65 @@ _REDIRECT = " (a redirect is never followed: fix the base URL)"
 
 
 def _meaning(status: int, error: Mapping[str, Any], text: str) -> int:
-    """Find what an error that came with a 2xx stands for; else it is the status."""
+    """Return the status that an error with a 2xx stands for; other statuses as is."""
     if status >= 300:
         return status
-    # The code is nearer to the point: rate_limit_exceeded has invalid_request_error for
-    # its type.
+    # The code is more precise than the type: OpenAI's rate_limit_exceeded has the type
+    # invalid_request_error.
     for name in (error.get("code"), error.get("type"), error.get("status")):
         if not isinstance(name, str | int):
             continue
         if _STATUS.fullmatch(str(name)):
             return int(name)
-        if found := _BY_NAME.get(str(name).lower()):
+        if found := _STATUS_OF.get(str(name).lower()):
             return found
     return 400 if _REFUSED.search(text) else 500
 
 
 def _classify(status: int, text: str) -> tuple[type[CallError], bool]:
-    """Name the class for a status and the provider's words, and whether to try again."""
+    """Return the exception class, and whether a retry may succeed."""
     cls = next(
         (c for statuses, w, c in _BY_WORDS if status in statuses and w.search(text)),
         _BY_STATUS.get(
             status, ServiceUnavailableError if status >= 500 else LLMServiceError
         ),
     )
-    again = cls.default_retryable or status in _TRY_AGAIN
-    return cls, again and not _TOO_LARGE.search(text)
+    retryable = cls.default_retryable or status in _RETRYABLE
+    return cls, retryable and not _NEVER_FITS.search(text)
 
 
 def loads(data: bytes) -> Any:
-    """Parse JSON; half a character, which no text can hold, becomes U+FFFD.
+    """Parse JSON, with U+FFFD for lone surrogates, which cannot be encoded.
 
     Raises:
-        ValueError, RecursionError: It is not JSON that can be read.
+        ValueError, RecursionError: The data is not valid JSON, or nested too deeply.
     """
     value = json.loads(data)
-    if _HALF.search(data):
+    if _SURROGATE.search(data):
         text = json.dumps(value, ensure_ascii=False)
         whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         value = json.loads(whole)
     return value
 
 
-_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def answer_in(
-    wire_format: str | None, content_type: str, body: bytes
+    content_type: str,
+    body: bytes,
+    has_answer: Callable[[Mapping[str, Any]], bool] = lambda _: True,
 ) -> tuple[dict[str, Any], str | None]:
     """Read the body of a 200.
 
     Args:
-        wire_format: Whose format it should be in; None where only LiteLLM can tell.
         content_type: For the reason.
         body: The whole body.
+        has_answer: Says whether the JSON holds an answer in the provider's format.
 
     Returns:
-        Its JSON, and the reason why it is no answer; None for one. An error object of
-        the provider's is returned with the key "error".
+        The JSON, and the reason why it is not an answer; None if it is one. An error
+        object of the provider is returned under the key "error".
     """
     try:
         data = loads(body)
@@ -266,66 +300,14 @@ def answer_in(
         return {}, "its body is not a JSON object"
     if error := error_in(data):
         return {**data, "error": error}, None
-    if wire_format is None or _ANSWERS[wire_format](data):
+    if has_answer(data):
         return data, None
-    return data, f"it holds no answer, only {', '.join(sorted(data)[:8]) or 'nothing'}"
-
-
-def _has_openai_answer(data: Mapping[str, Any]) -> bool:
-    choices = data.get("choices")
-    return (
-        isinstance(choices, list)
-        and bool(choices)
-        and all(
-            isinstance(c, dict)
-            # Azure leaves the message out where it has filtered all of it.
-            and (
-                isinstance(c.get("message"), dict)
-                or c.get("finish_reason") == "content_filter"
-            )
-            for c in choices
-        )
-    )
-
-
-def _has_google_answer(data: Mapping[str, Any]) -> bool:
-    candidates = data.get("candidates")
-    # Without candidates, a prompt that was blocked says so: that is an answer.
-    return (isinstance(candidates, list) and bool(candidates)) or blocked(
-        data
-    ) is not None
-
-
-def _has_anthropic_answer(data: Mapping[str, Any]) -> bool:
-    return isinstance(data.get("content"), list)
-
-
-def _has_ollama_answer(data: Mapping[str, Any]) -> bool:
-    return isinstance(data.get("message"), dict)
-
-
-def _has_responses_answer(data: Mapping[str, Any]) -> bool:
-    return isinstance(data.get("output"), list)
-
-
-_ANSWERS = {
-    "openai": _has_openai_answer,
-    "responses": _has_responses_answer,
-    "anthropic": _has_anthropic_answer,
-    "google": _has_google_answer,
-    "ollama": _has_ollama_answer,
-}
-
-
-def blocked(data: Mapping[str, Any]) -> str | None:
-    """Return Google's reason for refusing a prompt, None if it did not."""
-    feedback = data.get("promptFeedback")
-    reason = feedback.get("blockReason") if isinstance(feedback, dict) else None
-    return str(reason) if reason and not data.get("candidates") else None
+    fields = ", ".join(sorted(data)[:8]) or "nothing"
+    return data, f"it does not hold an answer, only {fields}"
 
 
 def retry_after(headers: Mapping[str, str], body: bytes = b"") -> float | None:
-    """Return the seconds that the provider asks to wait, None if it does not.
+    """Return the wait that the provider asks for in seconds, None if it asks for none.
 
     Reads `retry-after-ms`, then `Retry-After` as seconds or as a date (RFC 9110,
     10.2.3), then the RetryInfo in a Google error's details.
@@ -353,7 +335,7 @@ def retry_after(headers: Mapping[str, str], body: bytes = b"") -> float | None:
 
 
 def seconds_until(text: str) -> float | None:
-    """Read a reset such as "1m2.5s", "20ms", "17" or a time in ISO 8601, in seconds."""
+    """Return a reset such as "1m2.5s", "20ms", "17" or an ISO 8601 time in seconds."""
     if match := _DURATION.fullmatch(text):
         return sum(
             float(value) * scale
@@ -375,7 +357,7 @@ _DURATION = re.compile(
 
 
 def request_id(headers: Mapping[str, str], body: bytes = b"") -> str | None:
-    """Return the provider's name for the request, as it is."""
+    """Return the provider's request id, unchanged."""
     for name in _REQUEST_ID_HEADERS:
         if found := _header(headers, name):
             return found
@@ -386,28 +368,33 @@ def request_id(headers: Mapping[str, str], body: bytes = b"") -> str | None:
 
 
 def clean(text: str, secret: str = "") -> str:
-    """Make a provider's words fit for one line of a log: no key, no control character."""
-    for form in _spellings(secret):
-        text = text.replace(form, "[key]")
-    # The key is out already, so this cut hides none; what follows walks the text.
-    text = text[:_LOOKED_AT]
+    """Make a provider's message fit for one log line: no key, no control characters."""
+    for form in sorted(spellings(secret), key=len, reverse=True):
+        if len(secret) < _SHORTEST_KEY:
+            # A key such as "x" must not be redacted inside of words.
+            text = re.sub(rf"(?<![\w-]){re.escape(form)}(?![\w-])", "[key]", text)
+        else:
+            text = text.replace(form, "[key]")
+    # Cut only after the redaction, so that no part of a key remains.
+    text = text[:_MOST_READ]
     text = _ECHOED_KEY.sub(r"\1[key]", text)
-    # LiteLLM puts whole tracebacks, paths included, into its messages.
+    # LiteLLM puts tracebacks, with paths, into its messages.
     text = text.partition("Traceback (most recent call last)")[0]
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= _LONGEST else line[:_LONGEST] + "…"
 
 
-def _spellings(secret: str) -> set[str]:
-    """Return how an echo may write a key: as it is, in JSON, and in a URL."""
+def spellings(secret: str) -> set[str]:
+    """Return the forms in which a server may echo a key: plain, in JSON, in a URL."""
     if not secret:
         return set()
     in_json = json.dumps(secret)[1:-1]
     return {secret, in_json, in_json.replace("/", "\\/"), quote(secret, safe="")}
 
 
+_SHORTEST_KEY = 8
 _LONGEST = 600
-_LOOKED_AT = 16 * _LONGEST
+_MOST_READ = 16 * _LONGEST
 
 
 def _object(body: bytes) -> dict[str, Any]:
@@ -415,17 +402,17 @@ def _object(body: bytes) -> dict[str, Any]:
         data = json.loads(body)
     except (ValueError, RecursionError):
         return {}
-    if isinstance(data, list) and data:  # Google's errors of a stream without alt=sse
+    if isinstance(data, list) and data:  # Google, for a stream without alt=sse
         data = data[0]
     return data if isinstance(data, dict) else {}
 
 
 def error_in(data: Mapping[str, Any]) -> Any:
-    """Return what an answer or an event says went wrong; nothing that is true if nothing.
+    """Return the error of a response or an event, a falsy value if there is none.
 
-    OpenRouter puts it into the choice where it has begun to answer
-    (https://openrouter.ai/docs/api/reference/errors-and-debugging, 2026-11-25); an answer
-    of OpenAI's Responses may have failed without a word why.
+    OpenRouter puts the error into the choice once it has begun to answer
+    (https://openrouter.ai/docs/api/reference/errors-and-debugging, 2026-11-25). A
+    response of OpenAI's Responses endpoint may fail without an error object.
     """
     choices, state = data.get("choices"), data.get("status")
     first = choices[0] if isinstance(choices, list) and choices else None
@@ -437,19 +424,22 @@ def error_in(data: Mapping[str, Any]) -> Any:
 
 
 def _error_object(body: bytes) -> dict[str, Any]:
-    """Return the error of any provider's body, with its `message` and `reasons` as text."""
+    """Return the error of any provider's body; `message` and `reasons` are strings."""
     data = _object(body)
     error = error_in(data) or data
     if not isinstance(error, dict):
         error = {"message": error}
     metadata = error.get("metadata")
     metadata = metadata if isinstance(metadata, dict) else {}
-    said = error.get("message")
-    # OpenRouter: "Provider returned error", and in `raw` what the provider said.
-    told = [said if isinstance(said, str) else "", _as_text(metadata.get("raw"))]
+    message = error.get("message")
+    # OpenRouter's message is "Provider returned error"; `raw` is the provider's own.
+    messages = [
+        message if isinstance(message, str) else "",
+        _as_text(metadata.get("raw")),
+    ]
     return {
         **error,
-        "message": ": ".join(filter(None, told)),
+        "message": ": ".join(filter(None, messages)),
         "reasons": " ".join(
             reason
             for reason in _reasons(error.get("details"), metadata)
@@ -459,7 +449,7 @@ def _error_object(body: bytes) -> dict[str, Any]:
 
 
 def _reasons(details: Any, metadata: Mapping[str, Any]) -> Iterator[Any]:
-    """Yield the codes that are told deeper in an error than its own."""
+    """Yield the codes that are nested in an error."""
     if isinstance(details, list):  # Google's
         yield from (d.get("reason") for d in details if isinstance(d, dict))
     elif isinstance(details, dict):  # Anthropic's
@@ -479,13 +469,13 @@ def _as_text(value: Any) -> str:
 
 
 def _excerpt(body: bytes) -> str:
-    # More than is shown: `clean` cuts when the key is out, so that no half of it stays.
-    text = body[:_LOOKED_AT].decode("utf-8", "replace").strip()
+    # `clean` shortens this further, after it has redacted the key.
+    text = body[:_MOST_READ].decode("utf-8", "replace").strip()
     return text or "(empty body)"
 
 
 def _header(headers: Mapping[str, str], name: str) -> str:
-    # aiohttp's own headers are looked up without regard to case, a plain dict is not.
+    # Only plain dicts are case-sensitive; aiohttp's headers are not.
     if name in headers:
         return headers[name].strip()
     if not isinstance(headers, dict):

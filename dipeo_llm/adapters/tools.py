@@ -1,7 +1,4 @@
-"""Tools: a caller's own, from functions or dicts, and those that a provider runs itself.
-
-Pure. Knows which provider has which tool of its own, and under which name.
-"""
+"""Sorts a caller's tools, and describes functions as OpenAI does. Pure."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +7,6 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from dipeo_llm.adapters.factory import Provider
 from dipeo_llm.domain import ToolConfig, ToolType
 from dipeo_llm.errors import InvalidRequestError
 
@@ -113,61 +109,3 @@ def function_tool(function: Callable[..., Any]) -> dict[str, Any]:
 
 # pydantic types it for types, and takes functions as well.
 _adapter: Any = TypeAdapter
-
-_SEARCHES = frozenset({ToolType.WEB_SEARCH, ToolType.WEB_SEARCH_PREVIEW})
-
-
-def provided_parameters(
-    provider: Provider, model: str, provided: Sequence[ToolConfig]
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return the provider's own words for its tools.
-
-    Sources, read 2026-11-23:
-    https://docs.anthropic.com/en/docs/agents-and-tools/tool-use/web-search-tool,
-    https://ai.google.dev/gemini-api/docs/google-search,
-    https://platform.openai.com/docs/guides/tools-web-search.
-
-    Returns:
-        What goes among `tools`, and further parameters of the request.
-
-    Raises:
-        InvalidRequestError: The provider, or this model of it, has no such tool.
-    """
-    tools: list[dict[str, Any]] = []
-    parameters: dict[str, Any] = {}
-    for tool in provided:
-        config = tool.config or {}
-        if tool.type in _SEARCHES and provider.format == "anthropic":
-            tools.append(
-                {"type": "web_search_20250305", "name": "web_search"}
-                | {k: v for k, v in config.items() if k != "search_context_size"}
-            )
-        elif tool.type in _SEARCHES and provider.format == "google":
-            tools.append({"googleSearch": {}})
-        elif tool.type in _SEARCHES and provider.name == "openai":
-            if "search" in model:
-                parameters["web_search_options"] = config
-            else:
-                tools.append({"type": "web_search", **config})
-        elif tool.type is ToolType.IMAGE_GENERATION and provider.name == "openai":
-            tools.append({"type": "image_generation", **config})
-        elif (
-            tool.type is ToolType.IMAGE_GENERATION
-            and provider.format == "google"
-            and "image" in model
-        ):
-            parameters["modalities"] = ["image", "text"]
-        else:
-            raise InvalidRequestError(
-                f"{provider.name}'s {model} has no tool {tool.type.value!r} of its own",
-                service=provider.name,
-                model=model,
-            )
-    return tools, parameters
-
-
-def needs_responses(provider: Provider, tools: Sequence[Mapping[str, Any]]) -> bool:
-    """Say whether OpenAI takes these tools at its Responses endpoint only."""
-    return provider.name == "openai" and any(
-        tool.get("type") != "function" for tool in tools
-    )

@@ -1,9 +1,10 @@
-"""Reads what a provider counts: tokens of a call, and what is left of its limits.
+"""Reads the tokens that a provider counts, and what is left of its rate limits.
 
-Pure. Every provider's own words for the same numbers are listed here and nowhere else.
+Pure. The names that providers give to the same numbers are listed here only, because
+compatible servers mix them.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dipeo_llm.adapters.failures import seconds_until
@@ -11,17 +12,17 @@ from dipeo_llm.domain import RateLimits, TokenUsage
 
 
 def token_usage(usage: Any) -> TokenUsage | None:
-    """Read any provider's usage record, as an object or a mapping.
+    """Return the tokens of any provider's usage record, None if it counts none.
 
-    Tokens from a cache count as input: OpenAI and Google say so already, Anthropic
-    counts them apart
-    (https://docs.anthropic.com/en/docs/build-with-claude/prompt-caching, 2026-11-23),
-    and so does Bedrock's Converse. Thoughts count as output: Google counts them apart,
-    its OpenAI-compatible endpoint in the total only, and xAI in both
+    Cached tokens count as input. OpenAI and Google include them; Anthropic
+    (https://docs.anthropic.com/en/docs/build-with-claude/prompt-caching, 2026-11-23)
+    and Bedrock's Converse count them separately. Reasoning counts as output. Google
+    counts it separately, Google's OpenAI-compatible endpoint only in the total, and xAI
+    separately and in the total
     (https://docs.x.ai/docs/key-information/consumption-and-rate-limits, 2026-11-25).
 
-    Returns:
-        None where *usage* holds no number of tokens.
+    Args:
+        usage: A mapping, a model of an SDK, or any object with such attributes.
     """
     if isinstance(usage, TokenUsage):
         return usage
@@ -38,10 +39,10 @@ def token_usage(usage: Any) -> TokenUsage | None:
         read += counts.get("toolUsePromptTokenCount", 0)
         output += reasoning
     elif "prompt_tokens" in counts:
-        untold = counts.get("total_tokens", 0) - read - output
-        if untold > 0 and (not reasoning or untold == reasoning):
-            reasoning = untold
-            output += untold
+        rest = counts.get("total_tokens", 0) - read - output
+        if rest > 0 and (not reasoning or rest == reasoning):
+            reasoning = rest
+            output += rest
     elif (
         "input_tokens" in counts and "input_tokens_details.cached_tokens" not in counts
     ):
@@ -87,7 +88,14 @@ _REASONING = (
 )
 
 
-# Other names of the same: of the Python SDKs for Gemini, and of Bedrock's Converse
+_OTHERS = (
+    "total_tokens",
+    "cache_creation_input_tokens",
+    "toolUsePromptTokenCount",
+)
+
+# Names that differ only in spelling, in the Python SDKs for Gemini and in Bedrock's
+# Converse
 # (https://docs.aws.amazon.com/bedrock/latest/APIReference/API_runtime_TokenUsage.html,
 # 2026-11-25).
 _SAME = {
@@ -101,93 +109,48 @@ _SAME = {
     "cacheReadInputTokens": "cache_read_input_tokens",
     "cacheWriteInputTokens": "cache_creation_input_tokens",
 }
-_NAMES = (
-    *(*_SAME, *_INPUT, *_OUTPUT, *_CACHED, *_REASONING),
-    *("total_tokens", "cache_creation_input_tokens", "toolUsePromptTokenCount"),
+_NAMES = frozenset(
+    part
+    for name in (*_SAME, *_INPUT, *_OUTPUT, *_CACHED, *_REASONING, *_OTHERS)
+    for part in name.split(".")
 )
-
-# What `token_usage` counts in with the rest though it has a price of its own: sound in
-# and out, pictures out, and what Anthropic's cache keeps for an hour, told by Anthropic
-# and by LiteLLM.
-_PRICED_APART = (
-    "prompt_tokens_details.audio_tokens",
-    "input_tokens_details.audio_tokens",
-    "completion_tokens_details.audio_tokens",
-    "completion_tokens_details.image_tokens",
-    "output_tokens_details.audio_tokens",
-    "output_tokens_details.image_tokens",
-    "cache_creation.ephemeral_1h_input_tokens",
-    "prompt_tokens_details.cache_creation_token_details.ephemeral_1h_input_tokens",
-)
-# The same in lists: what a row's kind is called, which kinds it is, and its number.
-_ROWS_PRICED_APART = (
-    ("promptTokensDetails", "modality", {"AUDIO"}, "tokenCount"),
-    ("prompt_tokens_details", "modality", {"AUDIO"}, "token_count"),
-    ("candidatesTokensDetails", "modality", {"AUDIO", "IMAGE"}, "tokenCount"),
-    ("candidates_tokens_details", "modality", {"AUDIO", "IMAGE"}, "token_count"),
-    ("cacheDetails", "ttl", {"1h"}, "inputTokens"),
-)
-
-
-def priced_apart(usage: Any) -> bool:
-    """Say whether a record counts tokens whose own price `token_usage` cannot tell."""
-    counts = _counts(usage)
-    if any(counts.get(name) for name in _PRICED_APART):
-        return True
-    return any(
-        _count(row, number)
-        for name, kind, kinds, number in _ROWS_PRICED_APART
-        if isinstance(found := _value(usage, name), Sequence)
-        for row in found
-        # An SDK has an enum in place of a text.
-        if str(getattr(said := _value(row, kind), "name", said)) in kinds
-    )
-
-
 _MOST = 2**63
 
 
 def _counts(usage: Any) -> dict[str, int]:
-    """Return the numbers of a record, those of its details as "details.number"."""
-    if isinstance(usage, dict):  # JSON, which is what a call has: in one pass
-        found: Iterable[tuple[str, Any]] = _flat(usage, "")
-    else:
-        names = (*_NAMES, *_PRICED_APART)
-        found = ((name, _value(usage, name)) for name in names)
-    counts = ((_SAME.get(name, name), _number(value)) for name, value in found)
-    return {name: count for name, count in counts if count is not None}
+    """Return the numbers of a record; those of its details as "details.number"."""
+    numbers = ((name, _number(value)) for name, value in _flat(usage))
+    return {_SAME.get(name, name): n for name, n in numbers if n is not None}
 
 
-def _flat(record: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, value in record.items():
-        if isinstance(value, dict):
-            if prefix.count(".") < 2:
-                yield from _flat(value, f"{prefix}{name}.")
-        else:
+def _flat(record: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in _fields(record).items():
+        if prefix or isinstance(value, _LEAVES):
             yield f"{prefix}{name}", value
+        else:
+            yield from _flat(value, f"{name}.")
 
 
-def _count(record: Any, name: str) -> int | None:
-    """Return a number of a record, one of its details by "details.number"."""
-    return _number(_value(record, name))
+_LEAVES = (int, float, str, list, type(None))
+
+
+def _fields(record: Any) -> Mapping[str, Any]:
+    """Return the fields of a mapping, of an SDK's model, or of any other object."""
+    # Check dict first: isinstance(x, Mapping) is slow.
+    if isinstance(record, (dict, Mapping)):
+        return record
+    if callable(dump := getattr(record, "model_dump", None)):
+        fields: Mapping[str, Any] = dump()
+        return fields
+    # A protocol buffer, such as those of Vertex's SDK, cannot list its fields.
+    return {name: getattr(record, name, None) for name in _NAMES}
 
 
 def _number(value: Any) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    # False for NaN and infinity too.
+    # The comparison is False for NaN and infinity too.
     return int(value) if abs(value) < _MOST else None
-
-
-# What a record mostly is stands first: asking after Mapping takes its time.
-_MAPPINGS = (dict, Mapping)
-
-
-def _value(record: Any, name: str) -> Any:
-    name, _, rest = name.partition(".")
-    mapping = isinstance(record, _MAPPINGS)
-    value = record.get(name) if mapping else getattr(record, name, None)
-    return _value(value, rest) if rest and value is not None else value
 
 
 def _first(counts: Mapping[str, int], names: Sequence[str]) -> int | None:
@@ -195,22 +158,22 @@ def _first(counts: Mapping[str, int], names: Sequence[str]) -> int | None:
 
 
 def rate_limits(headers: Mapping[str, str]) -> RateLimits | None:
-    """Read what the provider says is left; None where it says nothing.
+    """Return what is left of the provider's rate limits, None if it does not say.
 
     OpenAI sends `x-ratelimit-remaining-*` with resets such as "1m2.5s"
     (https://platform.openai.com/docs/guides/rate-limits), Anthropic
     `anthropic-ratelimit-*` with resets as times
     (https://docs.anthropic.com/en/api/rate-limits), both read 2026-11-23.
     """
-    told = {
-        "requests_left": _whole(headers, "requests-remaining", "remaining-requests"),
+    limits = {
+        "requests_left": _integer(headers, "requests-remaining", "remaining-requests"),
         "requests_reset": _reset(headers, "requests-reset", "reset-requests"),
-        "tokens_left": _whole(headers, "tokens-remaining", "remaining-tokens"),
+        "tokens_left": _integer(headers, "tokens-remaining", "remaining-tokens"),
         "tokens_reset": _reset(headers, "tokens-reset", "reset-tokens"),
     }
-    if all(value is None for value in told.values()):
+    if all(value is None for value in limits.values()):
         return None
-    return RateLimits.model_validate(told)
+    return RateLimits.model_validate(limits)
 
 
 def _limit_header(
@@ -221,7 +184,7 @@ def _limit_header(
     )
 
 
-def _whole(headers: Mapping[str, str], anthropic: str, openai: str) -> int | None:
+def _integer(headers: Mapping[str, str], anthropic: str, openai: str) -> int | None:
     text = _limit_header(headers, anthropic, openai)
     return int(text) if text and text.isdecimal() and len(text) < 19 else None
 

@@ -1,5 +1,6 @@
 """The command `dipeo-llm`."""
 
-from dipeo_llm.cli.command import Exit, main
+from dipeo_llm.cli.command import main
+from dipeo_llm.cli.options import Exit
 
 __all__ = ["Exit", "main"]

@@ -1,10 +1,11 @@
-"""What is shown: text on stdout and stderr, be it a terminal, a pipe or closed.
+"""Output: text on stdout and stderr, each a terminal, a pipe or closed.
 
-Knows streams and the characters that drive a terminal; knows nothing of commands and
-exit codes. Whatever the program prints goes through here, and is flushed at once, so
-that a reader who has gone is noticed by the write and not when Python ends.
+Knows streams, colour and the characters that control a terminal; knows no command.
+Everything the program prints goes through here and is flushed at once, so that a closed
+pipe shows up in the write that hits it, not when Python exits.
 """
 
+import codecs
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-# Control characters, which drive a terminal, and those that turn the order of text.
+# Control characters, which drive a terminal, and the ones that reverse text direction.
 _ESCAPED = {
     code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
     for code in (
@@ -23,93 +24,171 @@ _ESCAPED = {
         *range(0x2066, 0x206A),
     )
 }
-# A lone carriage return writes over a line.
+# A lone carriage return overwrites its line.
 _TEXT = {**_ESCAPED, ord("\n"): "\n", ord("\t"): "\t", ord("\r"): None}
 _JSON = {code: f"\\u{code:04x}" for code in _ESCAPED if code != ord("\n")}
 
 
-def harmless(text: str) -> str:
-    """Escape what drives a terminal; lines and tabs stay."""
+def escape(text: str) -> str:
+    """Escape control characters, except newlines and tabs."""
     return text.translate(_TEXT)
 
 
 def one_line(text: str) -> str:
-    """Put a text on one line that drives no terminal."""
+    """Join the lines of a text and escape its control characters."""
     return " ".join(text.split()).translate(_ESCAPED)
 
 
 def lines(texts: Iterable[str]) -> str:
-    """Put each text on a line of its own, which it cannot leave."""
+    """Put each text on its own line."""
     return "".join(f"{one_line(text)}\n" for text in texts)
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Tell whether a standard stream is a terminal; a closed one is None."""
-    return stream is not None and stream.isatty()
+    """Tell whether a standard stream is a terminal. A closed stream is None."""
+    return stream is not None and not stream.closed and stream.isatty()
+
+
+def paint(text: str, code: int, stream: TextIO | None) -> str:
+    """Colour a text if the stream is a terminal and NO_COLOR (no-color.org) is unset.
+
+    Args:
+        text: Already escaped.
+        code: An SGR parameter: 2 dim, 31 red, 32 green, 33 yellow.
+        stream: Where the text will be written.
+    """
+    if not is_terminal(stream) or os.environ.get("NO_COLOR"):
+        return text
+    return f"\x1b[{code}m{text}\x1b[0m"
+
+
+class _Line:
+    """What the last write left at the end of stdout and of stderr."""
+
+    is_open = False
+    """Whether stdout ends in the middle of a line."""
+    is_open_on_stderr = False
+    has_status = False
+    """Whether stderr shows a status, which the next output erases."""
 
 
 def write(text: str) -> None:
-    """Write to stdout as it stands.
+    """Write to stdout, without escaping.
 
     Raises:
-        OSError: It is closed, or cannot be written to.
+        OSError: stdout is closed, or the write fails.
     """
     if sys.stdout is None:
         raise OSError("stdout is closed")
+    leave_stderr_line()
     _write(text, sys.stdout)
+    _Line.is_open = not text.endswith("\n") if text else _Line.is_open
+
+
+def end_line() -> None:
+    """End the line on stdout, if the last text did not."""
+    if _Line.is_open:
+        write("\n")
 
 
 def write_text(text: str) -> None:
-    """Write what others said: harmless on a terminal; a file gets it as it came."""
-    write(harmless(text) if is_terminal(sys.stdout) else text)
+    """Write a model's text: escaped on a terminal, unchanged anywhere else."""
+    write(escape(text) if is_terminal(sys.stdout) else text)
 
 
 def write_json(value: Any) -> None:
-    """Write JSON that is exact and harmless at once."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    """Write JSON without control characters; ASCII only if stdout is not UTF-8."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    text = json.dumps(
+        value,
+        indent=2,
+        ensure_ascii=codecs.lookup(encoding).name != "utf-8",
+        default=str,
+    )
     write(text.translate(_JSON) + "\n")
 
 
 def write_aside(text: str) -> None:
-    """Write what is not the answer to stderr: dim and harmless on a terminal."""
-    dim = is_terminal(sys.stderr)
-    _to_stderr(f"\x1b[2m{harmless(text)}\x1b[0m" if dim else text)
+    """Write to stderr what is not part of the answer: dim and escaped on a terminal."""
+    if _Line.has_status:
+        leave_stderr_line()
+    if is_terminal(sys.stderr):
+        body = text.rstrip("\n")
+        text = paint(escape(body), 2, sys.stderr) + text[len(body) :]
+    _write_stderr(text)
+    _Line.is_open_on_stderr = not text.endswith("\n")
 
 
-def complain(message: str) -> None:
-    """Say what is wrong, in one line on stderr."""
-    _to_stderr(f"dipeo-llm: {one_line(message)}\n")
+def write_hint(text: str) -> None:
+    """Write one line for a person: dim, and only if stderr is a terminal."""
+    if is_terminal(sys.stderr):
+        write_aside(f"{one_line(text)}\n")
 
 
-def _to_stderr(text: str) -> None:
+def write_error(message: str) -> None:
+    """Write one line on stderr that says what is wrong."""
+    leave_stderr_line()
+    name = paint("dipeo-llm:", 31, sys.stderr)
+    _write_stderr(f"{name} {one_line(message)}\n")
+
+
+def show_status(text: str) -> None:
+    """Show what the program waits for, until the next output. Only on a terminal."""
+    if is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb":
+        write_aside(one_line(text))
+        _Line.has_status = True
+
+
+def leave_stderr_line() -> None:
+    """Erase the status on stderr, or end an unfinished line there."""
+    if _Line.has_status:
+        _write_stderr("\r\x1b[K")
+    elif _Line.is_open_on_stderr:
+        _write_stderr("\n")
+    _Line.has_status = _Line.is_open_on_stderr = False
+
+
+def leave() -> None:
+    """Leave a terminal at the start of a line, when the program ends."""
+    leave_stderr_line()
+    if is_terminal(sys.stdout):
+        with suppress(OSError):
+            end_line()
+    _Line.is_open = False
+
+
+def _write_stderr(text: str) -> None:
     if sys.stderr is not None:
-        with suppress(OSError):  # there is no other place to say it
+        with suppress(OSError):  # there is nowhere else to report it
             _write(text, sys.stderr)
 
 
 def _write(text: str, stream: TextIO) -> None:
-    """Write now; what the stream's encoding lacks is escaped."""
+    """Write and flush; escape what the stream's encoding cannot represent."""
     encoding = stream.encoding or "utf-8"
     stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
     stream.flush()
 
 
-def give_up_stdout() -> None:
-    """Keep Python from flushing, at its end, what a closed pipe did not take."""
+def discard_stdout() -> None:
+    """Keep Python from flushing a broken pipe again when it exits."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class _Lines(logging.Handler):
+    """Prints the package's warnings as errors, and its retries as hints."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        about_a_call = record.name == "dipeo_llm.calls"
+        (write_hint if about_a_call else write_error)(record.getMessage())
+
+
 @contextmanager
-def logging_to_stderr() -> Generator[None]:
-    """Show the package's warnings as complaints, and nobody else's."""
-
-    class Lines(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            complain(record.getMessage())
-
+def log_to_stderr() -> Generator[None]:
+    """Print the warnings of this package, and of no other."""
     added = (
-        (logging.getLogger("dipeo_llm"), Lines(logging.WARNING)),
-        # Without any handler Python prints the warnings of all, tracebacks included.
+        (logging.getLogger("dipeo_llm"), _Lines(logging.WARNING)),
+        # Without a handler on the root, logging prints every library's warnings.
         (logging.getLogger(), logging.NullHandler()),
     )
     for logger, handler in added:

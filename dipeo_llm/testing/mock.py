@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Protocol, Self, TypeAlias
 
 from dipeo_llm.adapters.base import BaseLLMAdapter
-from dipeo_llm.adapters.factory import Provider
+from dipeo_llm.adapters.provider import Provider
 from dipeo_llm.domain import (
     ChatRequest,
     ChatResult,

@@ -1,4 +1,4 @@
-"""LiteLLM's import: what it must not disturb, each in a process of its own."""
+"""What LiteLLM's import must leave alone, each in a process of its own."""
 
 import asyncio
 import os
@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 HEAD = """
-import asyncio, gc, logging, os, sys, weakref
+import asyncio, copy, gc, logging, os, sys, threading, weakref
 from concurrent.futures import ThreadPoolExecutor
 from dipeo_llm import LLMInfraService, Settings, StaticAPIKeys
 from dipeo_llm.litellm_import import load_litellm
@@ -28,7 +28,7 @@ async def main():
     loading = asyncio.create_task(load_litellm())
     lines = 0
     while not loading.done():
-        # Not httpx, which LiteLLM makes say less for as long.
+        # Not httpx: LiteLLM raises its level during the import.
         for name in ("uvicorn.error", "asyncio", "mine"):
             logging.getLogger(name).info("line")
             lines += 1
@@ -45,7 +45,7 @@ async def main():
     waiting = [asyncio.create_task(load_litellm()) for _ in range(50)]
     await asyncio.sleep(0)
     await asyncio.to_thread(lambda: None)
-    assert not any(task.done() for task in waiting), "the import was waited for"
+    assert not any(task.done() for task in waiting), "the executor was blocked"
     waiting[0].cancel()
     modules = await asyncio.gather(*waiting, return_exceptions=True)
     assert isinstance(modules[0], asyncio.CancelledError), modules[0]
@@ -62,7 +62,7 @@ async def main():
     del node
     await load_litellm()
     gc.collect()
-    assert gone() is None, "what was garbage before the import is kept for good"
+    assert gone() is None, "the import keeps older garbage"
 """
 ENVIRONMENT = """
 async def main():
@@ -81,20 +81,61 @@ async def main():
     changed = {k for k in {*before, *os.environ} if before.get(k) != os.environ.get(k)}
     assert changed == {"LITELLM_LOCAL_ANTHROPIC_BETA_HEADERS"}, changed
 """
+LOGGERS = """
+async def main():
+    def settings(logger):
+        return logger.level, logger.handlers, logger.filters, logger.propagate, logger.disabled
+    others = [logging.getLogger()]
+    for name in ("asyncio", "backoff", "httpx", "uvicorn.access", "uvicorn.error"):
+        others.append(logging.getLogger(name))
+    for name in ("apscheduler.scheduler", "apscheduler.executors.default"):
+        others.append(logging.getLogger(name))
+    logging.getLogger("apscheduler.scheduler").setLevel(logging.DEBUG)
+    logging.getLogger("LiteLLM Router").setLevel(logging.DEBUG)
+    mine = logging.Filter("uvicorn")
+    logging.getLogger("uvicorn.error").addFilter(mine)
+    before = [copy.copy(settings(logger)) for logger in others]
+    await load_litellm()
+    assert [settings(logger) for logger in others] == before
+    assert logging.getLogger("uvicorn.error").filters == [mine]
+    assert logging.getLogger("LiteLLM").level == logging.WARNING
+    assert logging.getLogger("LiteLLM Router").level == logging.DEBUG, "the application's"
+"""
+QUIET = """
+async def main():
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    litellm = await load_litellm()
+    from dipeo_llm.litellm_tables import infer_provider
+    assert infer_provider("a-model-of-nobody") is None
+    litellm.get_optional_params(
+        model="dipeo-llm-probe", custom_llm_provider="ollama_chat", temperature=1
+    )
+"""
+HOOKS = """
+async def main():
+    hooks = sys.excepthook, threading.excepthook, sys.unraisablehook
+    os.environ["JSON_LOGS"] = "true"
+    await load_litellm()
+    assert hooks == (sys.excepthook, threading.excepthook, sys.unraisablehook)
+    assert os.environ["JSON_LOGS"] == "true"
+"""
 RUN = "\nasyncio.run(main())\n"
 
 
 @pytest.mark.parametrize(
     "program",
     [
-        pytest.param(LOGS, id="a line that is logged meanwhile is logged"),
-        pytest.param(THREADS, id="the loop's own threads stay free"),
-        pytest.param(GARBAGE, id="garbage of before is collected"),
-        pytest.param(ENVIRONMENT, id="a client waits until the environment is back"),
+        pytest.param(LOGS, id="other threads may log during the import"),
+        pytest.param(LOGGERS, id="the loggers of other packages are unchanged"),
+        pytest.param(QUIET, id="LiteLLM's own loggers do not write at INFO"),
+        pytest.param(HOOKS, id="the hooks for exceptions are unchanged"),
+        pytest.param(THREADS, id="the event loop's executor stays free"),
+        pytest.param(GARBAGE, id="older garbage is collected"),
+        pytest.param(ENVIRONMENT, id="a client waits for the environment"),
     ],
 )
 async def test_the_import_disturbs_nobody(program: str, tmp_path: Path) -> None:
-    """The program ends well, and says nothing."""
+    """The program succeeds and prints nothing."""
     usual = ("PATH", "LANG", "LD_LIBRARY_PATH", "SYSTEMROOT", "VIRTUAL_ENV")
     env = {name: os.environ[name] for name in usual if name in os.environ}
     env |= {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}

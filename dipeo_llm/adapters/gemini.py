@@ -1,0 +1,454 @@
+"""Google Gemini's generateContent."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+from urllib.parse import quote
+
+from dipeo_llm.adapters.base import BaseLLMAdapter
+from dipeo_llm.adapters.events import StreamReader
+from dipeo_llm.adapters.provider import ModelList, Page, Probe, Provider, TokenCounter
+from dipeo_llm.adapters.reading import (
+    JSON,
+    Reading,
+    make_call_id,
+    merge_pages,
+    read_tool_call,
+)
+from dipeo_llm.adapters.request import (
+    COMMON_FIELDS,
+    Message,
+    PreparedRequest,
+    drop_cache_control,
+    put_system_first,
+)
+from dipeo_llm.adapters.translation import JSON_HEADERS, Outgoing, map_options
+from dipeo_llm.domain import (
+    ImageGenerationResult,
+    StreamChunk,
+    ToolCallDelta,
+    ToolConfig,
+    ToolType,
+    WebSearchResult,
+)
+from dipeo_llm.errors import InvalidRequestError
+from dipeo_llm.litellm_tables import know_model
+from dipeo_llm.media import PDF, MediaRules
+
+# https://ai.google.dev/gemini-api/docs/image-understanding: no gif
+# https://ai.google.dev/gemini-api/docs/document-processing: text is read as plain text
+# https://ai.google.dev/gemini-api/docs/audio
+# https://ai.google.dev/gemini-api/docs/video-understanding; all read 2026-11-23
+_MEDIA = MediaRules(
+    types=frozenset(
+        {
+            PDF,
+            *(f"image/{name}" for name in ("png", "jpeg", "webp", "heic", "heif")),
+            *(f"audio/{name}" for name in ("wav", "mp3", "aiff", "aac", "ogg", "flac")),
+            *(f"text/{name}" for name in ("plain", "markdown", "html", "xml", "csv")),
+            *(f"video/{name}" for name in ("mp4", "mpeg", "quicktime", "webm", "3gpp")),
+        }
+    ),
+    reads_stored=True,
+)
+GOOGLE = Provider(
+    name="google",
+    litellm="gemini",
+    aliases=("gemini", "google_ai_studio"),
+    base_url="https://generativelanguage.googleapis.com/v1beta",
+    path="/v1beta",
+    key_header="x-goog-api-key",
+    key_variables=("GEMINI_API_KEY", "GOOGLE_API_KEY"),
+    claims=re.compile(
+        r"(?:models/)?(?:gemini-[\w.-]+|gemma-\d[\w.-]*|learnlm-[\w.-]+)"
+    ),
+    media=_MEDIA,
+)
+
+# The name stands in the URL's path.
+_NOT_IN_A_PATH = re.compile(r"[?#%\\\s]|(^|/)\.\.?(/|$)")
+_REFUSES_SYSTEM = re.compile("gemma-[1-3]")
+# https://ai.google.dev/gemini-api/docs/function-calling,
+# https://ai.google.dev/gemini-api/docs/structured-output (2026-11-25)
+_TAKES_TEXT_ONLY = re.compile(r"(?:gemini-)?gemma-[1-3]|learnlm")
+# A search beside functions, and a form beside tools, since Gemini 3:
+# https://ai.google.dev/gemini-api/docs/tool-combination (2026-11-25).
+_COMBINES_TOOLS = re.compile(r"gemini-(?:[3-9]|flash|pro|omni|robotics-er-2)")
+# https://ai.google.dev/gemini-api/docs/thinking (2026-11-25): 2.5 Pro always thinks.
+_ALWAYS_THINKS = re.compile(r"gemini-2\.5-pro")
+_NEVER_THINKS = re.compile(r"gemini-(?:1|2\.0|exp)|(?:gemini-)?gemma-[1-3]|learnlm")
+# Of a model outside its table LiteLLM says that it takes no system prompt, and makes the
+# prompt a part of the user's words (1.105 to 1.110).
+_UNKNOWN_MODELS = {"gemini": {"mode": "chat", "supports_system_messages": True}}
+_FINISH = {
+    "STOP": "stop",
+    "MAX_TOKENS": "length",
+    # Google says STOP; aimock, which many test against, says this.
+    "FUNCTION_CALL": "stop",
+}
+_FILTER = frozenset(
+    {
+        "SAFETY",
+        "RECITATION",
+        "LANGUAGE",
+        "BLOCKLIST",
+        "PROHIBITED_CONTENT",
+        "SPII",
+        "IMAGE_SAFETY",
+        "IMAGE_PROHIBITED_CONTENT",
+        "IMAGE_RECITATION",
+        "MODEL_ARMOR",
+    }
+)
+
+
+def _next_page(page: Page) -> dict[str, Any] | None:
+    token = page.get("nextPageToken")
+    return {"pageToken": token} if token else None
+
+
+class GeminiAdapter(BaseLLMAdapter):
+    """Talks to a Gemini or Gemma model in Google AI Studio."""
+
+    rows = (GOOGLE,)
+    # https://ai.google.dev/api/caching#FunctionDeclaration (2026-11-25)
+    tool_name = re.compile(r"[a-zA-Z_][a-zA-Z0-9_.:-]{0,63}")
+    most_stops = 5
+    probe = Probe("gemini-2.5-flash", ("contents", "generationConfig", "tools"))
+    # https://ai.google.dev/api/models#method:-models.list (2026-11-23)
+    model_list = ModelList(
+        "/models", "models", "name", {"pageSize": 1000}, _next_page, is_optional=True
+    )
+    # https://ai.google.dev/api/tokens#method:-models.counttokens (2026-11-23)
+    token_counter = TokenCounter(
+        "/models/{model}:countTokens",
+        "totalTokens",
+        frozenset({"contents", "tools", "toolConfig", "system_instruction"}),
+    )
+
+    def check_model(self) -> None:
+        """Refuse a name that would be more than a name in the URL's path."""
+        super().check_model()
+        if _NOT_IN_A_PATH.search(self.model_name):
+            raise self._invalid_model()
+
+    def prepare_messages(self, messages: list[Message]) -> list[Message]:
+        """Put one system prompt in front."""
+        prepared = put_system_first(messages, COMMON_FIELDS)
+        drop_cache_control(prepared)
+        return prepared
+
+    def own_tool(self, tool: ToolConfig, options: dict[str, Any]) -> list[JSON]:
+        """Return Google's search; switch image models to images.
+
+        Source: https://ai.google.dev/gemini-api/docs/google-search (2026-11-23).
+        """
+        if tool.type in {ToolType.WEB_SEARCH, ToolType.WEB_SEARCH_PREVIEW}:
+            return [{"googleSearch": {}}]
+        if tool.type is ToolType.IMAGE_GENERATION and "image" in self.model_name:
+            options["modalities"] = ["image", "text"]
+            return []
+        return super().own_tool(tool, options)
+
+    def adjust_options(self, prepared: PreparedRequest) -> None:
+        """Refuse what the model cannot do; drop or change an effort that it refuses."""
+        options, model = prepared.options, self.model_name
+        tools, form = options.get("tools"), options.get("response_format")
+        is_json = form is not None and form["type"] != "text"
+        if _TAKES_TEXT_ONLY.match(model) and (tools or is_json):
+            self._refuse("tools" if tools else "a response_format")
+        kinds = {tool.get("type", "search") for tool in tools or ()}
+        if not _COMBINES_TOOLS.match(model):
+            if len(kinds) > 1:
+                self._refuse("functions beside a web search, which Gemini 3 takes")
+            if tools and is_json:
+                self._refuse("a response_format beside tools, which Gemini 3 takes")
+        if _NEVER_THINKS.match(model):
+            options.pop("reasoning_effort", None)
+        elif options.get("reasoning_effort") == "none" and _ALWAYS_THINKS.match(model):
+            options["reasoning_effort"] = "minimal"
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise InvalidRequestError(
+            f"{self.model_name} does not take {what}", **self._fields()
+        )
+
+    def teach(self, litellm: Any) -> None:
+        """Tell LiteLLM about a model that its table leaves out."""
+        if not _REFUSES_SYSTEM.match(self.model_name):
+            know_model(litellm, self.model_name, _UNKNOWN_MODELS)
+
+    def translate(
+        self, litellm: Any, prepared: PreparedRequest, *, stream: bool
+    ) -> Outgoing:
+        """Translate with LiteLLM's body function for Gemini."""
+        from litellm.llms.vertex_ai.gemini import transformation
+
+        model = self.model_name
+        self.teach(litellm)
+        schemas = _take_schemas(prepared.options)
+        # The function lost its underscore in 1.108.
+        transform: Callable[..., JSON] = (
+            getattr(transformation, "_transform_request_body", None)
+            or transformation.transform_request_body
+        )
+        body = transform(
+            messages=prepared.messages,
+            model=model,
+            optional_params=map_options(litellm, self.provider, model, prepared),
+            custom_llm_provider=self.provider.litellm,
+            litellm_params={},
+            cached_content=None,
+        )
+        _put_schemas(body, schemas)
+        verb = "streamGenerateContent?alt=sse" if stream else "generateContent"
+        path = f"/models/{quote(model, safe='/')}:{verb}"
+        return Outgoing(path, JSON_HEADERS, body)
+
+    def count_body(self, body: JSON) -> JSON:
+        """Return a whole request: system prompt and tools count only inside of one."""
+        if body.keys() <= {"contents"}:
+            return body
+        return {
+            "generateContentRequest": {"model": f"models/{self.model_name}", **body}
+        }
+
+    def has_answer(self, body: Mapping[str, Any]) -> bool:
+        """Say whether there are candidates."""
+        candidates = body.get("candidates")
+        return isinstance(candidates, list) and bool(candidates)
+
+    def blocked_prompt(self, body: Mapping[str, Any]) -> str | None:
+        """Return Google's reason for refusing the prompt, None if it did not."""
+        feedback = body.get("promptFeedback")
+        reason = feedback.get("blockReason") if isinstance(feedback, dict) else None
+        return str(reason) if reason and not body.get("candidates") else None
+
+    def read(self, body: Mapping[str, Any]) -> Reading:
+        """Read a generateContent response."""
+        candidates = body.get("candidates") or [{}]
+        first = candidates[0]
+        reason = first.get("finishReason")
+        texts = [_join_text(candidate, thought=False) for candidate in candidates]
+        reading = Reading(
+            text=texts[0],
+            texts=texts if len(texts) > 1 else [],
+            reasoning=_join_text(first, thought=True) or None,
+            finish=(
+                "content_filter"
+                if reason in _FILTER
+                # As it is: MALFORMED_FUNCTION_CALL and its like are no whole answer.
+                else _FINISH.get(reason, reason.lower())
+                if reason
+                else None
+            ),
+            model=body.get("modelVersion"),
+            id=body.get("responseId"),
+            usage=body.get("usageMetadata"),
+        )
+        if reason in _FILTER:
+            reading.refusal = first.get("finishMessage") or f"blocked: {reason}"
+        for index, part in enumerate(_parts(first)):
+            if call := part.get("functionCall"):
+                made = read_tool_call(
+                    call.get("id") or make_call_id(body.get("responseId"), index, call),
+                    call.get("name"),
+                    call.get("args"),
+                )
+                signature = part.get("thoughtSignature")
+                made.thought_signature = (
+                    signature if isinstance(signature, str) else None
+                )
+                reading.tool_calls.append(made)
+            elif (data := part.get("inlineData")) and data.get(
+                "mimeType", ""
+            ).startswith("image/"):
+                reading.images.append(
+                    ImageGenerationResult(
+                        image_data=data.get("data", ""),
+                        format=data["mimeType"].removeprefix("image/"),
+                    )
+                )
+        reading.searches = _grounding(first.get("groundingMetadata") or {})
+        return reading
+
+    def stream_reader(self) -> StreamReader:
+        """Return a reader of Gemini's responses."""
+        return GeminiStream()
+
+
+@dataclass(slots=True)
+class _Schemas:
+    """The JSON schemas of a request, which LiteLLM would rewrite with losses."""
+
+    functions: dict[str, JSON]
+    """The parameters of each function, by its name."""
+    has_search: bool
+    answer: JSON | None
+
+
+def _take_schemas(options: dict[str, Any]) -> _Schemas:
+    """Take the schemas and a search beside functions out of options, in place."""
+    functions: dict[str, JSON] = {}
+    tools = options.get("tools", [])
+    own = [tool for tool in tools if "googleSearch" in tool]
+    is_mixed = bool(own) and len(own) < len(tools)
+    if is_mixed:
+        options["tools"] = [tool for tool in tools if "googleSearch" not in tool]
+    for tool in options.get("tools", []):
+        if function := tool.get("function"):
+            functions[function["name"]] = function.pop("parameters", None) or {}
+    form = options.get("response_format") or {}
+    answer = (form.get("json_schema") or {}).get("schema")
+    if answer is not None:
+        form["json_schema"]["schema"] = {"type": "object", "properties": {}}
+    return _Schemas(functions, is_mixed, answer)
+
+
+def _put_schemas(body: JSON, schemas: _Schemas) -> None:
+    """Put the schemas into a body, in the fields that take JSON Schema.
+
+    Source: https://ai.google.dev/api/caching#FunctionDeclaration and
+    https://ai.google.dev/gemini-api/docs/structured-output (2026-11-25).
+    """
+    for tool in body.get("tools", ()):
+        for declared in tool.get("function_declarations", ()):
+            declared.pop("parameters", None)
+            schema = schemas.functions.get(declared["name"])
+            if schema and schema.get("properties"):
+                declared["parametersJsonSchema"] = _spell_schema(schema)
+    if schemas.has_search:
+        body["tools"].append({"googleSearch": {}})
+        body.setdefault("toolConfig", {})["includeServerSideToolInvocations"] = True
+    config = body.get("generationConfig", {})
+    if schemas.answer is not None:
+        for name in ("responseSchema", "response_schema", "response_json_schema"):
+            config.pop(name, None)
+        config["responseJsonSchema"] = _spell_schema(schemas.answer)
+
+
+def _spell_schema(schema: Any) -> Any:
+    """Write a schema with the keywords that Gemini reads, and the same meaning.
+
+    Gemini passes over `const`, `allOf` and others
+    (https://ai.google.dev/api/generate-content#FIELDS.response_json_schema, 2026-11-25).
+    """
+    if isinstance(schema, list):
+        return [_spell_schema(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    spelt: JSON = {}
+    for name, value in schema.items():
+        if name in {"properties", "$defs"} and isinstance(value, dict):
+            spelt[name] = {key: _spell_schema(inner) for key, inner in value.items()}
+        elif name == "const":
+            spelt["enum"] = [value]
+        elif name == "oneOf":
+            spelt["anyOf"] = _spell_schema(value)
+        elif name == "allOf" and isinstance(value, list) and len(value) == 1:
+            spelt |= _spell_schema(value[0])
+        elif name in {"enum", "required", "examples", "default"}:
+            spelt[name] = value
+        elif name not in {"discriminator", "strict"}:
+            spelt[name] = _spell_schema(value)
+    return spelt
+
+
+def _parts(candidate: Mapping[str, Any]) -> list[JSON]:
+    return (candidate.get("content") or {}).get("parts") or []
+
+
+def _join_text(candidate: Mapping[str, Any], *, thought: bool) -> str:
+    return "".join(
+        part.get("text") or ""
+        for part in _parts(candidate)
+        if bool(part.get("thought")) is thought
+    )
+
+
+def _grounding(metadata: Mapping[str, Any]) -> list[WebSearchResult]:
+    snippets: dict[int, str] = {}
+    for support in metadata.get("groundingSupports") or ():
+        for index in support.get("groundingChunkIndices") or ():
+            snippets.setdefault(index, (support.get("segment") or {}).get("text") or "")
+    return merge_pages(
+        WebSearchResult(
+            url=web.get("uri", ""),
+            title=web.get("title") or "",
+            snippet=snippets.get(index, ""),
+        )
+        for index, chunk in enumerate(metadata.get("groundingChunks") or ())
+        if (web := chunk.get("web"))
+    )
+
+
+class GeminiStream(StreamReader):
+    """Gemini's responses, ended by one with a finish reason or a blocked prompt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._head: JSON = {}
+        self._candidates: dict[int, JSON] = {}
+        self._pieces: dict[int, list[str]] = {}
+        self._calls = 0
+
+    def _event(self, event: JSON, chunks: list[StreamChunk]) -> None:
+        for name, value in event.items():
+            if name != "candidates":
+                self._head[name] = value
+        for candidate in event.get("candidates") or ():
+            index = candidate.get("index") or 0
+            kept = self._candidates.setdefault(
+                index, {"index": index, "content": {"role": "model", "parts": []}}
+            )
+            for name, value in candidate.items():
+                if name not in {"content", "index"}:
+                    kept[name] = value
+            for part in _parts(candidate):
+                self._part(kept["content"]["parts"], part, chunks if index == 0 else [])
+
+    def _part(self, parts: list[JSON], part: JSON, chunks: list[StreamChunk]) -> None:
+        if call := part.get("functionCall"):
+            arguments = json.dumps(call.get("args") or {}, ensure_ascii=False)
+            delta = ToolCallDelta(
+                self._calls, call.get("id"), call.get("name"), arguments
+            )
+            chunks.append(StreamChunk(tool_call=delta))
+            self._calls += 1
+        elif text := part.get("text"):
+            chunks.append(
+                StreamChunk(reasoning=text)
+                if part.get("thought")
+                else StreamChunk(text)
+            )
+        self._keep(parts, part)
+
+    def _keep(self, parts: list[JSON], part: JSON) -> None:
+        """Add a part; plain text is joined to plain text, or a long answer is costly."""
+        plain = part.keys() <= {"text", "thought"}
+        last = parts[-1] if parts else {}
+        pieces = self._pieces.get(id(last))
+        if plain and pieces is not None and part.get("thought") == last.get("thought"):
+            pieces.append(part.get("text") or "")
+            return
+        parts.append(part)
+        if plain:
+            self._pieces[id(part)] = [part.get("text") or ""]
+
+    @property
+    def is_ended(self) -> bool:
+        feedback = self._head.get("promptFeedback") or {}
+        return bool(feedback.get("blockReason")) or (
+            bool(self._candidates)
+            and all(c.get("finishReason") for c in self._candidates.values())
+        )
+
+    def body(self) -> JSON:
+        candidates = [c for _, c in sorted(self._candidates.items())]
+        for candidate in candidates:
+            for part in _parts(candidate):
+                if id(part) in self._pieces:
+                    part["text"] = "".join(self._pieces[id(part)])
+        return {**self._head, **({"candidates": candidates} if candidates else {})}

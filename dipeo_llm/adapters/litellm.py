@@ -1,0 +1,269 @@
+"""The whole call by `litellm.acompletion`, over the pooled client.
+
+For providers without a format here, for `engine="litellm"`, and for a LiteLLM whose
+translation no longer fits. LiteLLM's own reading counts; status, headers and the number
+of requests come from the wire.
+"""
+
+import asyncio
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from dipeo_llm import client as http
+from dipeo_llm import litellm_import
+from dipeo_llm.adapters.attempt import CompletionAttempt
+from dipeo_llm.adapters.base import BaseLLMAdapter
+from dipeo_llm.adapters.events import StreamReader
+from dipeo_llm.adapters.openai import OpenAIStream, read_chat_completion
+from dipeo_llm.adapters.provider import Provider
+from dipeo_llm.adapters.reading import JSON, Reading
+from dipeo_llm.client import PLACEHOLDER, Client
+from dipeo_llm.domain import ChatResult
+from dipeo_llm.errors import (
+    CallError,
+    InvalidRequestError,
+    LLMServiceError,
+    ServiceUnavailableError,
+)
+from dipeo_llm.media import MediaRules
+from dipeo_llm.streaming import Items
+
+BEDROCK = Provider(
+    name="bedrock",
+    litellm="bedrock",
+    aliases=("aws",),
+    derives_address=True,
+    key_variables=("AWS_BEARER_TOKEN_BEDROCK",),
+    claims=re.compile(
+        r"(?:[a-z]{2,6}(?:-gov)?\.)?(?:anthropic|amazon|meta|cohere|mistral|ai21"
+        r"|deepseek)\.[\w.:-]+"
+    ),
+)
+VERTEX = Provider(
+    name="vertex",
+    litellm="vertex_ai",
+    aliases=("vertex_ai", "vertexai"),
+    derives_address=True,
+    media=MediaRules(reads_stored=True),
+)
+
+# What LiteLLM reaches through the client that it is given, tried with a call and a
+# stream each in tests/test_providers.py. LiteLLM would reach others with a client of its
+# own, outside the fence, or only with an SDK's client.
+_REACHED = frozenset(
+    {
+        "bedrock",
+        "vertex",
+        "azure_ai",
+        "databricks",
+        "fireworks_ai",
+        "groq",
+        "hosted_vllm",
+        "mistral",
+        "openrouter",
+        "together_ai",
+        "xai",
+    }
+)
+
+# Nobody here knows whether such a provider has the name in the URL's path.
+_NOT_IN_A_PATH = re.compile(r"[?#%\\\s]|(^|/)\.\.?(/|$)")
+
+
+class LiteLLMAdapter(BaseLLMAdapter):
+    """Makes calls with `litellm.acompletion`."""
+
+    rows = (BEDROCK, VERTEX)
+    headers = None
+
+    def check_model(self) -> None:
+        """Refuse a provider that is not reached, and a name that does not fit a URL.
+
+        Raises:
+            InvalidRequestError: The message says which providers are reached.
+        """
+        super().check_model()
+        name = self.provider.name
+        if name not in _REACHED:
+            raise InvalidRequestError(
+                f"{name} is not reached from here, only {', '.join(sorted(_REACHED))}."
+                " A server that speaks OpenAI's format is reached as service='openai',"
+                " with its base_url in the key's record",
+                service=name,
+            )
+        if _NOT_IN_A_PATH.search(self.model_name):
+            raise self._invalid_model()
+
+    async def exchange(self, attempt: CompletionAttempt, client: Client) -> ChatResult:
+        """Let LiteLLM make the call, and read its result."""
+        response = await self._call(attempt, client)
+        self._check_sent(attempt)
+        self._log_left_out(attempt)
+        return self._make_result(attempt, dict(response.model_dump()))
+
+    async def receive(self, attempt: CompletionAttempt, client: Client) -> Items:
+        """Let LiteLLM make the call, and read its chunks.
+
+        LiteLLM takes a stream without its terminator for a whole one, so this engine
+        cannot promise that a stream came to its end.
+        """
+        reader = OpenAIStream()
+        attempt.is_kept = False
+        async with asyncio.timeout_at(attempt.due):
+            response = await self._call(attempt, client)
+        chunks = aiter(response)
+        try:
+            while True:
+                async with asyncio.timeout_at(attempt.due):
+                    try:
+                        chunk = await anext(chunks, None)
+                    except Exception as exc:  # noqa: BLE001 - mapped
+                        raise self._find_failure(attempt, exc) from None
+                if chunk is None:
+                    break
+                self._check_sent(attempt)
+                for item in reader.read_event(chunk.model_dump()):
+                    yield item
+        finally:
+            # LiteLLM leaves some streams open that are left early.
+            if attempt.response is not None:
+                attempt.response.close()
+            await response.aclose()
+        reader.read_done()
+        body = self._check_stream(attempt, reader)
+        self._log_left_out(attempt)
+        yield self._make_result(attempt, body)
+
+    def read(self, body: Mapping[str, Any]) -> Reading:
+        """Read LiteLLM's result, which has the shape of a chat completion."""
+        return read_chat_completion(body)
+
+    def stream_reader(self) -> StreamReader:
+        """Return a reader of LiteLLM's chunks."""
+        return OpenAIStream()
+
+    def sends(self, attempt: CompletionAttempt, option: str) -> bool:
+        """Say whether LiteLLM's table has an option for the model."""
+        supported = attempt.litellm.get_supported_openai_params(
+            model=self.model_name, custom_llm_provider=self.provider.litellm
+        )
+        return supported is None or option in supported
+
+    async def _call(self, attempt: CompletionAttempt, client: Client) -> Any:
+        """Run `acompletion` in a task of its own.
+
+        LiteLLM makes the coroutine of the call in a thread. If the caller is cancelled
+        meanwhile, LiteLLM would drop that coroutine without awaiting it; so the task
+        goes on, and the client stops it before it sends.
+        """
+        task = asyncio.create_task(
+            attempt.litellm.acompletion(**self._arguments(attempt, client))
+        )
+        # Retrieve the exception here: a caller that is cancelled twice does not wait.
+        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            if attempt.requests:
+                task.cancel()
+            attempt.is_abandoned = True
+            await asyncio.wait([task])
+            raise
+        if (failure := task.exception()) is not None:
+            raise self._find_failure(attempt, failure) from None
+        return task.result()
+
+    def _find_failure(
+        self, attempt: CompletionAttempt, exc: BaseException
+    ) -> BaseException:
+        """Return the failure that the wire showed, instead of LiteLLM's account."""
+        if attempt.error is not None:
+            return attempt.error
+        if attempt.status is not None and attempt.status >= 300:
+            return self._refusal(attempt)
+        if not isinstance(exc, Exception):
+            return exc
+        if attempt.is_stream and attempt.status is not None:
+            return ServiceUnavailableError(
+                f"LiteLLM could not read the stream of {self.provider.name}:"
+                f" {self._clean(str(exc))}",
+                **self._answer_fields(attempt),
+            )
+        if attempt.status is not None:
+            try:
+                self._check_object(attempt)
+            except CallError as error:
+                return error
+            return LLMServiceError(
+                f"LiteLLM could not read the answer of {self.provider.name}:"
+                f" {self._clean(str(exc))}",
+                **self._answer_fields(attempt),
+            )
+        return self._untranslatable(exc)
+
+    def _check_sent(self, attempt: CompletionAttempt) -> None:
+        """Refuse an answer that did not come over our client."""
+        if not attempt.requests:
+            raise LLMServiceError(
+                f"LiteLLM reaches {self.provider.name}'s {self.model_name} through a"
+                " client of its own, which has no key",
+                **self._fields(),
+            )
+
+    def _arguments(self, attempt: CompletionAttempt, client: Client) -> JSON:
+        litellm_import.without_reroutes()
+        row, prepared = self.provider, attempt.prepared
+        if row.system_role != "system":
+            # LiteLLM turns "developer" into "system" for all but the o-series, and
+            # "system" into "user" for some of those.
+            attempt.extra_body = {
+                "messages": prepared.messages,
+                **attempt.request.extra_body,
+            }
+        self.preparer.teach(attempt.litellm)
+        arguments: JSON = {
+            "model": f"{row.litellm}/{self.model_name}",
+            "custom_llm_provider": row.litellm,
+            "messages": prepared.messages,
+            **prepared.options,
+            "client": self._sdk_client(client, attempt),
+            "api_key": PLACEHOLDER,
+            "timeout": attempt.request.timeout,
+            "max_retries": 0,
+            "num_retries": 0,
+            "drop_params": True,
+        }
+        if self.endpoint.base_url is not None:
+            arguments["api_base"] = self.endpoint.base_url
+        if attempt.is_stream:
+            arguments |= {"stream": True, "stream_options": {"include_usage": True}}
+        return arguments
+
+    def _sdk_client(self, client: Client, attempt: CompletionAttempt) -> Any:
+        """Return what LiteLLM takes as `client=` for the provider, for one attempt."""
+        if self.provider.takes_openai_client:
+            import openai
+
+            # Its clients are httpx2's from version 3 on.
+            library: Any = openai.DefaultAsyncHttpxClient.__mro__[1].__module__
+            return openai.AsyncOpenAI(
+                api_key=PLACEHOLDER,
+                base_url=self.endpoint.base_url,
+                http_client=http.httpx_client(
+                    client, attempt, library.partition(".")[0]
+                ),
+                max_retries=0,
+            )
+        from litellm.llms.custom_httpx.http_handler import AsyncHTTPHandler
+
+        class Handler(AsyncHTTPHandler):  # type: ignore[misc] # it is Any
+            def __del__(self) -> None:
+                """Close nothing: the pooled client owns the connections."""
+
+        # The transport in the constructor spares LiteLLM a client of its own; the client
+        # that is set afterwards follows no redirect.
+        over = http.httpx_client(client, attempt)
+        handler = Handler(transport=over._transport)  # noqa: SLF001 - made by us
+        handler.client = over
+        return handler

@@ -1,0 +1,540 @@
+"""OpenAI's chat completions, and every server that speaks their format.
+
+OpenAI's other endpoint, Responses, has a file of its own; this adapter decides when a
+request must go there.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from dipeo_llm.adapters.base import BaseLLMAdapter
+from dipeo_llm.adapters.events import StreamReader
+from dipeo_llm.adapters.provider import ModelList, Probe, Provider
+from dipeo_llm.adapters.reading import (
+    JSON,
+    Reading,
+    make_call_id,
+    merge_pages,
+    read_function,
+    read_tool_call,
+)
+from dipeo_llm.adapters.request import (
+    OPENAI_FIELDS,
+    Message,
+    PreparedRequest,
+    drop_cache_control,
+    keep_fields,
+)
+from dipeo_llm.adapters.translation import (
+    JSON_HEADERS,
+    Outgoing,
+    find_config,
+    map_options,
+)
+from dipeo_llm.domain import (
+    ImageGenerationResult,
+    StreamChunk,
+    ToolCall,
+    ToolCallDelta,
+    ToolConfig,
+    ToolType,
+    WebSearchResult,
+)
+from dipeo_llm.errors import InvalidRequestError
+from dipeo_llm.litellm_tables import model_info
+from dipeo_llm.media import PDF, PICTURES, MediaRules
+
+# https://platform.openai.com/docs/guides/images-vision#image-input-requirements
+# https://developers.openai.com/api/docs/guides/file-inputs: PDF only, never by URL
+# https://platform.openai.com/docs/guides/audio: wav and mp3; all read 2026-11-23.
+_MEDIA = MediaRules(
+    types=PICTURES | {PDF, "audio/wav", "audio/mp3"}, fetches_images=True
+)
+
+OPENAI = Provider(
+    name="openai",
+    litellm="openai",
+    base_url="https://api.openai.com/v1",
+    path="/v1",
+    key_variables=("OPENAI_API_KEY",),
+    system_role="developer",
+    takes_openai_client=True,
+    claims=re.compile(
+        r"(?:ft:)?(?:gpt-(?!oss)[\w.-]+|chatgpt-[\w.-]+|o[1-9](?:-[\w.-]+)?"
+        r"|codex-[\w.-]+|davinci-002|babbage-002)(?::.*)?"
+        r"|computer-use-preview[\w.-]*|text-embedding-(?:3|ada)-[\w.-]+"
+        r"|dall-e-\d|whisper-1|tts-1[\w.-]*|omni-moderation-[\w.-]+"
+    ),
+    media=_MEDIA,
+)
+DEEPSEEK = Provider(
+    name="deepseek",
+    litellm="deepseek",
+    base_url="https://api.deepseek.com/v1",
+    key_variables=("DEEPSEEK_API_KEY",),
+    claims=re.compile(r"deepseek-(?:chat|reasoner)"),
+)
+
+_OPENAI_HOST = "api.openai.com"
+_CHAT_ONLY = re.compile(r"(?:ft:)?(?:gpt-[34]|chatgpt-)")
+_TAKES_NO_STOP = re.compile(r"(?:ft:)?o[34](?:-|$)")
+_REASONS = re.compile(r"(?:ft:)?o[1-9](?:-|:|$)")
+# Names without a version, which LiteLLM does not know (1.110.2), for models that reason:
+# https://platform.openai.com/docs/models (2026-11-25).
+_LATEST = re.compile(r"(?:gpt-[a-z]+-|chat-)latest")
+# They search in every answer and take little else:
+# https://platform.openai.com/docs/guides/tools-web-search?api-mode=chat (2026-11-25).
+_SEARCH_PREVIEW = re.compile(r"gpt-4o(?:-mini)?-search-preview")
+_SEARCHES = re.compile(r".*-search-(?:preview|api)")
+_CANNOT_SEARCH = re.compile(r"(?:ft:)?gpt-4\.1-nano")
+# https://platform.openai.com/docs/guides/deep-research (2026-11-25)
+_DEEP_RESEARCH = re.compile(r".*-deep-research")
+# Structured output came with gpt-4o-2024-08-06 (2026-11-25):
+# https://platform.openai.com/docs/guides/structured-outputs#supported-models
+_TAKES_NO_SCHEMA = re.compile(
+    r"(?:ft:)?(?:gpt-3\.5|gpt-4(?:$|:|-\d{4}(?:$|-|:)|-turbo|-32k)|gpt-4o-2024-05-13"
+    r"|chatgpt-|o1-mini|o1-preview)"
+)
+# The efforts of the series whose levels LiteLLM's table does not hold (1.110.2):
+# https://platform.openai.com/docs/guides/reasoning and the model pages
+# https://platform.openai.com/docs/models/gpt-5-pro, …/gpt-5-codex (2026-11-25).
+_EFFORTS: tuple[tuple[re.Pattern[str], frozenset[str]], ...] = (
+    (re.compile(r"o1-mini|o1-preview"), frozenset()),
+    (_DEEP_RESEARCH, frozenset({"medium"})),
+    (re.compile(r"(?:ft:)?o[134](?:-|$)"), frozenset({"low", "medium", "high"})),
+    (re.compile(r"gpt-5-pro"), frozenset({"high"})),
+    (re.compile(r"gpt-5\.\d+-pro"), frozenset({"medium", "high", "xhigh"})),
+    (re.compile(r"gpt-5(?:\.1)?-codex(?!-max)"), frozenset({"low", "medium", "high"})),
+    (
+        re.compile(r"gpt-5\.\d+-codex"),
+        frozenset({"low", "medium", "high", "xhigh"}),
+    ),
+    (re.compile(r"gpt-5-chat|(?:gpt-5.*-)?chat-latest"), frozenset()),
+)
+# They answer 400 or 422 to a field of a message that they do not know:
+# https://console.groq.com/docs/openai, https://docs.mistral.ai/api,
+# https://inference-docs.cerebras.ai/api-reference/chat-completions (2026-11-25).
+_REFUSES_REASONING = frozenset({"groq", "mistral", "cerebras"})
+
+
+class ChatGPTAdapter(BaseLLMAdapter):
+    """Talks to OpenAI, or to a server that speaks its chat completions."""
+
+    rows = (OPENAI, DEEPSEEK)
+    most_stops = 4
+    probe = Probe("gpt-4.1-nano", ("messages", "max_tokens", "temperature", "tools"))
+    # https://platform.openai.com/docs/api-reference/models/list (2026-11-23)
+    model_list = ModelList("/models", "data", "id")
+
+    @property
+    def is_openai(self) -> bool:
+        """Whether the server is OpenAI's own, not one that speaks its format."""
+        host = urlsplit(self.endpoint.base_url or "").hostname or ""
+        return host == _OPENAI_HOST or host.endswith(f".{_OPENAI_HOST}")
+
+    def prepare_messages(self, messages: list[Message]) -> list[Message]:
+        """Keep OpenAI's fields, and send system prompts as the role "developer".
+
+        DeepSeek and Kimi answer 400 to a tool turn without its `reasoning_content`
+        (https://api-docs.deepseek.com/guides/thinking_mode,
+        https://platform.moonshot.ai/docs/guide/use-kimi-k2-thinking-model), and Gemini
+        behind this format to one without its thought signature
+        (https://ai.google.dev/gemini-api/docs/thought-signatures; all 2026-11-25).
+        """
+        prepared = keep_fields(
+            messages,
+            OPENAI_FIELDS | {"reasoning_content"},
+            system_role=self.provider.system_role,
+        )
+        for message in prepared:
+            message.setdefault("content", None)
+            if message["role"] == "tool":
+                message.pop("name", None)
+            calls = message.get("tool_calls")
+            if not calls or self.is_openai or self.provider.name in _REFUSES_REASONING:
+                message.pop("reasoning_content", None)
+            if calls:
+                message["tool_calls"] = [self._prepare_call(call) for call in calls]
+        drop_cache_control(prepared)
+        return prepared
+
+    def _prepare_call(self, call: JSON) -> JSON:
+        kept = {k: v for k, v in call.items() if k in {"id", "type", "function"}}
+        own = call.get("provider_specific_fields")
+        signature = own.get("thought_signature") if isinstance(own, Mapping) else None
+        if signature and not self.is_openai:
+            kept["extra_content"] = {"google": {"thought_signature": signature}}
+        return kept
+
+    def own_tool(self, tool: ToolConfig, options: dict[str, Any]) -> list[JSON]:
+        """Return OpenAI's web search or image generation.
+
+        Source: https://platform.openai.com/docs/guides/tools-web-search (2026-11-23).
+        """
+        config = tool.config or {}
+        if self.provider is not OPENAI:
+            return super().own_tool(tool, options)
+        if tool.type is ToolType.IMAGE_GENERATION:
+            return [{"type": "image_generation", **config}]
+        if tool.type not in {ToolType.WEB_SEARCH, ToolType.WEB_SEARCH_PREVIEW}:
+            return super().own_tool(tool, options)
+        if _CANNOT_SEARCH.match(self.model_name):
+            return super().own_tool(tool, options)
+        if _SEARCHES.match(self.model_name):
+            options["web_search_options"] = config
+            return []
+        return [{"type": "web_search", **config}]
+
+    def adjust_options(self, prepared: PreparedRequest) -> None:
+        """Drop options that the model refuses and LiteLLM would send.
+
+        LiteLLM no longer knows the retired o-series models, and not every effort that a
+        model takes. Source:
+        https://platform.openai.com/docs/api-reference/chat/create (2026-11-25).
+        """
+        if self.provider is not OPENAI:
+            return
+        options, model = prepared.options, self.model_name
+        effort = options.get("reasoning_effort")
+        levels = next((e for name, e in _EFFORTS if name.match(model)), None)
+        if _CHAT_ONLY.match(model) or (levels is not None and effort not in levels):
+            options.pop("reasoning_effort", None)
+        if _REASONS.match(model) or _LATEST.match(model):
+            if "max_tokens" in options:
+                options["max_completion_tokens"] = options.pop("max_tokens")
+            options.pop("temperature", None)
+            options.pop("top_p", None)
+        if any(m.match(model) for m in (_TAKES_NO_STOP, _LATEST, _SEARCH_PREVIEW)):
+            options.pop("stop", None)
+        if _SEARCH_PREVIEW.match(model):
+            for name in ("temperature", "top_p", "n", "seed"):
+                options.pop(name, None)
+        self._check_abilities(options)
+
+    def _check_abilities(self, options: Mapping[str, Any]) -> None:
+        """Refuse what cannot be left out without changing the answer's meaning."""
+        model, tools = self.model_name, options.get("tools", ())
+        has_functions = any(tool.get("type") == "function" for tool in tools)
+        has_schema = (options.get("response_format") or {}).get("type") == "json_schema"
+        refused = None
+        if _DEEP_RESEARCH.match(model):
+            if has_functions or has_schema:
+                refused = "does not take functions or a response_format"
+            elif not tools:
+                refused = "needs a tool to search with, such as ToolType.WEB_SEARCH"
+        elif has_functions and _SEARCHES.match(model):
+            refused = "does not take functions"
+        elif has_schema and _TAKES_NO_SCHEMA.match(model):
+            refused = "does not take a JSON schema; newer models do"
+        if refused:
+            raise InvalidRequestError(f"{model} {refused}", **self._fields())
+
+    def other_endpoint(
+        self, litellm: Any, prepared: PreparedRequest
+    ) -> BaseLLMAdapter | None:
+        """Return the Responses endpoint for a request that only it takes.
+
+        LiteLLM knows the models, and that newer ones take function tools beside
+        reasoning there only; OpenAI's own tools are there only too.
+        """
+        if self.provider is not OPENAI:
+            return None
+        options = prepared.options
+        tools = options.get("tools", ())
+        if any(tool.get("type") != "function" for tool in tools) or (
+            tools and self.is_openai and _LATEST.match(self.model_name)
+        ):
+            return self.sibling("responses")
+        effort = options.get("reasoning_effort")
+        if tools and _must_bridge(
+            litellm, self.model_name, tools, effort, self.endpoint.base_url
+        ):
+            return self.sibling("responses")
+        info = model_info(litellm, "openai", self.model_name) or {}
+        return self.sibling("responses") if info.get("mode") == "responses" else None
+
+    def counting_adapter(self) -> BaseLLMAdapter | None:
+        """Return OpenAI's Responses endpoint, which counts tokens."""
+        return self.sibling("responses") if self.provider is OPENAI else None
+
+    def translate(
+        self, litellm: Any, prepared: PreparedRequest, *, stream: bool
+    ) -> Outgoing:
+        """Translate with the configuration class that LiteLLM has for the provider."""
+        model, messages = self.model_name, prepared.messages
+        body = find_config(litellm, self.provider, model).transform_request(
+            model=model,
+            messages=messages,
+            optional_params=map_options(litellm, self.provider, model, prepared),
+            litellm_params={},
+            headers={},
+        )
+        # LiteLLM changes some roles here that must be sent as they are.
+        body["messages"] = messages
+        body.pop("extra_body", None)
+        body.pop("stream", None)
+        if stream:
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
+        return Outgoing("/chat/completions", JSON_HEADERS, body)
+
+    def has_answer(self, body: Mapping[str, Any]) -> bool:
+        """Say whether each choice has a message, or was filtered whole by Azure."""
+        choices = body.get("choices")
+        return (
+            isinstance(choices, list)
+            and bool(choices)
+            and all(
+                isinstance(choice, dict)
+                and (
+                    isinstance(choice.get("message"), dict)
+                    or choice.get("finish_reason") == "content_filter"
+                )
+                for choice in choices
+            )
+        )
+
+    def read(self, body: Mapping[str, Any]) -> Reading:
+        """Read a chat completion."""
+        return read_chat_completion(body)
+
+    def stream_reader(self) -> StreamReader:
+        """Return a reader of chat completion chunks."""
+        return OpenAIStream()
+
+
+def _must_bridge(
+    litellm: Any, model: str, tools: Any, effort: Any, base_url: str | None
+) -> bool:
+    """Ask LiteLLM whether a request with tools must go to the Responses endpoint."""
+    try:
+        from litellm.responses.bridge_check import responses_api_bridge_check as check
+    except ImportError:  # 1.105
+        check = litellm.main.responses_api_bridge_check
+    info, _ = check(
+        model=model,
+        custom_llm_provider="openai",
+        tools=tools,
+        reasoning_effort=effort,
+        api_base=base_url,
+    )
+    return bool(info.get("mode") == "responses")
+
+
+def read_chat_completion(body: Mapping[str, Any]) -> Reading:
+    """Read a chat completion; LiteLLM's own results have this shape too."""
+    choices = body.get("choices") or []
+    messages = [choice.get("message") or {} for choice in choices]
+    first = messages[0] if messages else {}
+    texts = [_join_text(message.get("content")) for message in messages]
+    finish = choices[0].get("finish_reason") if choices else None
+    calls = first.get("tool_calls") or ()
+    if not calls and first.get("function_call"):  # the form that `tool_calls` replaced
+        calls = [{"function": first["function_call"]}]
+    return Reading(
+        text=texts[0] if texts else "",
+        texts=texts if len(texts) > 1 else [],
+        reasoning=first.get("reasoning_content")
+        or first.get("reasoning")
+        or _join_thinking(first.get("content"))
+        or None,
+        tool_calls=[_read_call(body, index, call) for index, call in enumerate(calls)],
+        finish="tool_calls" if finish == "function_call" else finish,
+        refusal=first.get("refusal") or None,
+        model=body.get("model"),
+        id=body.get("id"),
+        usage=_read_usage(body),
+        searches=merge_pages(
+            WebSearchResult(url=c.get("url", ""), title=c.get("title") or "")
+            for a in first.get("annotations") or ()
+            if (c := a.get("url_citation"))
+        ),
+        images=[
+            image
+            for part in first.get("images") or ()
+            if (image := _read_image(part.get("image_url", {}).get("url", "")))
+        ],
+    )
+
+
+def _read_usage(body: Mapping[str, Any]) -> Any:
+    """Return the usage with the service tier, which decides the price."""
+    usage, tier = body.get("usage"), body.get("service_tier")
+    return (
+        {**usage, "service_tier": tier} if tier and isinstance(usage, dict) else usage
+    )
+
+
+def _read_call(body: Mapping[str, Any], index: int, call: JSON) -> ToolCall:
+    call_id = call.get("id") or make_call_id(body.get("id"), index, call)
+    made = read_tool_call(call_id, *read_function(call))
+    # Gemini's OpenAI endpoint, and LiteLLM's own results.
+    extra = (call.get("extra_content") or {}).get("google") or {}
+    own = call.get("provider_specific_fields") or {}
+    signature = extra.get("thought_signature") or own.get("thought_signature")
+    made.thought_signature = signature if isinstance(signature, str) else None
+    return made
+
+
+def _join_text(content: Any) -> str:
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" for part in content)
+    return content or ""
+
+
+def _join_thinking(content: Any) -> str:
+    """Return the text of Mistral's thinking parts.
+
+    Source: https://docs.mistral.ai/capabilities/reasoning (2026-11-25).
+    """
+    if not isinstance(content, list):
+        return ""
+    return "".join(
+        _join_text(part.get("thinking"))
+        for part in content
+        if part.get("type") == "thinking"
+    )
+
+
+def _read_image(url: str) -> ImageGenerationResult | None:
+    head, comma, data = url.partition(",")
+    if not comma or not head.startswith("data:image/"):
+        return None
+    return ImageGenerationResult(
+        image_data=data, format=head.removeprefix("data:image/").partition(";")[0]
+    )
+
+
+_OPENAI_TEXTS = ("content", "refusal", "reasoning_content", "reasoning")
+
+
+class OpenAIStream(StreamReader):
+    """Chat completion chunks, ended by a finish reason for each choice and [DONE]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._head: JSON = {}
+        self._choices: dict[int, JSON] = {}
+        self._text: dict[tuple[int, str], list[str]] = {}
+        self._calls: dict[int, list[JSON]] = {}
+        self._last: dict[tuple[int, int | None], JSON] = {}
+        """The call that a fragment with this index goes to, by choice and index."""
+
+    def _event(self, event: JSON, chunks: list[StreamChunk]) -> None:
+        for name in ("id", "model", "usage", "service_tier"):
+            if event.get(name) is not None:
+                self._head[name] = event[name]
+        for choice in event.get("choices") or ():
+            index = choice.get("index") or 0
+            kept = self._choices.setdefault(
+                index, {"index": index, "finish_reason": None}
+            )
+            if choice.get("finish_reason"):
+                kept["finish_reason"] = choice["finish_reason"]
+            delta = choice.get("delta")
+            if delta is None:  # some compatible servers send whole messages
+                delta = choice.get("message")
+            if delta:
+                self._delta(index, kept, delta, chunks)
+
+    def _delta(
+        self, index: int, kept: JSON, delta: JSON, chunks: list[StreamChunk]
+    ) -> None:
+        for name in _OPENAI_TEXTS:
+            if name == "reasoning" and delta.get("reasoning_content"):
+                continue  # the same again, under both of its names
+            if piece := _join_text(delta.get(name)):
+                self._add_text(index, name, piece, chunks)
+        if thought := _join_thinking(delta.get("content")):
+            self._add_text(index, "reasoning_content", thought, chunks)
+        if delta.get("annotations"):
+            kept.setdefault("annotations", []).extend(delta["annotations"])
+        for call in delta.get("tool_calls") or ():
+            self._call(index, call, chunks)
+        if function := delta.get("function_call"):
+            self._call(index, {"index": 0, "function": function}, chunks)
+
+    def _add_text(
+        self, index: int, name: str, piece: str, chunks: list[StreamChunk]
+    ) -> None:
+        self._text.setdefault((index, name), []).append(piece)
+        if index == 0 and name == "content":
+            chunks.append(StreamChunk(piece))
+        elif index == 0 and name != "refusal":
+            chunks.append(StreamChunk(reasoning=piece))
+
+    def _call(self, choice: int, call: JSON, chunks: list[StreamChunk]) -> None:
+        name, arguments = read_function(call)
+        if isinstance(arguments, dict):
+            arguments = json.dumps(arguments)
+        place = (choice, call.get("index"))
+        kept = self._last.get(place)
+        if kept is None or _begins_a_call(kept, call, name):
+            calls = self._calls.setdefault(choice, [])
+            kept = {"at": len(calls), "id": None, "name": None, "text": []}
+            self._last[place] = kept
+            calls.append(kept)
+        kept["id"] = kept["id"] or call.get("id")
+        kept["name"] = name or kept["name"]
+        if arguments:
+            kept["text"].append(arguments)
+        if call.get("extra_content"):
+            kept["extra"] = call["extra_content"]
+        if choice == 0:
+            told = kept["id"] if call.get("id") else None
+            chunks.append(
+                StreamChunk(
+                    tool_call=ToolCallDelta(
+                        kept["at"], told, name or None, arguments or ""
+                    )
+                )
+            )
+
+    @property
+    def is_ended(self) -> bool:
+        return (
+            self._done
+            and bool(self._choices)
+            and all(c["finish_reason"] for c in self._choices.values())
+        )
+
+    def body(self) -> JSON:
+        texts: dict[int, JSON] = {}
+        for (choice, name), pieces in self._text.items():
+            texts.setdefault(choice, {})[name] = "".join(pieces)
+        calls = {index: list(map(_whole_call, c)) for index, c in self._calls.items()}
+        choices = []
+        for index, kept in sorted(self._choices.items()):
+            message: JSON = {"role": "assistant", "content": None}
+            message.update(texts.get(index, {}))
+            if index in calls:
+                message["tool_calls"] = calls[index]
+            if "annotations" in kept:
+                message["annotations"] = kept["annotations"]
+            finish = kept["finish_reason"]
+            choices.append(
+                {"index": index, "message": message, "finish_reason": finish}
+            )
+        return {**self._head, "object": "chat.completion", "choices": choices}
+
+
+def _begins_a_call(kept: JSON, call: JSON, name: str | None) -> bool:
+    """Say whether a fragment begins another call than the one that has its index.
+
+    Ollama gives each call the index 0 (github.com/ollama/ollama/issues/15457), others
+    give none. Poolside changes the id after the first fragment of a call, where alone
+    the name is (github.com/poolsideai/pool/issues/9). Both read 2026-11-25.
+    """
+    given = call.get("id")
+    other = bool(given and kept["id"] and given != kept["id"])
+    if call.get("index") is not None:
+        return other and bool(name)
+    return other or (bool(name) and not (given and kept["id"]))
+
+
+def _whole_call(call: JSON) -> JSON:
+    function = {"name": call["name"], "arguments": "".join(call["text"])}
+    whole = {"id": call["id"], "type": "function", "function": function}
+    return {**whole, "extra_content": call["extra"]} if "extra" in call else whole
