@@ -35,9 +35,10 @@ REPLAYS = [
     (name, engine)
     for name in NAMES
     for engine in ENGINES
-    # LiteLLM by itself leaves a tool's name out of Ollama's tool turn, and sends another
-    # request than the one that was recorded.
-    if (name, engine) != ("ollama_tools", "litellm")
+    # LiteLLM by itself sends another request than the one that was recorded: without a
+    # tool's name in Ollama's tool message, and with Gemini's older names for a schema.
+    if engine == "direct"
+    or name not in {"ollama_tools", "google_tools", "google_structured"}
 ]
 MAX_BYTES = 10_000
 # Before 1.110 LiteLLM sent it to a Gemini model that it did not know.
@@ -195,13 +196,14 @@ async def test_a_tool_is_called_and_its_result_answered(
     assert "It is sunny in" in second["request"]["body"]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize(
+    ("name", "engine"), [r for r in REPLAYS if r[0].endswith("_structured")]
+)
 async def test_an_answer_has_the_form_that_was_asked_for(
-    provider: str, engine: Literal["direct", "litellm"]
+    name: str, engine: Literal["direct", "litellm"]
 ) -> None:
     """The class is made of the recorded JSON."""
-    name = f"{provider}_structured"
+    provider = name.partition("_")[0]
 
     (result,) = await _replayed(name, engine)
 

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
-from typing import Any, Protocol, Self, TypeAlias
+from typing import Any, NoReturn, Protocol, Self, TypeAlias
 
 from dipeo_llm.adapters.base import BaseLLMAdapter
 from dipeo_llm.adapters.provider import Provider
@@ -166,16 +166,17 @@ class MockLLMAdapter(BaseLLMAdapter):
             raise self._with_owner(reply.error)
         yield result
 
-    async def ask(
-        self,
-        path: str,
-        body: Mapping[str, Any] | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> Mapping[str, Any]:
-        """Refuse every other question: there is no provider behind a mock."""
-        raise ScriptError(
-            "MockLLMAdapter only answers complete and stream; it has no connection for"
-            " lists of models, checks of keys or counts of tokens"
+    async def list_models(self, pages: int = 1) -> list[str]:
+        """Refuse: there is no provider behind a mock."""
+        raise self._no_provider("list models or check keys")
+
+    async def count_tokens(self, request: ChatRequest) -> NoReturn:
+        """Refuse likewise."""
+        raise self._no_provider("count tokens")
+
+    def _no_provider(self, what: str) -> ScriptError:
+        return ScriptError(
+            f"MockLLMAdapter only answers complete and stream; it cannot {what}"
         )
 
     @asynccontextmanager
