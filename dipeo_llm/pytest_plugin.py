@@ -97,6 +97,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     try:
         result = yield
     except BaseException as exc:
+        if cassette is not None:
+            cassette.test_failed = True
         told = _texts(exc)
         for text in dict.fromkeys(map(str, getattr(cassette, "mismatches", ()))):
             if text not in told:
@@ -147,7 +149,6 @@ def llm_cassette(
     request: pytest.FixtureRequest,
     llm_cassette_dir: "str | Path",
     llm_cassette_options: dict[str, Any],
-    tmp_path_factory: pytest.TempPathFactory,
 ) -> "Iterator[Cassette]":
     """Replay the calls of a test from its cassette, or record them."""
     from dipeo_llm.testing import cassettes
@@ -163,7 +164,8 @@ def llm_cassette(
         if name is not None:
             options["test"] = node
             if mode != "none":
-                first = _FirstOfRun(request.config, tmp_path_factory, path)
+                folders = request.getfixturevalue("tmp_path_factory")
+                first = _FirstOfRun(request.config, folders, path)
                 mode = stack.enter_context(first)
         cassette = cassettes.Cassette(
             path,
@@ -176,10 +178,9 @@ def llm_cassette(
             cassettes.warn_if_stale(cassette, most_days)
         with cassettes.open_cassette(cassette):
             yield cassette
-        if cassette.recorded:
+        if cassette.written:
             recorded = request.config.stash[_RECORDED]
-            key = str(path)
-            recorded[key] = recorded.get(key, 0) + cassette.recorded
+            recorded[str(path)] = recorded.get(str(path), 0) + cassette.written
 
 
 class _FirstOfRun:

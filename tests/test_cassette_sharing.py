@@ -273,6 +273,22 @@ def test_a_mismatch_is_explained_once(
     assert text.count("now:      'Greet Ann, please.'") == 1
 
 
+def test_a_failed_recording_does_not_replace_a_cassette(
+    recorded: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of `all` without a network leaves the files as they were."""
+    monkeypatch.setenv("DIPEO_LLM_MAX_RETRIES", "0")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-real-key-of-somebody-0123")
+    files = sorted((recorded.folder / "cassettes").rglob("*.yaml"))
+    before = [file.read_bytes() for file in files]
+
+    result = recorded.run("--llm-record=all")
+
+    result.assert_outcomes(passed=1, failed=2)
+    result.stdout.fnmatch_lines(["dipeo-llm: recorded 0 exchanges in 0 cassettes"])
+    assert [file.read_bytes() for file in files] == before
+
+
 # --- time ----------------------------------------------------------------------------
 
 FREEZERS: dict[str, str] = {

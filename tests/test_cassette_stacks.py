@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import socket
+import ssl
 import urllib.request
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, suppress
@@ -37,6 +38,7 @@ from dipeo_llm.testing import (
     network_guard,
     use_cassette,
 )
+from tests.conftest import Authority
 from tests.provider_server import Answer, Fault, ProviderServer, Raw
 
 PING: dict[str, Any] = {"ping": "pong", "n": 1}
@@ -240,6 +242,55 @@ async def test_an_ignored_host_is_reached_and_not_recorded(
     assert kept_in(path) == 0
 
 
+def _by_https(stack: str, url: str, tls: ssl.SSLContext, file: str) -> Any:
+    parts = urlsplit(url)
+    if stack == "requests":
+        return requests.post(url, json=PING, verify=file, timeout=20).json()
+    if stack == "urllib3":
+        with urllib3.PoolManager(ssl_context=tls) as pool:
+            return pool.request("POST", url, json=PING).json()
+    if stack == "urllib":
+        with urllib.request.urlopen(url, json.dumps(PING).encode(), context=tls) as got:
+            return json.load(got)
+    client = http.client.HTTPSConnection(parts.netloc, context=tls)
+    client.request("POST", parts.path, json.dumps(PING))
+    result = json.load(client.getresponse())
+    client.close()
+    return result
+
+
+@pytest.mark.parametrize("stack", sorted(BLOCKING))
+async def test_https_is_recorded_too(
+    authority: Authority, path: Path, stack: str
+) -> None:
+    """By the stacks that vcrpy answers; the others have one way for both."""
+    tls = ssl.create_default_context(cafile=authority.file)
+    async with ProviderServer(strict=False, ssl=authority.server) as server:
+        url = url_of(server)
+        server.reply(Raw(body=b'{"a": 1}'))
+        for mode in ("once", "none"):
+            with use_cassette(path, record=mode):
+                got = await asyncio.to_thread(
+                    _by_https, stack, url, tls, str(authority.file)
+                )
+            assert got == {"a": 1}
+
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("stack", ["requests", "urllib3"])
+async def test_no_request_of_many_threads_is_missed(
+    server: ProviderServer, path: Path, stack: str
+) -> None:
+    """One that sends does not open a way out to the others."""
+    server.default = Raw(body=b'{"a": 1}')
+    for mode in ("once", "none"):
+        with use_cassette(path, record=mode):
+            await asyncio.gather(*(ask(stack, url_of(server)) for _ in range(20)))
+
+    assert len(server.requests) == len(exchanges_in(path)) == 20
+
+
 @pytest.mark.parametrize("stack", sorted(BLOCKING - {"urllib", "http.client"}))
 async def test_a_packed_answer_is_the_same_in_the_replay(
     server: ProviderServer, path: Path, stack: str
@@ -413,20 +464,20 @@ async def test_every_body_of_aiohttp_is_sent_recorded_and_replayed(
     """The server gets the whole of it, and the cassette says what it means."""
     make, meaning = AIOHTTP_BODIES[kind]
     server.reply(Raw(body=b"{}"))
+    made = []
     for mode in ("once", "none"):
         async with aiohttp.ClientSession() as session:
             with use_cassette(path, record=mode) as cassette:
                 async with session.post(url_of(server), **make()) as got:
                     assert await got.json(content_type=None) == {}
+                made += cassette.requests
 
     (sent,) = server.requests
-    assert sent.body == cassette.exchanges[0].request.body or kind == "an upload"
-    fields = cassette.requests[0].as_data()
-    assert (
-        {name: fields[name] for name in meaning} == meaning
-        if isinstance(meaning, dict)
-        else fields["body"] == meaning
-    )
+    assert sent.body == made[0].body
+    expected = meaning if isinstance(meaning, dict) else {"body": meaning}
+    for request in made:
+        fields = request.as_data()
+        assert {name: fields[name] for name in expected} == expected
 
 
 async def _upload(stack: str, url: str, file: bytes) -> None:

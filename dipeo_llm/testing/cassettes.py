@@ -119,8 +119,8 @@ class Cassette:
         record: Mode = "none",
         allow_unused: bool = False,
         allow_playback_repeats: bool = False,
-        ignore: Sequence[str] = (),
-        ignore_hosts: Sequence[str] = (),
+        ignore: Sequence[str] | str = (),
+        ignore_hosts: Sequence[str] | str = (),
         ignore_localhost: bool = False,
         before_record_request: Callable[[Any], Any] | None = None,
         before_record_response: Callable[[dict[str, Any]], Any] | None = None,
@@ -135,13 +135,18 @@ class Cassette:
         self.requests: list[Request] = []
         """The requests that it answered or recorded, oldest first."""
         self.mismatches: list[CassetteMismatchError] = []
+        self.written = 0
+        """How many new exchanges were written."""
+        self.test_failed = False
+        """Set by whoever runs the test. A failed test does not write failed connections:
+        they may be the reason why it failed, and would replace a good cassette."""
         self.secrets = Secrets()
         self.secrets.learn_from_environment()
-        self.ignore_hosts = tuple(ignore_hosts)
+        self.ignore_hosts = _names(ignore_hosts)
         self._ignore_localhost = ignore_localhost
         self._allow_unused = allow_unused
         self._allow_repeats = allow_playback_repeats
-        self._ignore = tuple(ignore)
+        self._ignore = _names(ignore)
         self._change_request = before_record_request
         self._change_response = before_record_response
         self._origin = origin
@@ -164,11 +169,6 @@ class Cassette:
     def exchanges(self) -> list[Exchange]:
         """The exchanges that are, or will be, in the file, in order."""
         return [*self._recorded, *self._new]
-
-    @property
-    def recorded(self) -> int:
-        """How many exchanges were recorded while it was open."""
-        return len(self._new)
 
     @property
     def is_recording(self) -> bool:
@@ -305,7 +305,7 @@ class Cassette:
             for exchange in self._new:
                 exchange.answer.settle()
             self._new = [*filter(None, map(self._change, self._new))]
-        if not self._changed or not self.exchanges:
+        if not self._changed or not self.exchanges or self._may_be_wrong():
             return
         kept = [scrub(exchange, self.secrets) for exchange in self.exchanges]
         left = [
@@ -331,6 +331,11 @@ class Cassette:
         finally:
             draft.unlink(missing_ok=True)
         self._changed = False
+        self.written = len(self._new)
+
+    def _may_be_wrong(self) -> bool:
+        failures = [e.answer.failure for e in self._new if e.answer.failure]
+        return self.test_failed and any(f.kind != "unread" for f in failures)
 
     def _change(self, exchange: Exchange) -> Exchange | None:
         if self._change_response is not None:
@@ -425,6 +430,10 @@ class Cassette:
         return "".join(f"# {' '.join(line.split())}\n" for line in lines)
 
 
+def _names(given: Sequence[str] | str) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
 def _place(request: Request) -> str:
     return f"{request.method} {host_of(request.uri)}{urlsplit(request.uri).path}"
 
@@ -493,7 +502,11 @@ def use_cassette(path: str | os.PathLike[str], **options: Any) -> Iterator[Casse
         CassetteError: As its subclasses say; from inside, or at the end.
     """
     with open_cassette(Cassette(path, **options)) as cassette:
-        yield cassette
+        try:
+            yield cassette
+        except BaseException:
+            cassette.test_failed = True
+            raise
         cassette.verify()
 
 

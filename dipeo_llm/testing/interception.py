@@ -11,9 +11,11 @@ import builtins
 import functools
 import importlib
 import inspect
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 from dipeo_llm.adapters.base import BaseLLMAdapter
@@ -506,46 +508,75 @@ def unpack(httpx: str, encoding: str, pieces: list[Piece]) -> list[Piece]:
 @contextmanager
 def _http_client(source: Source) -> Iterator[None]:
     """Let vcrpy's stubs of http.client, urllib3, requests and boto3 ask the source."""
-    from vcr.patch import CassettePatcherBuilder
+    from vcr import patch
     from vcr.stubs import VCRConnection
 
-    def opening(real: Any) -> Any:
-        @functools.wraps(real)
-        def connect(self: Any, *args: Any, **options: Any) -> Any:
-            with open_network():
-                return real(self, *args, **options)
-
-        return connect
-
-    def recording(real: Any) -> Any:
-        @functools.wraps(real)
-        def getresponse(self: Any, *args: Any, **options: Any) -> Any:
-            try:
-                with open_network():
-                    return real(self, *args, **options)
-            except Exception as exc:
-                bridge.fail(self._vcr_request, exc)
-                raise
-
-        return getresponse
-
-    bridge = _VcrCassette(source)
+    cassette = _VcrCassette(source)
+    wrap = functools.partial(_wrap_vcrpy, cassette)
     with ExitStack() as stack:
         stack.enter_context(
             replaced(
                 [
-                    (VCRConnection, "connect", opening(VCRConnection.connect)),
-                    (
-                        VCRConnection,
-                        "getresponse",
-                        recording(VCRConnection.getresponse),
-                    ),
+                    (VCRConnection, name, wrap(getattr(VCRConnection, name)))
+                    for name in ("connect", "getresponse")
+                ]
+                + [
+                    (VCRConnection, "__init__", _making_vcrpys(VCRConnection.__init__)),
+                    (patch, "force_reset", _reset_if_needed(patch.force_reset)),
                 ]
             )
         )
-        for patch in CassettePatcherBuilder(bridge).build():
-            stack.enter_context(patch)
+        for patcher in patch.CassettePatcherBuilder(cassette).build():
+            stack.enter_context(patcher)
         yield
+
+
+def _wrap_vcrpy(cassette: "_VcrCassette", real: Any) -> Any:
+    """Open the network to a request that vcrpy sends, and keep its failure."""
+
+    @functools.wraps(real)
+    def wrapped(self: Any, *args: Any, **options: Any) -> Any:
+        try:
+            with open_network():
+                return real(self, *args, **options)
+        except Exception as exc:
+            cassette.fail(getattr(self, "_vcr_request", None), exc)
+            raise
+
+    return wrapped
+
+
+# vcrpy puts all real classes back while it sends, and a request of another thread would
+# go out beside the cassette meanwhile. Only the constructor of http.client's own
+# HTTPSConnection needs that, as it looks its class up by its name.
+_needs_reset: ContextVar[bool] = ContextVar("needs_reset", default=False)
+_reset_lock = threading.RLock()
+
+
+def _making_vcrpys(real: Any) -> Any:
+    from vcr.stubs import HTTPSConnection
+
+    @functools.wraps(real)
+    def __init__(self: Any, *args: Any, **options: Any) -> None:  # noqa: N807
+        token = _needs_reset.set(self._baseclass is HTTPSConnection)
+        try:
+            real(self, *args, **options)
+        finally:
+            _needs_reset.reset(token)
+
+    return __init__
+
+
+def _reset_if_needed(real: Any) -> Any:
+    @contextmanager
+    def force_reset() -> Iterator[None]:
+        if _needs_reset.get():
+            with _reset_lock, real():
+                yield
+        else:
+            yield
+
+    return force_reset
 
 
 class _VcrCassette:
@@ -597,8 +628,9 @@ class _VcrCassette:
 
     def fail(self, request: Any, exc: Exception) -> None:
         """Take the exception that came in place of an answer."""
-        if getattr(request, "kept", None) is not None:
-            request.kept.failure = Failure.of(exc)
+        answer: Answer | None = getattr(request, "kept", None)
+        if answer is not None and answer.failure == SILENCE:
+            answer.failure = Failure.of(exc)
 
 
 def unpack_of_vcrpy(answer: Answer) -> Callable[[list[Piece]], list[Piece]] | None:
