@@ -99,9 +99,9 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     except BaseException as exc:
         if cassette is not None:
             cassette.test_failed = True
-        told = _texts(exc)
+        shown = _collect_messages(exc)
         for text in dict.fromkeys(map(str, getattr(cassette, "mismatches", ()))):
-            if text not in told:
+            if text not in shown:
                 item.add_report_section("call", "llm_cassette", text)
         raise
     if cassette is not None:
@@ -122,7 +122,7 @@ def pytest_runtest_makereport(
     return report
 
 
-def _texts(exc: BaseException | None) -> str:
+def _collect_messages(exc: BaseException | None) -> str:
     """Return the messages that a report of this exception shows."""
     texts = []
     while exc is not None:

@@ -79,7 +79,7 @@ def read(path: Path) -> list[Exchange]:
         pairs = list(zip(found[0], found[1], strict=True))
         return [_exchange(request, response) for request, response in pairs]
     except Exception as exc:
-        raise CassetteError(f"{shown(path)} contains no cassette: {exc!r}") from exc
+        raise CassetteError(f"{show_path(path)} contains no cassette: {exc!r}") from exc
 
 
 def _exchange(request: Any, response: dict[str, Any]) -> Exchange:
@@ -87,7 +87,7 @@ def _exchange(request: Any, response: dict[str, Any]) -> Exchange:
     return Exchange(
         from_vcrpy(request),
         answer_from(response),
-        recorded_at=when(recorded.get("at")),
+        recorded_at=parse_time(recorded.get("at")),
         recorded_by=recorded.get("by") or "",
         tests=tuple(recorded.get("tests") or ()),
     )
@@ -279,7 +279,7 @@ def holds_something(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
 
-def shown(path: Path) -> str:
+def show_path(path: Path) -> str:
     """Return a path relative to the working directory, if it is below it."""
     path = path.absolute()
     here = Path.cwd()
@@ -291,7 +291,7 @@ def host_of(uri: str) -> str:
     return re.sub(r"^\w+://(?:[^/@]*@)?([^/?#]*).*", r"\1", uri)
 
 
-def when(value: Any) -> datetime | None:
+def parse_time(value: Any) -> datetime | None:
     """Read a time; YAML has already read it unless it is quoted."""
     try:
         at = (

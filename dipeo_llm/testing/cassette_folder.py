@@ -11,10 +11,10 @@ from dipeo_llm.testing.cassette_file import (
     comments_of,
     host_of,
     origin_of,
+    parse_time,
     read,
     secrets_in,
-    shown,
-    when,
+    show_path,
 )
 from dipeo_llm.testing.exchange import Request
 from dipeo_llm.testing.scrubbing import Secrets
@@ -28,7 +28,7 @@ class Problem:
     what: str
 
     def __str__(self) -> str:
-        return f"{shown(self.path)}: {self.what}"
+        return f"{show_path(self.path)}: {self.what}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ def _entry(path: Path) -> Entry:
         tuple(dict.fromkeys(host_of(e.request.uri) for e in exchanges)),
         origin_of(path) or "",
         by or (on[2] if on else ""),
-        min(dates) if dates else when(on[1]) if on else None,
+        min(dates) if dates else parse_time(on[1]) if on else None,
     )
 
 

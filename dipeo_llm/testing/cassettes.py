@@ -34,7 +34,7 @@ from dipeo_llm.testing.cassette_file import (
     response_of,
     scrub,
     secrets_in,
-    shown,
+    show_path,
     vcrpy_request,
 )
 from dipeo_llm.testing.cassette_folder import Problem, check, list_table
@@ -138,15 +138,15 @@ class Cassette:
         self.written = 0
         """How many new exchanges were written."""
         self.test_failed = False
-        """Set by whoever runs the test. A failed test does not write failed connections:
+        """Set by the code that runs the test. A failed test does not write failed connections:
         they may be the reason why it failed, and would replace a good cassette."""
         self.secrets = Secrets()
         self.secrets.learn_from_environment()
-        self.ignore_hosts = _names(ignore_hosts)
+        self.ignore_hosts = _as_tuple(ignore_hosts)
         self._ignore_localhost = ignore_localhost
         self._allow_unused = allow_unused
         self._allow_repeats = allow_playback_repeats
-        self._ignore = _names(ignore)
+        self._ignore = _as_tuple(ignore)
         self._change_request = before_record_request
         self._change_response = before_record_response
         self._origin = origin
@@ -160,7 +160,9 @@ class Cassette:
         self._meanings: dict[Exchange, tuple[int, dict[str, Any]]] = {}
 
     def __repr__(self) -> str:
-        return f"Cassette({shown(self.path)!r}, {self.mode!r}, {len(self)} exchanges)"
+        return (
+            f"Cassette({show_path(self.path)!r}, {self.mode!r}, {len(self)} exchanges)"
+        )
 
     def __len__(self) -> int:
         return len(self.exchanges)
@@ -200,7 +202,7 @@ class Cassette:
         if changed is None:
             return None
         if header(request.headers, "upgrade").lower() == "websocket":
-            raise self.refuse(f"{_place(request)}: a WebSocket cannot be recorded.")
+            raise self.refuse(f"{_describe(request)}: a WebSocket cannot be recorded.")
         meaning = self._meaning(changed)
         with self._lock:
             exchange = self._find(meaning)
@@ -285,7 +287,7 @@ class Cassette:
         lines = [f"  exchange {number[e]}: {self._line(e)}" for e in unused]
         raise CassetteUnusedError(
             f"{len(unused)} of {len(self._recorded)} recorded exchanges of"
-            f" {shown(self.path)} were not used:\n"
+            f" {show_path(self.path)} were not used:\n"
             + "\n".join(lines)
             + "\nThe test no longer makes these calls. If that is intended,\n"
             f"  {self._again.format(mode='new')}\ndrops them; allow_unused=True keeps"
@@ -317,7 +319,7 @@ class Cassette:
         left += [f"  {f.what}" for f in self.secrets.find(text) if not left]
         if left:
             raise SecretLeftError(
-                f"{shown(self.path)} was not written, a secret would be left in it:\n"
+                f"{show_path(self.path)} was not written, a secret would be left in it:\n"
                 + "\n".join(left)
                 + "\nA key that a model repeats in pieces, or that is part of other data,"
                 " cannot be removed without damage: change the test, or remove it in"
@@ -390,7 +392,7 @@ class Cassette:
     def _explain(self, meaning: Mapping[str, Any]) -> str:
         again = self._again.format(mode="new" if self._recorded else "once")
         lines = [
-            f"no exchange of {shown(self.path)} answers this request:",
+            f"no exchange of {show_path(self.path)} answers this request:",
             f"  {matching.summary(meaning)}",
         ]
         same = [e for e in self._recorded if not self._different(e, meaning)]
@@ -430,11 +432,11 @@ class Cassette:
         return "".join(f"# {' '.join(line.split())}\n" for line in lines)
 
 
-def _names(given: Sequence[str] | str) -> tuple[str, ...]:
+def _as_tuple(given: Sequence[str] | str) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given)
 
 
-def _place(request: Request) -> str:
+def _describe(request: Request) -> str:
     return f"{request.method} {host_of(request.uri)}{urlsplit(request.uri).path}"
 
 
@@ -517,7 +519,9 @@ def warn_if_stale(cassette: Cassette, most_days: float) -> None:
         return
     if age is None or age > most_days:
         known = "of unknown age" if age is None else f"{age:.0f} days old"
-        message = f"{shown(cassette.path)} is {known}; --llm-max-age is {most_days:g}"
+        message = (
+            f"{show_path(cassette.path)} is {known}; --llm-max-age is {most_days:g}"
+        )
         warnings.warn(StaleCassetteWarning(message), stacklevel=2)
 
 

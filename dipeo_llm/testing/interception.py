@@ -66,17 +66,17 @@ def intercept(source: Source) -> Iterator[None]:
         stack.enter_context(
             replaced(
                 (owner, name, wrap(source, getattr(owner, name)))
-                for owner, name, wrap in _places()
+                for owner, name, wrap in _find_clients()
             )
         )
         stack.enter_context(_http_client(source))
         yield
 
 
-def _places() -> Iterator[tuple[Any, str, Callable[[Source, Any], Any]]]:
+def _find_clients() -> Iterator[tuple[Any, str, Callable[[Source, Any], Any]]]:
     import aiohttp
 
-    yield BaseLLMAdapter, "__init__", _telling_keys
+    yield BaseLLMAdapter, "__init__", _learn_keys
     yield aiohttp.ClientSession, "_request", _aiohttp
     seen = set()
     for name in ("httpcore", "httpcore2"):
@@ -108,7 +108,7 @@ def _since(started: float) -> int:
     return round((_now() - started) * 1000)
 
 
-def _telling_keys(source: Source, real: Any) -> Any:
+def _learn_keys(source: Source, real: Any) -> Any:
     signature = inspect.signature(real)
 
     @functools.wraps(real)
@@ -120,7 +120,9 @@ def _telling_keys(source: Source, real: Any) -> Any:
     return __init__
 
 
-def _end(source: Source, failure: Failure | None, error: Callable[..., Any]) -> None:
+def _raise_failure(
+    source: Source, failure: Failure | None, error: Callable[..., Any]
+) -> None:
     """Raise what ended an answer, unless it came to its own end."""
     if failure == UNREAD:
         raise source.refuse(
@@ -131,12 +133,12 @@ def _end(source: Source, failure: Failure | None, error: Callable[..., Any]) -> 
         raise error(failure)
 
 
-def _tee(
+def _record_stream(
     answer: Answer, live: AsyncIterator[bytes], started: float
 ) -> AsyncGenerator[bytes]:
     """Pass a stream on while it arrives, and record it."""
 
-    async def passing_on() -> AsyncGenerator[bytes]:
+    async def pass_on() -> AsyncGenerator[bytes]:
         try:
             async for piece in live:
                 answer.pieces.append((piece, _since(started)))
@@ -150,10 +152,12 @@ def _tee(
             raise
 
     answer.failure = UNREAD
-    return passing_on()
+    return pass_on()
 
 
-async def _read(answer: Answer, live: AsyncIterator[bytes], started: float) -> None:
+async def _record_body(
+    answer: Answer, live: AsyncIterator[bytes], started: float
+) -> None:
     """Record a whole body; if it is cut, its end raises the error."""
     try:
         async for piece in live:
@@ -173,7 +177,7 @@ async def _replay(
         yield piece
     if answer.failure == SILENCE:
         await asyncio.get_running_loop().create_future()
-    _end(source, answer.failure, error)
+    _raise_failure(source, answer.failure, error)
 
 
 # --- aiohttp -------------------------------------------------------------------------
@@ -219,10 +223,12 @@ async def _answer_aiohttp(
             answer.unpack = functools.partial(unpack, "httpx", encoding)
         live = response.content.iter_any()
         if answer.is_stream:
-            response.content = _aiohttp_body(_tee(answer, live, started), request)
+            response.content = _aiohttp_body(
+                _record_stream(answer, live, started), request
+            )
             return response
         try:
-            await _read(answer, live, started)
+            await _record_body(answer, live, started)
         finally:
             response.close()
     return await _aiohttp_response(source, answer, request)
@@ -308,10 +314,10 @@ def _aiohttp_error(request: Any, failure: Failure) -> Exception:
         os_error = OSError(failure.errno, failure.message)
         error: Exception = cls(request.connection_key, os_error)
         return error
-    return _made(cls, failure)
+    return _make_exception(cls, failure)
 
 
-def _made(cls: type[Exception], failure: Failure) -> Exception:
+def _make_exception(cls: type[Exception], failure: Failure) -> Exception:
     """Make an exception with what is known of it, whatever its class asks for."""
     if issubclass(cls, OSError) and failure.errno is not None:
         return cls(failure.errno, failure.message)
@@ -351,7 +357,7 @@ def _async_httpcore(module: Any, source: Source, real: Any) -> Any:
                 raise
             _begin(module, answer, response)
             if answer.is_stream:
-                live = _tee(answer, aiter(response.stream), started)
+                live = _record_stream(answer, aiter(response.stream), started)
                 content = _Body(live, response.stream.aclose)
                 return module.Response(
                     response.status,
@@ -360,7 +366,7 @@ def _async_httpcore(module: Any, source: Source, real: Any) -> Any:
                     extensions=response.extensions,
                 )
             try:
-                await _read(answer, aiter(response.stream), started)
+                await _record_body(answer, aiter(response.stream), started)
             finally:
                 await response.stream.aclose()
         if answer.status is None:
@@ -401,7 +407,9 @@ def _httpcore(module: Any, source: Source, real: Any) -> Any:
             for piece, wait in answer.waits(real_timing=source.real_timing):
                 time.sleep(wait)
                 yield piece
-            _end(source, answer.failure, functools.partial(_httpcore_error, module))
+            _raise_failure(
+                source, answer.failure, functools.partial(_httpcore_error, module)
+            )
 
         if answer.status is None:
             next(pieces(), None)
@@ -521,7 +529,7 @@ def _http_client(source: Source) -> Iterator[None]:
                     for name in ("connect", "getresponse")
                 ]
                 + [
-                    (VCRConnection, "__init__", _making_vcrpys(VCRConnection.__init__)),
+                    (VCRConnection, "__init__", _wrap_init(VCRConnection.__init__)),
                     (patch, "force_reset", _reset_if_needed(patch.force_reset)),
                 ]
             )
@@ -553,7 +561,7 @@ _needs_reset: ContextVar[bool] = ContextVar("needs_reset", default=False)
 _reset_lock = threading.RLock()
 
 
-def _making_vcrpys(real: Any) -> Any:
+def _wrap_init(real: Any) -> Any:
     from vcr.stubs import HTTPSConnection
 
     @functools.wraps(real)
@@ -604,7 +612,7 @@ class _VcrCassette:
     def play_response(self, request: Any) -> dict[str, Any]:
         """Return the recorded answer in vcrpy's form."""
         answer: Answer = request.answer
-        _end(self._source, answer.failure, _http_client_error)
+        _raise_failure(self._source, answer.failure, _http_client_error)
         return {
             "status": {"code": answer.status, "message": answer.reason},
             "headers": {name: list(values) for name, values in answer.headers.items()},
@@ -686,7 +694,7 @@ def _http_client_error(failure: Failure) -> Exception:
     ):
         cls = _class_of(failure, package, module)
         if cls is not None:
-            return _made(cls, failure)
+            return _make_exception(cls, failure)
     if failure.kind == "connect":
         return ConnectionRefusedError(failure.errno, failure.message)
     if failure.kind == "disconnect":

@@ -41,8 +41,8 @@ def block_network(
     """
     guard = _Guard(allow_loopback, tuple(allow_hosts), lookups, refuse)
     with replaced(
-        [(socket.socket, name, guard.connecting(name)) for name in _METHODS]
-        + [(socket, name, guard.resolving(name)) for name in _FUNCTIONS]
+        [(socket.socket, name, guard.wrap_connect(name)) for name in _METHODS]
+        + [(socket, name, guard.wrap_lookup(name)) for name in _FUNCTIONS]
     ):
         yield
 
@@ -56,7 +56,7 @@ class _Guard:
     resolved: set[str] = field(default_factory=set)
     """The addresses of the allowed hosts."""
 
-    def connecting(self, method: str) -> Any:
+    def wrap_connect(self, method: str) -> Any:
         """Wrap a method of sockets that connects, or sends to an address."""
         real = getattr(socket.socket, method)
 
@@ -68,7 +68,7 @@ class _Guard:
 
         return guarded
 
-    def resolving(self, function: str) -> Any:
+    def wrap_lookup(self, function: str) -> Any:
         """Wrap a function that looks up a name, or an address."""
         real = getattr(socket, function)
 
