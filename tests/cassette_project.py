@@ -113,7 +113,8 @@ class Project:
 
     def run(self, *arguments: str) -> pytest.RunResult:
         """Run its tests in this process."""
-        return self.pytester.runpytest_inprocess("-p", "no:xdist", *arguments)
+        without = ("-p", "no:xdist", "-p", "no:recording")
+        return self.pytester.runpytest_inprocess(*without, *arguments)
 
     def run_alone(self, *arguments: str) -> pytest.RunResult:
         """Run its tests in a process that has not imported anything yet."""
