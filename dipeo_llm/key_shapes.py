@@ -63,6 +63,8 @@ _LONGEST_ID: Final = 64
 SHORTEST: Final = 8
 """A shorter value may be part of any word."""
 
+_LONGEST_WORD: Final = 16
+
 # What people write where a local server wants a key and reads none, such as "lm-studio".
 _PLACEHOLDER_WORDS: Final = frozenset(
     "a an and any anything api apikey bearer changeme cpp default demo dev dummy empty"  # noqa: SIM905 - sixty words read better as text
@@ -87,8 +89,11 @@ def is_placeholder(value: str) -> bool:
 
     Such a value, "lm-studio" for one, occurs in ordinary text.
     """
+    is_word = len(value) < _LONGEST_WORD and re.fullmatch(
+        r"[A-Za-z]?[a-z]+|[A-Z]+", value
+    )
     words = re.findall(r"[^\W_]+", value.lower())
-    return len(value) < SHORTEST or set(words) <= _PLACEHOLDER_WORDS
+    return len(value) < SHORTEST or bool(is_word) or set(words) <= _PLACEHOLDER_WORDS
 
 
 def spellings(secret: str) -> set[str]:

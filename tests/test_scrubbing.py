@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dipeo_llm.key_shapes import is_like_key, pattern_of
 from dipeo_llm.testing.cassette_file import Exchange, scrub
 from dipeo_llm.testing.exchange import Answer, Request
 from dipeo_llm.testing.scrubbing import (
@@ -125,7 +126,16 @@ def test_a_known_key_in_base64_is_found_and_left(before: str) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    ["", "short", " sk-1 ", "lm-studio", "not-needed", "no_key_required", PLACEHOLDER],
+    [
+        "",
+        "short",
+        " sk-1 ",
+        "lm-studio",
+        "not-needed",
+        "no_key_required",
+        "anonymous",
+        PLACEHOLDER,
+    ],
 )
 def test_a_value_that_any_text_may_hold_is_replaced_only_where_a_key_stands(
     value: str,
@@ -142,6 +152,39 @@ def test_a_value_that_any_text_may_hold_is_replaced_only_where_a_key_stands(
         assert url == f"https://host/?key={PLACEHOLDER}"
         field = secrets.scrub(json.dumps({"api_key": value}))
         assert json.loads(field) == {"api_key": PLACEHOLDER}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("sk-1", True),
+        ("nvapi-x", True),
+        ("AKIAIOSFODNN7EXAMPLE", True),
+        ("0123456789abcdef0123456789abcdef", True),
+        ("x" * 65, True),
+        ("openai", False),
+        ("anthropic-team-a", False),
+        ("task-key", False),
+    ],
+)
+def test_a_key_in_place_of_its_id_is_recognised(text: str, expected: bool) -> None:
+    """A message then does not repeat it."""
+    assert is_like_key(text) is expected
+
+
+def test_a_pattern_finds_every_spelling_and_short_keys_as_words() -> None:
+    """A key of one letter does not take that letter out of every word."""
+    pattern = pattern_of({KEY, "a"})
+    assert pattern is not None
+    texts = [KEY, json.dumps(KEY), quote(KEY, safe=""), "a, a-b and ab"]
+
+    assert [pattern.sub("*", text) for text in texts] == [
+        "*",
+        '"*"',
+        "*",
+        "*, a-b and ab",
+    ]
+    assert pattern_of(set()) is pattern_of({""}) is None
 
 
 def test_keys_are_learned_from_headers_and_environment() -> None:
