@@ -55,9 +55,13 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def typing(session: nox.Session) -> None:
-    """Check the types of the package, its tests and its examples."""
+    """Check the types of the package, its tests and its examples.
+
+    basedpyright and ty check what users see: the example, and that mistakes are found.
+    """
     install(session, "typing", "demo")
     session.run("mypy", *session.posargs)
+    session.run("pytest", "tests/test_typing.py")
 
 
 @nox.session

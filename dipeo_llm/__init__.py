@@ -1,148 +1,124 @@
 """dipeo_llm: one call for OpenAI, Anthropic, Google Gemini and Ollama.
 
-Names are loaded when they are first used, so that `import dipeo_llm` costs a few
-milliseconds and LiteLLM's seconds fall to the first call.
+Each name is imported on first use: `import dipeo_llm` takes a few milliseconds, and
+LiteLLM, which takes seconds, is imported by the first call.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dipeo_llm.adapters.base import BaseLLMAdapter
-    from dipeo_llm.adapters.claude import ClaudeAdapter
-    from dipeo_llm.adapters.factory import create_adapter
-    from dipeo_llm.adapters.gemini import GeminiAdapter
-    from dipeo_llm.adapters.ollama import OllamaAdapter
-    from dipeo_llm.adapters.openai import ChatGPTAdapter
+    from dipeo_llm.adapters.base import BaseLLMAdapter as BaseLLMAdapter
+    from dipeo_llm.adapters.claude import ClaudeAdapter as ClaudeAdapter
+    from dipeo_llm.adapters.factory import create_adapter as create_adapter
+    from dipeo_llm.adapters.gemini import GeminiAdapter as GeminiAdapter
+    from dipeo_llm.adapters.ollama import OllamaAdapter as OllamaAdapter
+    from dipeo_llm.adapters.openai import ChatGPTAdapter as ChatGPTAdapter
     from dipeo_llm.domain import (
-        Capabilities,
-        ChatRequest,
-        ChatResult,
-        ImageGenerationResult,
-        LLMRequestOptions,
-        LLMService,
-        Message,
-        Person,
-        PersonLLMConfig,
-        RateLimits,
-        StreamChunk,
-        TokenCount,
-        TokenUsage,
-        ToolCall,
-        ToolCallDelta,
-        ToolConfig,
-        ToolOutput,
-        ToolType,
-        WebSearchResult,
+        CallOptions as CallOptions,
+        Capabilities as Capabilities,
+        ChatRequest as ChatRequest,
+        ChatResult as ChatResult,
+        ImageGenerationResult as ImageGenerationResult,
+        LLMRequestOptions as LLMRequestOptions,
+        LLMService as LLMService,
+        Message as Message,
+        Person as Person,
+        PersonLLMConfig as PersonLLMConfig,
+        RateLimits as RateLimits,
+        StreamChunk as StreamChunk,
+        TokenCount as TokenCount,
+        TokenUsage as TokenUsage,
+        ToolCall as ToolCall,
+        ToolCallDelta as ToolCallDelta,
+        ToolConfig as ToolConfig,
+        ToolOutput as ToolOutput,
+        ToolType as ToolType,
+        WebSearchResult as WebSearchResult,
     )
     from dipeo_llm.errors import (
-        APIKeyError,
-        APIKeyNotFoundError,
-        ContentFilterError,
-        ContextWindowError,
-        DiPeOLLMError,
-        InvalidRequestError,
-        LLMServiceError,
-        LLMTimeoutError,
-        ModelNotFoundError,
-        QuotaExceededError,
-        RateLimitError,
-        ServiceUnavailableError,
-        SettingsError,
-        StreamInterruptedError,
-        StructuredOutputError,
+        APIKeyError as APIKeyError,
+        APIKeyNotFoundError as APIKeyNotFoundError,
+        CallError as CallError,
+        ContentFilterError as ContentFilterError,
+        ContextWindowError as ContextWindowError,
+        DiPeOLLMError as DiPeOLLMError,
+        InvalidRequestError as InvalidRequestError,
+        LLMServiceError as LLMServiceError,
+        LLMTimeoutError as LLMTimeoutError,
+        ModelNotFoundError as ModelNotFoundError,
+        QuotaExceededError as QuotaExceededError,
+        RateLimitError as RateLimitError,
+        ServiceUnavailableError as ServiceUnavailableError,
+        SettingsError as SettingsError,
+        StreamInterruptedError as StreamInterruptedError,
+        StructuredOutputError as StructuredOutputError,
     )
-    from dipeo_llm.keys import EnvironmentAPIKeys, StaticAPIKeys
-    from dipeo_llm.message_formatter import MessageFormatter
-    from dipeo_llm.ports import APIKeyPort, LLMDomainService, LLMServicePort
-    from dipeo_llm.service import LLMInfraService
-    from dipeo_llm.settings import Settings
-    from dipeo_llm.streaming import ChatStream
-    from dipeo_llm.system_prompt_handler import SystemPromptHandler
+    from dipeo_llm.keys import (
+        EnvironmentAPIKeys as EnvironmentAPIKeys,
+        StaticAPIKeys as StaticAPIKeys,
+    )
+    from dipeo_llm.message_formatter import MessageFormatter as MessageFormatter
+    from dipeo_llm.ports import (
+        APIKeyPort as APIKeyPort,
+        APIKeyRecord as APIKeyRecord,
+        LLMDomainService as LLMDomainService,
+        LLMServicePort as LLMServicePort,
+    )
+    from dipeo_llm.service import LLMInfraService as LLMInfraService
+    from dipeo_llm.settings import Settings as Settings
+    from dipeo_llm.streaming import ChatStream as ChatStream
+    from dipeo_llm.system_prompt_handler import (
+        SystemPromptHandler as SystemPromptHandler,
+    )
 
-__all__ = [
-    "APIKeyError",
-    "APIKeyNotFoundError",
-    "APIKeyPort",
-    "BaseLLMAdapter",
-    "Capabilities",
-    "ChatGPTAdapter",
-    "ChatRequest",
-    "ChatResult",
-    "ChatStream",
-    "ClaudeAdapter",
-    "ContentFilterError",
-    "ContextWindowError",
-    "DiPeOLLMError",
-    "EnvironmentAPIKeys",
-    "GeminiAdapter",
-    "ImageGenerationResult",
-    "InvalidRequestError",
-    "LLMDomainService",
-    "LLMInfraService",
-    "LLMRequestOptions",
-    "LLMService",
-    "LLMServiceError",
-    "LLMServicePort",
-    "LLMTimeoutError",
-    "Message",
-    "MessageFormatter",
-    "ModelNotFoundError",
-    "OllamaAdapter",
-    "Person",
-    "PersonLLMConfig",
-    "QuotaExceededError",
-    "RateLimitError",
-    "RateLimits",
-    "ServiceUnavailableError",
-    "Settings",
-    "SettingsError",
-    "StaticAPIKeys",
-    "StreamChunk",
-    "StreamInterruptedError",
-    "StructuredOutputError",
-    "SystemPromptHandler",
-    "TokenCount",
-    "TokenUsage",
-    "ToolCall",
-    "ToolCallDelta",
-    "ToolConfig",
-    "ToolOutput",
-    "ToolType",
-    "WebSearchResult",
-    "__version__",
-    "create_adapter",
-]
+_MODULES = {
+    "adapters.base": "BaseLLMAdapter",
+    "adapters.claude": "ClaudeAdapter",
+    "adapters.factory": "create_adapter",
+    "adapters.gemini": "GeminiAdapter",
+    "adapters.ollama": "OllamaAdapter",
+    "adapters.openai": "ChatGPTAdapter",
+    "domain": (
+        "CallOptions Capabilities ChatRequest ChatResult ImageGenerationResult "
+        "LLMRequestOptions LLMService Message Person PersonLLMConfig RateLimits "
+        "StreamChunk TokenCount TokenUsage ToolCall ToolCallDelta ToolConfig "
+        "ToolOutput ToolType WebSearchResult"
+    ),
+    "errors": (
+        "APIKeyError APIKeyNotFoundError CallError ContentFilterError "
+        "ContextWindowError DiPeOLLMError InvalidRequestError LLMServiceError "
+        "LLMTimeoutError ModelNotFoundError QuotaExceededError RateLimitError "
+        "ServiceUnavailableError SettingsError StreamInterruptedError "
+        "StructuredOutputError"
+    ),
+    "keys": "EnvironmentAPIKeys StaticAPIKeys",
+    "message_formatter": "MessageFormatter",
+    "ports": "APIKeyPort APIKeyRecord LLMDomainService LLMServicePort",
+    "service": "LLMInfraService",
+    "settings": "Settings",
+    "streaming": "ChatStream",
+    "system_prompt_handler": "SystemPromptHandler",
+}
+"""The public names of each module; a test holds them equal to the imports above."""
 
-# Where to look for a name, cheapest first.
-_MODULES = (
-    "errors",
-    "domain",
-    "ports",
-    "settings",
-    "keys",
-    "system_prompt_handler",
-    "message_formatter",
-    "streaming",
-    "adapters.base",
-    "adapters.factory",
-    "service",
-)
+_HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
+
+__all__ = sorted([*_HOMES, "__version__"])  # noqa: PLE0605 - type checkers read the imports
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import version
 
-        return globals().setdefault(name, version("dipeo-llm"))
-    if name in __all__:
-        for module in _MODULES:
-            found = vars(import_module(f"dipeo_llm.{module}")).get(name)
-            if found is not None:
-                globals()[name] = found
-                return found
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value: Any = version("dipeo-llm")
+    elif name in _HOMES:
+        value = getattr(import_module(f"dipeo_llm.{_HOMES[name]}"), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return __all__

@@ -181,8 +181,8 @@ class Client:
             sock_connect=self._settings.connect_timeout,
             sock_read=read_timeout,
         )
-        delivery = _Delivery(self.session)
-        while True:
+
+        async def deliver(delivery: _Delivery) -> aiohttp.ClientResponse:
             attempt.requests += 1
             try:
                 return await self.session.request(
@@ -196,13 +196,17 @@ class Client:
                     timeout=timeout,
                     middlewares=(delivery.follow,),
                 )
-            except (aiohttp.ClientConnectionError, OSError) as exc:
-                is_over = isinstance(exc, TimeoutError) or self.session.closed
-                if is_over or not delivery.was_stale:
-                    raise
             finally:
                 delivery.error = None  # a reference cycle through its traceback
-            delivery = _Delivery(self.session, on_new_connection=True)
+
+        first = _Delivery(self.session)
+        try:
+            return await deliver(first)
+        except (aiohttp.ClientConnectionError, OSError) as exc:
+            is_over = isinstance(exc, TimeoutError) or self.session.closed
+            if is_over or not first.was_stale:
+                raise
+        return await deliver(_Delivery(self.session, on_new_connection=True))
 
     async def read(self, attempt: Attempt) -> None:
         """Read the whole body of an attempt's answer into `attempt.body`.
@@ -567,6 +571,8 @@ def from_transport(
         text = f"{exc.status} {exc.message}"  # not its URL: a proxy's has a password
     elif isinstance(exc, aiohttp.InvalidURL):
         text = "a URL on the way, such as the proxy's, is invalid"
+    elif isinstance(exc, aiohttp.ServerDisconnectedError):
+        text = "the server closed the connection"  # its text may be a parsed head
     else:
         text = str(exc) or type(exc).__name__
     text = failures.clean(text, secret)

@@ -1,31 +1,88 @@
-"""The words of a conversation with a model: messages, persons, options, results.
+"""The domain's models: messages, persons, options, results.
 
-Pure data. Nothing here knows a provider, a network or LiteLLM; a Person knows the port
-that it talks through (as a type) and nothing of what stands behind it.
+Pure data: no provider, no network, no LiteLLM. A Person knows only the type of the port
+that it calls.
 """
 
-import math
+import difflib
+import reprlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum, StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from types import UnionType
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Generic,
+    Literal,
+    Protocol,
+    Self,
+    TypeAlias,
+    TypedDict,
+    Unpack,
+    overload,
+)
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import to_json
+from typing_extensions import TypeVar
 
-from dipeo_llm.errors import InvalidRequestError
+from dipeo_llm.errors import InvalidRequestError, StructuredOutputError
+from dipeo_llm.functions import read_arguments
 
 if TYPE_CHECKING:
     from dipeo_llm.ports import LLMServicePort
 
+T = TypeVar("T", default=Any)
+"""The type that `response_format` asks for."""
+
 Content = str | list[str | Path | dict[str, Any]]
-"""Plain text, or a list of it, of local files, and of OpenAI's content parts."""
+"""Text, or a list of texts, paths of local files, and OpenAI content parts."""
+
+ResponseFormat: TypeAlias = type[T] | Mapping[str, Any] | UnionType
+"""A pydantic class or another type, a JSON schema, or OpenAI's `response_format`."""
+
+_KnownService = Literal[
+    "openai",
+    "anthropic",
+    "google",
+    "gemini",
+    "ollama",
+    "bedrock",
+    "vertex",
+    "deepseek",
+]
+ServiceName: TypeAlias = _KnownService | str | Enum
+"""A provider's name, or a member of any enum with such a name as its value.
+
+An editor completes the known names; any other name that LiteLLM knows works too.
+"""
+
+Effort: TypeAlias = (
+    Literal["none", "minimal", "low", "medium", "high", "xhigh"] | str  # noqa: PYI051
+)
+"""A reasoning effort; the models differ in which they take."""
+
+ToolChoice: TypeAlias = Literal["auto", "none", "required"] | Mapping[str, Any]
+"""One of the words, or OpenAI's dict that names a function."""
 
 
 class LLMService(StrEnum):
-    """The services that have a name here. `google` and `gemini` are one provider."""
+    """The providers with a name here. `google` and `gemini` are the same provider."""
 
     OPENAI = "openai"
     ANTHROPIC = "anthropic"
@@ -38,41 +95,100 @@ class LLMService(StrEnum):
 
 
 class Message(BaseModel):
-    """One utterance from one person to another."""
+    """One message from one person to another."""
 
     from_person_id: str
-    """Who speaks; "system" for the application itself."""
+    """The speaker; "system" for the application itself."""
     to_person_id: str
-    """Who is spoken to."""
+    """The listener."""
     content: Content
-    """What is said. A message without any is left out of a request."""
+    """The message. In JSON a path is `{"type": "path", "path": "…"}`, so that it is a
+    path again when it is read. A message without content is left out of a request."""
     id: str | None = None
-    """The application's own, as are the fields below; none of them is ever sent."""
+    """The application's own, like the fields below; none of them is ever sent."""
     message_type: str | None = None
     """A label, such as "person_to_person"."""
     timestamp: str | None = None
-    """When it was said, in the application's own form."""
+    """The time of the message, in the application's own format."""
     metadata: dict[str, Any] | None = None
-    """Whatever else the application keeps with it."""
+    """Anything else that the application keeps with the message."""
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _read_paths(cls, content: Any) -> Any:
+        if not isinstance(content, list):
+            return content
+        return [
+            Path(part["path"])
+            if isinstance(part, dict)
+            and part.keys() == {"type", "path"}
+            and part["type"] == "path"
+            else part
+            for part in content
+        ]
+
+    @field_serializer("content", when_used="json")
+    def _tag_paths(self, content: Content) -> str | list[str | dict[str, Any]]:
+        if isinstance(content, str):
+            return content
+        return [
+            {"type": "path", "path": str(part)} if isinstance(part, Path) else part
+            for part in content
+        ]
+
+
+def _read_number(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
+    if isinstance(value, bool | str):  # which pydantic would convert
+        raise ValueError("it must be a number")  # noqa: TRY004 - pydantic collects it
+    number = read(value)
+    return value if isinstance(value, int) else number
+
+
+_Number = Annotated[float, WrapValidator(_read_number)]
+_Temperature = Annotated[_Number, Field(ge=0, lt=float("inf"))]
+_Seconds = Annotated[_Number, Field(gt=0, lt=float("inf"))]
+_Integer = Annotated[int, WrapValidator(_read_number)]
+_Count = Annotated[_Integer, Field(ge=1)]
 
 
 class PersonLLMConfig(BaseModel):
-    """Which model a person thinks with, and how it is told who it is."""
+    """A person's model, prompt and default options. Unknown fields are refused."""
 
-    service: LLMService | str | None = Field(None, union_mode="left_to_right")
-    """None lets the model string decide."""
+    model_config = ConfigDict(extra="forbid")
+
+    service: Annotated[LLMService | str | None, Field(union_mode="left_to_right")] = (
+        None
+    )
+    """None: the model string decides."""
     model: str
     """A model string, as for `LLMInfraService.complete`; it may have a prefix."""
     api_key_id: str | None = None
-    """Name of the key, never the key itself. None where the provider needs none."""
+    """The key's id, never the key itself. None for a provider that needs no key."""
     system_prompt: str | None = None
-    """Used where `prompt_file` is None or cannot be read."""
+    """Used if `prompt_file` is None or cannot be read."""
     prompt_file: str | None = None
     """Path of a text file, relative to the base directory."""
+    temperature: _Temperature | None = None
+    """The person's default, like the two below; an option of the call wins."""
+    max_tokens: _Count | None = None
+    reasoning_effort: str | None = None
+
+
+def person_defaults(llm_config: Any) -> dict[str, Any]:
+    """Return the default options of a person's configuration.
+
+    Args:
+        llm_config: Any object; attributes that are missing or None are left out.
+    """
+    found = ((name, getattr(llm_config, name, None)) for name in _PERSON_OPTIONS)
+    return {name: value for name, value in found if value is not None}
+
+
+_PERSON_OPTIONS = ("temperature", "max_tokens", "reasoning_effort")
 
 
 class ToolType(StrEnum):
-    """Work that a provider can do by itself during a call."""
+    """A provider's own tool."""
 
     WEB_SEARCH = "web_search"
     WEB_SEARCH_PREVIEW = "web_search_preview"
@@ -90,15 +206,28 @@ class ToolConfig(BaseModel):
     """The provider's own settings of the tool, such as `search_context_size`."""
 
 
+class ToolLike(Protocol):
+    """An application's own class with the attributes of `ToolConfig`."""
+
+    @property
+    def type(self) -> Any:
+        """A `ToolType`, or its value."""
+        ...
+
+
+Tool: TypeAlias = Callable[..., Any] | Mapping[str, Any] | ToolConfig | ToolLike
+"""A function or a pydantic class, a function-tool dict, or a provider's own tool."""
+
+
 class WebSearchResult(BaseModel):
     """A page that the provider found and used."""
 
     url: str
     title: str = ""
     snippet: str = ""
-    """What the provider quotes of it, where it does."""
+    """The quoted text; empty if the provider quotes none."""
     score: float | None = None
-    """Always None here: no provider tells one."""
+    """Always None: no provider reports a score."""
 
 
 class ImageGenerationResult(BaseModel):
@@ -107,42 +236,66 @@ class ImageGenerationResult(BaseModel):
     image_data: str
     """Base64, without a data: prefix."""
     format: str = "png"
-    """The second half of its media type: png, jpeg or webp."""
+    """The subtype of its media type: png, jpeg or webp."""
     width: int | None = None
-    """Pixels, as is the height; always None here: no provider tells them."""
+    """Pixels, like the height; always None: no provider reports them."""
     height: int | None = None
 
 
 class ToolOutput(BaseModel):
-    """What one of the provider's own tools brought."""
+    """The result of one of the provider's own tools."""
 
     type: ToolType
-    """Which tool it was: WEB_SEARCH or IMAGE_GENERATION."""
+    """The tool: WEB_SEARCH or IMAGE_GENERATION."""
     result: list[WebSearchResult] | ImageGenerationResult | str | dict[str, Any]
-    """The pages of a web search, or an image; no other kind is made here."""
+    """The pages of a web search, or an image; no other kind is produced here."""
     raw_response: Any | None = None
-    """Always None here; the provider's JSON is in `ChatResult.raw_response`."""
+    """Always None; the provider's JSON is in `ChatResult.raw_response`."""
 
 
 class ToolCall(BaseModel):
-    """Work that the model asks the caller to do."""
+    """A call that the model asks the caller to make."""
 
     id: str
-    """The provider's name for the call, or one made here where it gives none."""
+    """The provider's id of the call, or a generated one if it sends none."""
     name: str
-    """The function's."""
+    """The function's name."""
     arguments: dict[str, Any] | None = None
-    """None where what came is not a JSON object; then see `arguments_text`."""
+    """The arguments as JSON values; None if `arguments_text` is not a JSON object."""
     arguments_text: str = ""
     """The arguments as the model wrote them."""
     thought_signature: str | None = None
-    """Google's thought signature of the call, to be sent back with its result."""
+    """Google's thought signature of the call, sent back with its result."""
 
-    def to_message(self, output: Any) -> dict[str, Any]:
-        """Return the message that answers this call, to be appended after the turn.
+    def arguments_for(self, function: Callable[..., Any]) -> dict[str, Any]:
+        """Return the arguments in the types that a function is annotated with.
+
+        `function(**call.arguments_for(function))` makes the call: a model, a date or an
+        enum arrives as one.
 
         Args:
-            output: What the tool gave: text, or anything that pydantic can turn into
+            function: The tool as it was given to the call.
+
+        Raises:
+            StructuredOutputError: The arguments do not fit; the message names each of
+                them and can be sent back to the model.
+            InvalidRequestError: The function cannot be described.
+        """
+        try:
+            if self.arguments is None:
+                raise ValueError("they are not a JSON object")
+            return read_arguments(function, self.arguments)
+        except ValueError as exc:
+            raise StructuredOutputError(
+                f"the arguments of {self.name!r} are invalid: {exc}",
+                text=self.arguments_text,
+            ) from exc
+
+    def to_message(self, output: Any) -> dict[str, Any]:
+        """Return the message that answers this call; append it after the turn.
+
+        Args:
+            output: The tool's result: text, or any value that pydantic can convert to
                 JSON.
         """
         if not isinstance(output, str):
@@ -156,18 +309,18 @@ class ToolCall(BaseModel):
 
 
 class TokenUsage(BaseModel):
-    """Tokens of one call, counted alike for every provider."""
+    """Tokens of one call, counted in the same way for every provider."""
 
     input: int = 0
-    """All that was read, tokens from a cache included."""
+    """All input tokens, including those from a cache."""
     output: int = 0
-    """All that was written, reasoning included."""
+    """All output tokens, including reasoning."""
     cached: int = 0
-    """The part of `input` that the provider took from its prompt cache."""
+    """The part of `input` that the provider read from its prompt cache."""
     total: int = 0
     """`input` and `output` together."""
     cache_written: int = 0
-    """The part of `input` that the provider put into its prompt cache."""
+    """The part of `input` that the provider wrote to its prompt cache."""
     reasoning: int = 0
     """The part of `output` that was reasoning."""
 
@@ -178,76 +331,128 @@ class TokenUsage(BaseModel):
 
 
 class RateLimits(BaseModel):
-    """What the provider says is left for this key. None where it does not say."""
+    """The rate limits that the provider reports for the key; None if it does not."""
 
     requests_left: int | None = None
-    """Requests that may still be made until the reset."""
+    """Requests left until the reset."""
     requests_reset: float | None = None
-    """Seconds until the requests are full again."""
+    """Seconds until the full number of requests is available."""
     tokens_left: int | None = None
-    """Tokens that may still be used until the reset."""
+    """Tokens left until the reset."""
     tokens_reset: float | None = None
-    """Seconds until the tokens are full again."""
+    """Seconds until the full number of tokens is available."""
+
+
+def _list_tools(value: Any) -> Any:
+    if value is None:
+        return None
+    if isinstance(value, Mapping) or callable(value) or hasattr(value, "type"):
+        return [value]
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise ValueError(  # noqa: TRY004 - pydantic collects it
+            "it must be a list of functions, dicts or ToolConfig objects"
+        )
+    return list(value)
 
 
 class LLMRequestOptions(BaseModel):
-    """Options of a call as one object; a keyword of the call itself wins over it."""
+    """Options of a call as one object; a keyword of the call wins over it."""
 
     model_config = ConfigDict(extra="forbid")
 
-    temperature: float | None = None
-    """How random the answer is: 0 to 2 for OpenAI and Google, 0 to 1 for Anthropic, 0
-    or more for Ollama. Sent as it is; a value out of range is the provider's error."""
-    max_tokens: int | None = None
-    """Most tokens of the answer, reasoning included; None is the provider's limit, or
-    LiteLLM's for Anthropic, which takes no request without one."""
-    top_p: float | None = None
+    temperature: _Temperature | None = None
+    """Randomness: 0 to 2 for OpenAI and Google, 0 to 1 for Anthropic, 0 or more for
+    Ollama. Sent unchanged; above the range, the provider's error is raised."""
+    max_tokens: _Count | None = None
+    """Most tokens of the answer, including reasoning. None is the provider's limit; for
+    Anthropic, which requires a limit, it is LiteLLM's."""
+    top_p: Annotated[_Number, Field(ge=0, le=1)] | None = None
     """Share of the likeliest tokens to choose from, 0 to 1."""
-    n: int | None = None
-    """Number of answers, all in `ChatResult.texts`; left out where there is only one."""
+    n: _Count | None = None
+    """Number of answers, all in `ChatResult.texts`; dropped where only 1 is possible."""
     stop: str | list[str] | None = None
-    """Texts that end the answer where they would begin; they are not part of it."""
-    seed: int | None = None
-    """Makes the same request more likely to have the same answer."""
-    tools: list[Any] | None = None
-    """Functions, OpenAI's function-tool dicts, and `ToolConfig` objects."""
-    tool_choice: str | dict[str, Any] | None = None
+    """Texts that end the answer; they are not part of it."""
+    seed: _Integer | None = None
+    """Makes the same request more likely to get the same answer."""
+    tools: Annotated[Sequence[Tool] | None, PlainValidator(_list_tools)] = None
+    """Functions, pydantic classes, function-tool dicts, and `ToolConfig` objects."""
+    tool_choice: ToolChoice | None = None
     """One of "auto", "none" and "required", or OpenAI's dict that names a function."""
-    response_format: Any | None = None
-    """A pydantic class or other type, a JSON schema, or OpenAI's own dict."""
-    text_format: Any | None = None
+    response_format: Any = None
+    """A pydantic class or another type, a JSON schema, or OpenAI's own dict."""
+    text_format: Any = None
     """DiPeO's older name for `response_format`."""
-    reasoning_effort: str | None = None
+    reasoning_effort: Effort | None = None
     """One of "none", "minimal", "low", "medium" and "high", where the model has it."""
-    timeout: float | None = None
-    """Seconds for one attempt; of a stream, for its first chunk."""
-    idle_timeout: float | None = None
+    timeout: _Seconds | None = None
+    """Seconds for one attempt; for a stream, until its first chunk."""
+    idle_timeout: _Seconds | None = None
     """Seconds to wait for a stream's next chunk."""
-    deadline: float | None = None
+    deadline: _Seconds | None = None
     """Seconds for the whole call: key, prompt file, media, all attempts and waits."""
-    extra_body: dict[str, Any] | None = None
-    """Merged into the request's JSON as it is sent, object by object; wins over it."""
-    execution_phase: str | None = None
-    """The application's own labels, this and the next two; never sent."""
-    execution_id: str | None = None
-    trace_id: str | None = None
+    extra_body: Mapping[str, Any] | None = None
+    """Merged into the request's JSON, object by object; wins over the rest."""
+    execution_phase: Any = None
+    """The application's own labels, like the two below; never sent."""
+    execution_id: Any = None
+    trace_id: Any = None
+
+
+class CommonOptions(TypedDict, total=False):
+    """The options that every call takes with the same type.
+
+    The fields are explained at `LLMRequestOptions`.
+    """
+
+    temperature: float | None
+    max_tokens: int | None
+    top_p: float | None
+    n: int | None
+    stop: str | list[str] | None
+    seed: int | None
+    tool_choice: ToolChoice | None
+    text_format: Any
+    reasoning_effort: Effort | None
+    timeout: float | None
+    idle_timeout: float | None
+    deadline: float | None
+    extra_body: Mapping[str, Any] | None
+    execution_phase: Any
+    execution_id: Any
+    trace_id: Any
+    options: Any
+    """An LLMRequestOptions, a mapping, or any object with its attributes."""
+    provider: ServiceName | None
+    """The same as `service`, like the next."""
+    service_name: ServiceName | None
+
+
+class CallOptions(CommonOptions, total=False):
+    """All keyword options of a call, for a function that passes them on.
+
+    `async def ask(question: str, **options: Unpack[CallOptions])` gives the caller the
+    same completion and checks as the call itself.
+    """
+
+    tools: Sequence[Tool] | None
+    response_format: ResponseFormat[Any] | None
 
 
 class TokenCount(BaseModel):
     """Tokens of a request that was not sent."""
 
     tokens: int
-    """Input tokens, those of the tools included."""
+    """Input tokens, including those of the tools."""
     source: str
-    """Who counted: "provider", or "tokenizer" for LiteLLM's."""
+    """The source of the number: "provider", or "tokenizer" for LiteLLM's."""
 
 
 class Capabilities(BaseModel):
-    """What a model takes and costs, by LiteLLM's table; None where it does not say.
+    """A model's features, limits and prices by LiteLLM's table; None where unknown.
 
-    Each flag says whether the model takes or does what its name says: function tools,
-    several calls at once, images, PDFs, audio, structured output, reasoning, prompt
-    caching, a web search by the provider.
+    The flags say whether the model supports function tools, several calls at once,
+    images, PDFs, audio, structured output, reasoning, prompt caching, and the provider's
+    own web search.
     """
 
     service: str
@@ -273,85 +478,97 @@ class Capabilities(BaseModel):
     """USD for 1,000,000 output tokens."""
 
 
-class ChatResult(BaseModel):
-    """What a call gave, in the same words for every provider."""
+class ChatResult(BaseModel, Generic[T]):
+    """The result of a call, in the same terms for every provider.
+
+    `ChatResult[River]` is the result of a call with `response_format=River`: `parsed` is
+    a River. A call with tools returns `ChatResult[River | None]`, because a turn that
+    calls tools has no answer yet: check `if result.parsed is not None` first.
+    """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
     text: str = ""
-    """The answer's text; empty where the model only called tools or made images."""
+    """The answer's text; empty if the model only called tools or generated images."""
     token_usage: TokenUsage | None = None
-    """None where the provider counted nothing."""
+    """None if the provider reported no usage."""
     raw_response: Any | None = Field(default=None, repr=False)
-    """The provider's own JSON, for a stream put together again from its events. Only
-    for a provider without a format of ours is it what LiteLLM made of the answer."""
+    """The provider's own JSON; for a stream, assembled from its events. For a provider
+    without a format here it is LiteLLM's response object."""
     tool_outputs: list[ToolOutput] | None = None
-    """Work that the provider did: searches, images."""
+    """Results of the provider's own tools: searches, images."""
     tool_calls: list[ToolCall] = Field(default_factory=list)
-    """Work that is asked of the caller."""
-    parsed: Any | None = None
+    """Calls that the caller is asked to make."""
+    parsed: T = Field(default=None)  # type: ignore[assignment]
     """The answer as `response_format` asked for it; None without one, and for a turn
     that calls tools."""
     finish_reason: str | None = None
-    """stop, length, tool_calls, content_filter, or another word of the provider's own
-    in lower case, such as Google's malformed_function_call; None where it gave none."""
+    """stop, length, tool_calls, content_filter, pause (a long turn of Anthropic's own
+    tools, to be continued with `to_messages`), or another of the provider's own words
+    in lower case, such as Google's malformed_function_call; None if it sent none."""
     model: str | None = None
-    """The model that answered, by the provider's own account."""
+    """The model that answered, as the provider names it."""
     service: str | None = None
-    """The provider that was asked, such as "openai"."""
+    """The provider that was called, such as "openai"."""
     cost_usd: float | None = None
-    """USD by LiteLLM's price table; None where the price is unknown, never 0 for it."""
+    """USD by LiteLLM's price table; None if the price is unknown, never 0 for that."""
     request_id: str | None = None
-    """The provider's name for the request."""
+    """The provider's id of the request."""
     attempts: int = 1
-    """Requests that this call made, the successful one included."""
+    """Requests that this call sent, including the successful one."""
     queued: float = 0.0
-    """Seconds that the successful one waited for a turn, under `max_concurrency`."""
+    """Seconds that the successful one waited for a permit, under `max_concurrency`."""
     cached: bool = False
-    """For an application that answers from a cache of its own; always False here."""
+    """True if the answer comes from a cache."""
     reasoning: str | None = None
-    """The reasoning text, where the provider shows it."""
+    """The reasoning text, if the provider shows it."""
     rate_limits: RateLimits | None = None
     texts: list[str] = Field(default_factory=list)
-    """The texts of all choices, where more than one was asked for; `text` is first."""
+    """The texts of all choices if more than one was asked for; `text` is the first."""
     refusal: str | None = None
-    """What the model said in place of an answer, where it declined."""
+    """The model's own words if it declined to answer."""
     thinking_blocks: list[dict[str, Any]] = Field(default_factory=list, repr=False)
     """Anthropic's thinking blocks; `to_messages` sends them back."""
+    content_blocks: list[dict[str, Any]] = Field(default_factory=list, repr=False)
+    """Anthropic's whole content, where its own tools worked in it; `to_messages` sends
+    it back, so that a turn that paused can continue."""
 
     def to_messages(self) -> list[dict[str, Any]]:
-        """Return what to append to a conversation so that it can go on from here.
+        """Return what to append to a conversation to continue it after this turn.
 
-        One assistant message in OpenAI's shape, with what Anthropic, Google and Ollama
-        want back: thinking blocks, thought signatures, reasoning text. Answer each of
-        `tool_calls` after it with `ToolCall.to_message`.
+        One assistant message in OpenAI's format, with the fields that Anthropic, Google
+        and Ollama expect back: thinking blocks, thought signatures, reasoning text.
+        After it, answer each of `tool_calls` with `ToolCall.to_message`.
         """
         message: dict[str, Any] = {"role": "assistant", "content": self.text or None}
         if self.thinking_blocks:
             message["thinking_blocks"] = self.thinking_blocks
         elif self.reasoning:
             message["reasoning_content"] = self.reasoning
+        if self.content_blocks:
+            fields = {"content_blocks": self.content_blocks}
+            message["provider_specific_fields"] = fields
         if self.tool_calls:
-            message["tool_calls"] = [
-                {
-                    "id": call.id,
-                    "type": "function",
-                    "function": {"name": call.name, "arguments": call.arguments_text},
-                    **(
-                        {
-                            "provider_specific_fields": {
-                                "thought_signature": call.thought_signature
-                            }
-                        }
-                        if call.thought_signature
-                        else {}
-                    ),
-                }
-                for call in self.tool_calls
-            ]
+            message["tool_calls"] = [_to_openai(call) for call in self.tool_calls]
         elif not self.text:
             message["content"] = ""
         return [message]
+
+
+def _to_openai(call: ToolCall) -> dict[str, Any]:
+    arguments = call.arguments_text.strip()
+    if arguments in {"", "null"}:
+        # Servers fail on a text that is not JSON, and Google invents arguments for it.
+        arguments = to_json(call.arguments or {}).decode()
+    made: dict[str, Any] = {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name, "arguments": arguments},
+    }
+    if call.thought_signature:
+        fields = {"thought_signature": call.thought_signature}
+        made["provider_specific_fields"] = fields
+    return made
 
 
 SAMPLING = (
@@ -363,33 +580,33 @@ SAMPLING = (
     "seed",
     "reasoning_effort",
 )
-"""The options that travel to the provider as they are, under OpenAI's names."""
+"""The options that are sent to the provider unchanged, under OpenAI's names."""
 
 OPTIONS = frozenset({*LLMRequestOptions.model_fields, "options"})
-"""Every keyword that a call takes beside messages, model, key and service."""
+"""Every keyword that a call takes besides messages, model, key and service."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """One request as an adapter gets it: checked, and nothing left to look up."""
+    """One request as an adapter receives it: validated and complete."""
 
     messages: Sequence[Mapping[str, Any]]
-    """OpenAI-shaped, oldest first; any system message uses the role "system"."""
+    """In OpenAI's format, oldest first; system messages have the role "system"."""
     sampling: Mapping[str, Any] = field(default_factory=dict)
-    """Those of SAMPLING that were given."""
+    """The options of SAMPLING that were given."""
     tools: Sequence[Any] = ()
-    """As for `LLMRequestOptions`, as are the next two."""
+    """As for `LLMRequestOptions`, like the next two."""
     tool_choice: str | Mapping[str, Any] | None = None
     response_format: Any | None = None
-    """What is asked for; an adapter asks, and the service above it checks and parses."""
+    """The adapter sends it; the service checks and parses the answer."""
     extra_body: Mapping[str, Any] = field(default_factory=dict)
-    """Sent as it is, for what this package does not know."""
+    """Sent unchanged: fields that this package does not know."""
     timeout: float = 300.0
-    """Seconds for this attempt; of a stream, for its first chunk."""
+    """Seconds for this attempt; for a stream, until its first chunk."""
     idle_timeout: float | None = None
-    """Seconds to wait for a stream's next chunk; None takes `timeout`."""
+    """Seconds to wait for a stream's next chunk; None is `timeout`."""
     deadline: float | None = None
-    """Seconds for the whole call; kept by the service, as an adapter makes one attempt."""
+    """Seconds for the whole call, which only the service enforces."""
 
 
 def request_from_options(
@@ -398,84 +615,108 @@ def request_from_options(
     *,
     default_timeout: float,
     default_idle_timeout: float | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> ChatRequest:
-    """Make a request of messages and the keywords of a call.
+    """Build a request from messages and the keywords of a call.
 
     Args:
-        messages: OpenAI-shaped, oldest first.
-        options: Any of OPTIONS. A keyword that is None counts as not given.
-        default_timeout: Seconds for an attempt where no `timeout` is given.
-        default_idle_timeout: Seconds for a stream's next chunk, likewise.
+        messages: In OpenAI's format, oldest first.
+        options: Any of OPTIONS. None counts as not given.
+        default_timeout: Seconds for an attempt without a `timeout`.
+        default_idle_timeout: Seconds for a stream's next chunk without an `idle_timeout`.
+        defaults: Options of lowest rank, such as a person's own.
 
     Raises:
-        TypeError: A keyword is none of OPTIONS; the message names it.
-        InvalidRequestError: A time is not above 0.
+        TypeError: An unknown keyword; the message names the nearest known one.
+        InvalidRequestError: A value cannot be sent; the message names the option.
     """
     bundle = options.get("options")
-    unknown = sorted(set(options) - OPTIONS)
-    if isinstance(bundle, Mapping):
-        unknown += sorted(set(bundle) - OPTIONS)
-    if unknown:
-        raise TypeError(
-            f"unexpected keyword {unknown[0]!r}; known are {', '.join(sorted(OPTIONS))}."
-            " What this package does not know travels in extra_body={…}"
-        )
-    given = _renamed(_fields(bundle)) if bundle is not None else {}
-    given |= _renamed((k, v) for k, v in options.items() if k != "options")
+    keywords = {name: value for name, value in options.items() if name != "options"}
+    given = {**(defaults or {}), **_rename(_read_bundle(bundle)), **_rename(keywords)}
+    if unknown := given.keys() - LLMRequestOptions.model_fields.keys():
+        raise unknown_keyword(min(unknown), {*OPTIONS, "service"})
+    try:
+        # The validated options by name; those that were not given are None.
+        read = vars(LLMRequestOptions.model_validate(given))
+    except ValidationError as exc:
+        raise _explain(exc) from None
     return ChatRequest(
         messages=messages,
-        sampling={name: given[name] for name in SAMPLING if name in given},
-        tools=tuple(given.get("tools") or ()),
-        tool_choice=given.get("tool_choice"),
-        response_format=given.get("response_format"),
-        extra_body=given.get("extra_body") or {},
-        timeout=_seconds(given, "timeout") or default_timeout,
-        idle_timeout=_seconds(given, "idle_timeout") or default_idle_timeout,
-        deadline=_seconds(given, "deadline"),
+        sampling={name: read[name] for name in SAMPLING if read[name] is not None},
+        tools=tuple(read["tools"] or ()),
+        tool_choice=read["tool_choice"],
+        response_format=read["response_format"],
+        extra_body=read["extra_body"] or {},
+        timeout=read["timeout"] or default_timeout,
+        idle_timeout=read["idle_timeout"] or default_idle_timeout,
+        deadline=read["deadline"],
     )
 
 
-def _renamed(given: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Keep what is given, the older name of `response_format` under the newer."""
-    kept = {name: value for name, value in given if value is not None}
-    if "text_format" in kept:
-        kept.setdefault("response_format", kept.pop("text_format"))
-    return kept
+def unknown_keyword(name: str, known: Iterable[str]) -> TypeError:
+    """Return the error for an unknown keyword, with the nearest known one."""
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {_listed(known)}."
+    return TypeError(
+        f"unexpected keyword {name!r}; {hint} Fields that this package does not know go"
+        " into extra_body={…}"
+    )
 
 
-def _seconds(given: Mapping[str, Any], name: str) -> float | None:
-    value = given.get(name)
-    if value is None:
-        return None
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and 0 < value < math.inf):
-        raise InvalidRequestError(f"{name}={value!r} is no number of seconds above 0")
-    return float(value)
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
 
 
-def _fields(bundle: Any) -> Iterable[tuple[str, Any]]:
-    """Name the options that a bundle sets: ours, the application's own, or a mapping."""
+def _read_bundle(bundle: Any) -> dict[str, Any]:
+    """Return the options in an object: a mapping, ours, or the application's own."""
     if isinstance(bundle, Mapping):
-        return bundle.items()
-    return ((name, getattr(bundle, name, None)) for name in OPTIONS - {"options"})
+        return dict(bundle)
+    return {
+        name: getattr(bundle, name, None) for name in LLMRequestOptions.model_fields
+    }
+
+
+def _rename(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop what is None, and use the newer name of `text_format`."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if "text_format" in given:
+        given.setdefault("response_format", given.pop("text_format"))
+    return given
+
+
+def _explain(error: ValidationError) -> InvalidRequestError:
+    first = error.errors(include_url=False, include_context=False)[0]
+    name, value = first["loc"][0], reprlib.repr(first["input"])
+    problem = first["msg"].removeprefix("Value error, ")
+    problem = problem.replace("Input should be", "it must be")
+    return InvalidRequestError(f"{name}={value} cannot be sent: {problem}")
 
 
 class Person(BaseModel):
-    """A participant: who it is, which model it thinks with, and what it remembers.
+    """A participant: its identity, its model and its conversation.
 
-    `model_dump_json` and `model_validate_json` keep one between two runs.
+    `model_dump_json` and `model_validate_json` store and restore one.
     """
 
     id: str
-    """Tells this person from the others in a conversation."""
+    """Unique among the persons of a conversation."""
     name: str = ""
-    """For people to read; the id where it is empty."""
-    llm_config: PersonLLMConfig | Any | None = Field(None, union_mode="left_to_right")
-    """Its model and prompt: anything with the attributes of `PersonLLMConfig`."""
+    """A name for people to read; the id if it is empty."""
+    llm_config: Annotated[
+        PersonLLMConfig | Any | None, Field(union_mode="left_to_right")
+    ] = None
+    """Its model and prompt: any object with the attributes of `PersonLLMConfig`."""
     messages: list[Annotated[Message | Any, Field(union_mode="left_to_right")]] = Field(
         default_factory=list
     )
-    """What it remembers, oldest first: anything with the attributes of `Message`."""
+    """The conversation, oldest first: any objects with the attributes of `Message`."""
+
+    @field_validator("llm_config", mode="before")
+    @classmethod
+    def _read_config(cls, value: Any) -> Any:
+        # As a member of a union, a mapping that does not fit would be kept as it is.
+        is_mapping = isinstance(value, Mapping)
+        return PersonLLMConfig.model_validate(value) if is_mapping else value
 
     def __init__(
         self,
@@ -493,51 +734,75 @@ class Person(BaseModel):
         )
 
     def get_messages(self) -> list[Any]:
-        """Return the conversation, oldest first, as a list of the caller's own."""
+        """Return the conversation, oldest first, as a new list."""
         return list(self.messages)
 
     def add_message(self, message: Any) -> None:
-        """Remember a message; anything with the attributes of `Message` will do."""
+        """Append a message: any object with the attributes of `Message`."""
         self.messages.append(message)
 
+    @overload
+    async def complete(
+        self,
+        prompt: Content,
+        llm_service: "LLMServicePort",
+        from_person_id: str = "system",
+        *,
+        service: ServiceName | None = None,
+        response_format: ResponseFormat[T] | None = None,
+        tools: None = None,
+        **options: Unpack[CommonOptions],
+    ) -> ChatResult[T]: ...
+    @overload
+    async def complete(
+        self,
+        prompt: Content,
+        llm_service: "LLMServicePort",
+        from_person_id: str = "system",
+        *,
+        service: ServiceName | None = None,
+        response_format: ResponseFormat[T] | None = None,
+        tools: Sequence[Tool] | None,
+        **options: Unpack[CommonOptions],
+    ) -> ChatResult[T | None]: ...
     async def complete(
         self,
         prompt: Content,
         llm_service: "LLMServicePort",
         from_person_id: str = "system",
         **options: Any,
-    ) -> ChatResult:
-        """Hear a prompt, answer it, and remember both.
+    ) -> ChatResult[Any]:
+        """Answer a prompt as this person, and append both to the conversation.
 
         Args:
-            prompt: What is said to this person.
-            llm_service: What the answer comes through.
-            from_person_id: Who says it; another person's id, or "system".
+            prompt: The message to this person.
+            llm_service: The service that makes the call.
+            from_person_id: The speaker: another person's id, or "system".
             **options: As for `LLMServicePort.complete_with_person`.
 
         Raises:
             ValueError: This person has no `llm_config`.
             DiPeOLLMError: As from the service.
 
-        On failure, and on cancellation, which closes the call's connection, the
-        conversation is as it was before. It grows only when the answer is there, so
-        that two calls at once do not see each other's half.
+        A call that fails or is cancelled, which closes its connection, leaves the
+        conversation unchanged. The messages are appended when the answer is complete,
+        so that two concurrent calls do not see half of each other.
         """
         if self.llm_config is None:
             raise ValueError(f"person {self.id!r} has no llm_config")
-        heard = Message(
+        asked = Message(
             from_person_id=from_person_id, to_person_id=self.id, content=prompt
         )
-        result = await llm_service.complete_with_person(
-            person_messages=[*self.messages, heard],
+        result: ChatResult[Any] = await llm_service.complete_with_person(
+            person_messages=[*self.messages, asked],
             person_id=self.id,
             llm_config=self.llm_config,
             **options,
         )
-        said = Message(
+        answer = Message(
             from_person_id=self.id, to_person_id=from_person_id, content=result.text
         )
-        self.messages += [heard, said]
+        self.messages += [asked, answer]
         return result
 
     def _prepare_messages_for_llm(

@@ -1,56 +1,55 @@
-"""The errors of this package, sorted by what a caller does next.
+"""The errors of this package, sorted by what the caller does next.
 
     DiPeOLLMError
     ├── SettingsError (also a ValueError)     fix the setting
-    ├── APIKeyError                           fix the key
-    │   └── APIKeyNotFoundError
-    └── LLMServiceError                       ask `retryable`
-        ├── InvalidRequestError               fix the request
-        ├── ContextWindowError                shorten it
-        ├── ContentFilterError                ask for something else
-        ├── ModelNotFoundError                fix the model's name
-        ├── RateLimitError                    wait `retry_after` seconds
-        │   └── QuotaExceededError            pay the bill
-        ├── ServiceUnavailableError           try again later
-        ├── LLMTimeoutError                   try again, or give it more time
-        ├── StreamInterruptedError            use `partial_text`, or start afresh
-        └── StructuredOutputError             use `text`, or ask again
+    └── CallError                             a failed call; see its fields
+        ├── APIKeyError                       fix the key
+        │   └── APIKeyNotFoundError
+        └── LLMServiceError                   check `retryable`
+            ├── InvalidRequestError           fix the request
+            ├── ContextWindowError            shorten the messages
+            ├── ContentFilterError            ask for something else
+            ├── ModelNotFoundError            fix the model's name
+            ├── RateLimitError                wait `retry_after` seconds
+            │   └── QuotaExceededError        top up the account
+            ├── ServiceUnavailableError       try again later
+            ├── LLMTimeoutError               try again, or allow more time
+            ├── StreamInterruptedError        use `partial_text`, or start again
+            └── StructuredOutputError         use `text`, or ask again
 
-This module knows nothing of any provider and imports nothing of the package. A misuse
-of the API (an unknown keyword, a closed service) is a TypeError or a RuntimeError, as
-it is everywhere in Python.
+This module knows no provider and imports nothing from the package. Misuse of the API (an
+unknown keyword, a closed service) is a TypeError or a RuntimeError, as usual in Python.
 """
 
 from typing import Any
 
 
 class DiPeOLLMError(Exception):
-    """Root of everything that this package raises on purpose."""
+    """Root of every error that this package raises on purpose."""
 
 
 class SettingsError(DiPeOLLMError, ValueError):
     """A setting or an environment variable cannot be read or used.
 
-    The message names it, and for a proxy its kind. Raised where settings are made, but
-    at the first call for a proxy and for a file of trusted authorities.
+    The message names the field or the variable. Raised when the settings are created;
+    for a proxy and a CA bundle, at the first call.
     """
 
 
 class CallError(DiPeOLLMError):
-    """What both families of a failed call carry. Every argument is optional.
+    """A failed call: base of APIKeyError and LLMServiceError.
 
     Args:
-        message: One line, without a key in it.
+        message: One line without a key.
         service: The provider, such as "openai".
-        model: The model's name as the provider knows it.
-        status_code: The HTTP status that the provider really sent, None without one.
-        retry_after: Seconds to wait, as the provider asked, None if it did not.
-        retryable: Whether the same call may succeed later; None takes the class's own
-            answer.
-        request_id: The provider's name for the request, to quote to its support.
-        attempts: Requests made so far, the failed one included; 0 if none was sent.
-        details: What else is known: `code` and `type`, the provider's own words for the
-            error; `queued`, the seconds that the call waited for a turn under
+        model: The model's name, as the provider knows it.
+        status_code: The HTTP status that the provider sent; None without a response.
+        retry_after: The wait in seconds that the provider asked for; None if it did not.
+        retryable: Whether the same call may succeed later; None is the class's default.
+        request_id: The provider's id of the request, for its support.
+        attempts: Requests sent so far, including the failed one; 0 if none was sent.
+        details: Further facts: `code` and `type`, the provider's own error codes;
+            `queued`, the seconds that the call waited for a permit under
             `max_concurrency`; `cause`, the class that interrupted a stream.
     """
 
@@ -81,7 +80,7 @@ class CallError(DiPeOLLMError):
         self.details = details or {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Keyword-only arguments are lost by BaseException's own pickling.
+        # BaseException's own pickling loses keyword-only arguments.
         return (_rebuild, (type(self), self.args, self.__dict__))
 
 
@@ -99,11 +98,11 @@ class APIKeyError(CallError):
 
 
 class APIKeyNotFoundError(APIKeyError):
-    """No key is kept under this id."""
+    """There is no key with this id."""
 
 
 class LLMServiceError(CallError):
-    """A call failed in a way that no subclass describes, or base of those that do."""
+    """A call failed: base of the classes below, and used where none of them fits."""
 
 
 class InvalidRequestError(LLMServiceError):
@@ -123,19 +122,19 @@ class ModelNotFoundError(LLMServiceError):
 
 
 class RateLimitError(LLMServiceError):
-    """Too many requests or tokens for now (429); see `retry_after`, in seconds."""
+    """Too many requests or tokens at the moment (429); see `retry_after`, in seconds."""
 
     default_retryable = True
 
 
 class QuotaExceededError(RateLimitError):
-    """The account's money or quota is spent (402, 429); waiting does not help."""
+    """The account's credit or quota is used up (402, 429); waiting does not help."""
 
     default_retryable = False
 
 
 class ServiceUnavailableError(LLMServiceError):
-    """The provider or the way to it failed: 5xx, 529, refused, reset, not an answer."""
+    """The provider or the connection failed: 5xx, 529, refused, reset, invalid body."""
 
     default_retryable = True
 
@@ -147,12 +146,12 @@ class LLMTimeoutError(LLMServiceError):
 
 
 class StreamInterruptedError(LLMServiceError):
-    """A stream broke off after its first chunk; never tried again.
+    """A stream failed after its first chunk; it is never retried.
 
     Args:
-        message: One line, without a key in it.
-        partial_text: The text that had come until then.
-        **fields: As on every LLMServiceError.
+        message: One line without a key.
+        partial_text: The text received before the failure.
+        **fields: As for every CallError.
     """
 
     def __init__(
@@ -163,13 +162,13 @@ class StreamInterruptedError(LLMServiceError):
 
 
 class StructuredOutputError(LLMServiceError):
-    """The answer does not have the form that `response_format` asked for.
+    """An answer does not match `response_format`, or a tool call its function.
 
     Args:
-        message: One line, without a key in it.
+        message: One line without a key.
         reason: "refusal", "truncation" or "invalid".
-        text: The whole text that came.
-        **fields: As on every LLMServiceError.
+        text: The whole text of the answer, or of the call's arguments.
+        **fields: As for every CallError.
     """
 
     def __init__(

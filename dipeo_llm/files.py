@@ -1,7 +1,7 @@
-"""Opens a file inside a folder and nowhere else: prompts, pictures, documents.
+"""Opens files inside a folder and nowhere else: prompts, pictures, documents.
 
-Knows paths and links; knows nothing of what is in a file. Everything blocks: callers on
-an event loop go through a thread.
+Knows paths and links, not the files' content. Everything blocks: call it in a thread
+from an event loop.
 """
 
 import os
@@ -9,29 +9,29 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-# Windows has none of them; there the resolved path alone must do. With O_PATH a folder
-# need not be readable to be gone through.
+# Windows has none of these flags; there the check of the resolved path is all. O_PATH
+# opens a folder that may be entered but not listed.
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _FILE = os.O_RDONLY | _NOFOLLOW | getattr(os, "O_NONBLOCK", 0)
 _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0)
 
 
 def resolve_inside(path: Path, base: Path, *, allow_outside: bool) -> Path:
-    """Return the real path of a file below a folder.
+    """Return the real path of a file inside a folder.
 
     Args:
         path: Relative to the folder, or absolute; `~` is the home directory.
         base: The folder.
-        allow_outside: Lets the path lead out of the folder.
+        allow_outside: Allows a path outside the folder.
 
     Raises:
-        ValueError: The path leads outside, by `..`, by a link or as it stands, or
-            cannot be followed.
+        ValueError: The path leads outside, directly, by `..` or by a link, or it cannot
+            be resolved.
     """
     try:
         base = base.resolve()
         path = (base / path.expanduser()).resolve()
-    except RuntimeError as exc:  # a loop of links, a user that does not exist
+    except RuntimeError as exc:  # a loop of links, an unknown user
         raise ValueError(str(exc)) from None
     if not allow_outside and not path.is_relative_to(base):
         raise ValueError("it leads outside the base directory")
@@ -45,7 +45,7 @@ def open_regular(path: Path) -> BinaryIO:
         ValueError: It is not a regular file.
         OSError: It cannot be opened.
     """
-    fd = _opened(path)
+    fd = _open(path)
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
         os.close(fd)
@@ -56,11 +56,11 @@ def open_regular(path: Path) -> BinaryIO:
     return os.fdopen(fd, "rb")
 
 
-def _opened(path: Path) -> int:
-    """Open a path that is fully resolved, so that a link in it was put there since.
+def _open(path: Path) -> int:
+    """Open a resolved path without following links, so that a later link is refused.
 
-    Each folder is opened in the one before: what is moved meanwhile leads nowhere else.
-    And a pipe must not hold the thread until somebody writes into it.
+    Each folder is opened relative to its parent, so that moving one in between changes
+    nothing. O_NONBLOCK keeps a named pipe from blocking the thread.
     """
     if os.open not in os.supports_dir_fd:
         return os.open(path, _FILE)

@@ -1,4 +1,4 @@
-"""Keys: where they come from, and how they are held so that nothing prints them.
+"""Where keys come from, and how they are held so that nothing prints them.
 
 Reads the environment for keys and for nothing else.
 """
@@ -6,17 +6,16 @@ Reads the environment for keys and for nothing else.
 import inspect
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import SecretStr
 
-from dipeo_llm.adapters.factory import PROVIDERS, by_name, of_key
-from dipeo_llm.adapters.provider import Provider
+from dipeo_llm.adapters.factory import PROVIDERS, of_key
 from dipeo_llm.client import fits_a_header
 from dipeo_llm.errors import APIKeyError, APIKeyNotFoundError
-from dipeo_llm.ports import APIKeyPort
+from dipeo_llm.ports import APIKeyPort, APIKeyRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +23,7 @@ class Key:
     """A key as the rest of the package holds it."""
 
     secret: SecretStr | None
-    """None for a record that is none."""
+    """None if the record is not a mapping with a text under "key"."""
     service: str | None = None
     base_url: str | None = None
 
@@ -33,100 +32,114 @@ NO_KEY = Key(SecretStr(""))
 
 
 async def find_key(
-    port: APIKeyPort, api_key_id: str | None, provider: Provider | None
+    port: APIKeyPort,
+    api_key_id: str | None,
+    *,
+    service: str | None,
+    needs_key: bool,
+    owner: Callable[[str], str],
+    is_local: Callable[[str], bool] = lambda base_url: False,
 ) -> Key:
     """Ask the application for a key and wrap it.
 
+    Without an id, `EnvironmentAPIKeys` is asked for the provider's usual variable.
+
     Args:
-        port: Where keys are kept.
-        api_key_id: The key's name.
-        provider: Whose key it is to be; None where the key's own record decides.
+        port: The application's keys.
+        api_key_id: The key's id.
+        service: The provider that is called; None if the key's record decides.
+        needs_key: False for a server that can be called without a key.
+        owner: Returns a provider's own name for any of its names.
+        is_local: Says whether a record's base URL is a server that needs no key.
 
     Raises:
-        APIKeyNotFoundError: No id, or an empty key, for a provider that needs one.
-        APIKeyError: The application does not know the id.
+        APIKeyNotFoundError: There is no id, or the key is empty, and one is needed.
+        APIKeyError: The id is unknown, or the key belongs to another provider.
     """
-    needed = provider is None or provider.needs_key
-    service = provider.name if provider else None
-    if api_key_id is None or api_key_id == "":
-        if needed:
+    if not api_key_id:
+        if not needs_key:
+            return NO_KEY
+        if service is None or not isinstance(port, EnvironmentAPIKeys):
             raise APIKeyNotFoundError(
-                f"{service or 'this call'} needs a key: give the api_key_id of one",
+                f"{service or 'this call'} needs a key; pass its api_key_id",
                 service=service,
             )
-        return NO_KEY
+        api_key_id = service
     try:
         key = await _read(port, api_key_id)
     except Exception as exc:
-        if not needed and (isinstance(exc, APIKeyError) or _is_key_error(exc)):
+        if not needs_key and (isinstance(exc, APIKeyError) or _is_key_error(exc)):
             return NO_KEY
         raise
-    if provider and key.service and not key.base_url:
-        owner = by_name(key.service)
-        if owner.name != provider.name:
-            if not needed:
+    # A base URL of its own says where the key may go, whatever the service is called.
+    if service and key.service and not key.base_url:
+        belongs_to = owner(key.service)
+        if belongs_to != service:
+            if not needs_key:
                 return NO_KEY
             raise APIKeyError(
-                f"key {api_key_id!r} is {owner.name}'s and was not sent to"
-                f" {provider.name}",
+                f"key {api_key_id!r} belongs to {belongs_to} and was not sent to"
+                f" {service}",
                 service=service,
             )
-    _check(key, api_key_id, service, needed=needed)
+    needs_key = needs_key and not (key.base_url and is_local(key.base_url))
+    _check(key, api_key_id, service, needs_key=needs_key)
     return key
 
 
-def _check(key: Key, api_key_id: str, service: str | None, *, needed: bool) -> None:
+def _check(key: Key, api_key_id: str, service: str | None, *, needs_key: bool) -> None:
     if key.secret is None:
         raise APIKeyError(
-            f"the record of key {api_key_id!r} is no mapping with a text under 'key'",
+            f"the record of key {api_key_id!r} must be a mapping with a text under"
+            " 'key'",
             service=service,
         )
-    if needed and not key.secret:
+    if needs_key and not key.secret:
         raise APIKeyNotFoundError(f"key {api_key_id!r} is empty", service=service)
     if not fits_a_header(key.secret):
-        # It would break the header that carries it, in an error that shows it.
+        # The header's own error would show the key.
         raise APIKeyError(
-            f"key {api_key_id!r} holds a character that no header can carry",
+            f"key {api_key_id!r} has a character that an HTTP header cannot carry",
             service=service,
         )
 
 
 async def _read(port: APIKeyPort, api_key_id: str) -> Key:
-    """Read a record and wrap its key, so that no other frame ever holds it bare."""
+    """Read a record and wrap its key, so that no other stack frame holds it bare."""
     found = port.get_api_key(api_key_id)
     record = await found if inspect.isawaitable(found) else found
-    # A port of the application's may return anything, a row of a database among it.
+    # A row of a database has keys, and is not a Mapping.
     if not hasattr(record, "keys"):
         return Key(None)
     fields: dict[str, Any] = dict(record)
-    named = fields.get("service")
+    service = fields.get("service")
     return Key(
-        _wrapped(fields.pop("key", None) or ""),
-        service=str(getattr(named, "value", named)) if named else None,
+        _wrap(fields.pop("key", None) or ""),
+        service=str(getattr(service, "value", service)) if service else None,
         base_url=fields.get("base_url") or None,
     )
 
 
-def _wrapped(secret: Any) -> SecretStr | None:
+def _wrap(secret: Any) -> SecretStr | None:
     if isinstance(secret, SecretStr):
         secret = secret.get_secret_value()
     return SecretStr(secret.strip()) if isinstance(secret, str) else None
 
 
 def _is_key_error(exc: Exception) -> bool:
-    """Tell the application's own APIKeyError, which is not ours, by its name."""
+    """Recognise the application's own APIKeyError by its name."""
     return any(c.__name__ == "APIKeyError" for c in type(exc).__mro__)
 
 
 class EnvironmentAPIKeys:
     """Finds a provider's key in its usual variable.
 
-    An id is the variable's name (`OPENAI_API_KEY`), the provider's (`openai`), or
-    begins with the provider's (`openai_key`, `anthropic-team-a`). The variable is read
-    at each call, so a rotated key is seen.
+    An id is the variable's name (`OPENAI_API_KEY`), the provider's name (`openai`), or
+    begins with it (`openai_key`, `anthropic-team-a`). A call without an id uses its
+    provider's name. The variable is read at each call, so that a rotated key is seen.
     """
 
-    def get_api_key(self, api_key_id: str) -> Mapping[str, Any]:
+    def get_api_key(self, api_key_id: str) -> APIKeyRecord:
         """Return the record of a key.
 
         Raises:
@@ -134,14 +147,11 @@ class EnvironmentAPIKeys:
         """
         provider = of_key(api_key_id)
         if provider is None:
-            known = ", ".join(row.name for row in PROVIDERS if row.key_variables)
-            raise APIKeyNotFoundError(
-                f"{_shown(api_key_id)} names no provider; an id begins with one of"
-                f" {known}"
-            )
-        named = str(api_key_id).strip().upper()
+            names = [row.name for row in PROVIDERS if row.key_variables]
+            raise _not_found(api_key_id, f"an id begins with one of {', '.join(names)}")
+        name = str(api_key_id).strip().upper()
         variables = provider.key_variables
-        for variable in (named,) if named in variables else variables:
+        for variable in (name,) if name in variables else variables:
             if key := os.environ.get(variable):
                 return {"id": api_key_id, "service": provider.name, "key": key}
         if not provider.needs_key:
@@ -156,16 +166,17 @@ class StaticAPIKeys:
     """Holds keys that the application already has.
 
     Args:
-        mapping: Key id to the key itself, or to a record with `key` and, where wanted,
-            `service`, `base_url` and `label`.
+        mapping: Key id to the key itself, or to its record.
     """
 
     def __init__(
-        self, mapping: Mapping[str, str | SecretStr | Mapping[str, Any]]
+        self, mapping: Mapping[str, str | SecretStr | APIKeyRecord | Mapping[str, Any]]
     ) -> None:
         self._records: dict[str, dict[str, Any]] = {}
         for api_key_id, value in mapping.items():
-            record = dict(value) if isinstance(value, Mapping) else {"key": value}
+            record: dict[str, Any] = (
+                dict(value) if isinstance(value, Mapping) else {"key": value}
+            )
             key = record.get("key", "")
             record["key"] = key if isinstance(key, SecretStr) else SecretStr(key)
             self._records[api_key_id] = {"id": api_key_id, **record}
@@ -174,7 +185,7 @@ class StaticAPIKeys:
         return f"StaticAPIKeys({sorted(self._records)})"
 
     def get_api_key(self, api_key_id: str) -> Mapping[str, Any]:
-        """Return the record of a key.
+        """Return the record of a key, an `APIKeyRecord`.
 
         Raises:
             APIKeyNotFoundError: The id is unknown.
@@ -182,16 +193,21 @@ class StaticAPIKeys:
         record = self._records.get(api_key_id)
         if record is None:
             known = ", ".join(sorted(self._records)) or "none"
-            raise APIKeyNotFoundError(
-                f"no key {_shown(api_key_id)}; known are: {known}"
-            )
+            raise _not_found(api_key_id, f"known ids are: {known}")
         return {**record, "key": record["key"].get_secret_value()}
 
 
-def _shown(api_key_id: Any) -> str:
-    """Return an id for a message, unless somebody gave the key in place of its id."""
+def _not_found(api_key_id: Any, hint: str) -> APIKeyNotFoundError:
     text = str(api_key_id)
-    is_key = len(text) > 64 or re.search(
-        r"\b(?:sk-|AIza|AQ\.|gsk_|xai-|key-|hf_|pplx-|r8_|nvapi-)|[0-9a-f]{32}", text
-    )
-    return "what looks like a key, not the id of one," if is_key else repr(text)
+    if len(text) > 64 or _KEY.search(text):
+        return APIKeyNotFoundError(
+            "the given api_key_id looks like a key; pass the id under which the key is"
+            f" kept ({hint})"
+        )
+    return APIKeyNotFoundError(f"there is no key {text!r}; {hint}")
+
+
+_KEY = re.compile(
+    r"\b(?:sk-|AIza|AQ\.|gsk_|xai-|key-|hf_|pplx-|r8_|nvapi-|AKIA|xox[a-z]-)"
+    r"|[0-9a-f]{32}"
+)

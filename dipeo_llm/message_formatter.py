@@ -1,7 +1,6 @@
-"""Turns a conversation, seen from one person's side, into messages for a model.
+"""Formats a conversation for a model, from the side of one of its persons.
 
-Knows what a message of OpenAI's shape must be. Pure: no file, no network, no provider
-beyond the one rule that the caller names.
+Knows OpenAI's message format. Pure: no file, no network, no provider's rules.
 """
 
 from collections.abc import Iterable, Mapping
@@ -27,22 +26,22 @@ class MessageFormatter:
         service: Any = LLMService.OPENAI,
         system_role: str = "system",
     ) -> list[dict[str, Any]]:
-        """Return OpenAI-shaped messages, oldest first, the system prompt in front.
+        """Return messages in OpenAI's format, the system prompt first, then oldest first.
 
-        What the person said is "assistant", what anybody else said to it, "system"
-        included, is "user". Order is kept, and neighbours of one role stay apart: the
-        providers that refuse such a pair are served by LiteLLM, which joins it. A
-        message without content is left out, because Anthropic answers 400 to one
-        ("text content blocks must be non-empty") and it says nothing to the others.
+        The person's own messages get the role "assistant"; all others, including those
+        from "system", get "user". The order is kept. Adjacent messages of one role are
+        not joined here: LiteLLM joins them for the providers that require it. A message
+        without content is left out, because Anthropic refuses it with a 400 ("text
+        content blocks must be non-empty").
 
         Args:
             messages: Objects with `from_person_id` and `content`.
-            person_id: Whose side it is; compared as text.
-            system_prompt: None, or nothing but white space, makes no message.
-            service: Whose model it is for. The roles are the same for all.
+            person_id: The person whose side it is; compared as text.
+            system_prompt: None, or only white space, adds no message.
+            service: The provider. The roles are the same for all of them.
             system_role: The role of the system prompt.
         """
-        me = _text(person_id)
+        own_id = _text(person_id)
         formatted: list[dict[str, Any]] = []
         if system_prompt and system_prompt.strip():
             formatted.append({"role": system_role, "content": system_prompt})
@@ -50,9 +49,9 @@ class MessageFormatter:
             content = message.content
             if not has_content(content):
                 continue
-            mine = _text(message.from_person_id) == me
+            is_own = _text(message.from_person_id) == own_id
             formatted.append(
-                {"role": "assistant" if mine else "user", "content": content}
+                {"role": "assistant" if is_own else "user", "content": content}
             )
         return formatted
 
@@ -67,9 +66,9 @@ class MessageFormatter:
 
         Args:
             person_messages: As for `format_messages_for_llm`.
-            person_id: Likewise.
-            llm_config: Anything with the attributes of `PersonLLMConfig`.
-            system_prompt_handler: What finds the prompt and the role.
+            person_id: As for `format_messages_for_llm`.
+            llm_config: An object with the attributes of `PersonLLMConfig`.
+            system_prompt_handler: Finds the prompt and its role.
         """
         service = getattr(llm_config, "service", None)
         return self.format_messages_for_llm(
@@ -82,7 +81,7 @@ class MessageFormatter:
 
 
 def has_content(content: Any) -> bool:
-    """Say whether there is anything in a message's content."""
+    """Say whether a message's content is more than white space."""
     if isinstance(content, str):
         return bool(content.strip())
     return bool(content)
@@ -92,54 +91,54 @@ _ROLES = ("assistant", "developer", "function", "system", "tool", "user")
 
 
 def check_messages(messages: Any) -> tuple[Mapping[str, Any], ...]:
-    """Return OpenAI-shaped messages that some provider could answer.
+    """Return the messages of a call as a tuple, if a provider could answer them.
 
     Raises:
-        InvalidRequestError: There is no message but system prompts, or one is no
-            mapping, has no role that exists, or a content of no possible type.
+        InvalidRequestError: There are none besides system prompts, or one is not a
+            mapping with a known role and a content of a possible type.
     """
-    if isinstance(messages, str | bytes | Mapping):
+    is_list = isinstance(messages, Iterable) and not isinstance(
+        messages, str | bytes | Mapping
+    )
+    if messages is not None and not is_list:
         raise InvalidRequestError(
-            f"messages are a {type(messages).__name__}; they must be a list, such as"
-            " [{'role': 'user', 'content': 'Hello'}]"
+            f"`messages` must be a list, such as [{{'role': 'user', 'content': 'Hello'}}];"
+            f" got {type(messages).__name__}"
         )
-    try:
-        given = tuple(messages or ())
-    except TypeError:
-        raise InvalidRequestError(
-            f"messages are of type {type(messages).__name__}, and no list"
-        ) from None
-    spoken = [_says(index, message) for index, message in enumerate(given)]
-    if not any(spoken):
+    given = tuple(messages or ())
+    # Each message is checked, also after one that can be answered.
+    answerable = [_check_message(index, message) for index, message in enumerate(given)]
+    if not any(answerable):
         raise InvalidRequestError(
             "there is nothing to answer: every message is empty or a system prompt"
             if given
-            else "there are no messages to answer"
+            else "there is nothing to answer: `messages` is empty"
         )
     return given
 
 
-def _says(index: int, message: Any) -> bool:
-    """Check one message, and say whether it holds something to answer."""
+def _check_message(index: int, message: Any) -> bool:
+    """Check one message, and say whether it has something to answer."""
     if not isinstance(message, Mapping):
         raise InvalidRequestError(
-            f"message {index} is of type {type(message).__name__}; it must be a dict"
-            " with role and content"
+            f"message {index} must be a dict with `role` and `content`; got"
+            f" {type(message).__name__}"
         )
     role, content = message.get("role"), message.get("content")
     if role not in _ROLES:
         raise InvalidRequestError(
-            f"message {index} has the role {role!r}, and no role of {', '.join(_ROLES)}"
+            f"message {index} has the unknown role {role!r}; known are"
+            f" {', '.join(_ROLES)}"
         )
     if not isinstance(content, str | list | tuple | None):
         raise InvalidRequestError(
-            f"message {index} has a content of type {type(content).__name__}; it must"
-            " be text or a list of parts"
+            f"the content of message {index} must be text or a list of parts; got"
+            f" {type(content).__name__}"
         )
-    said = has_content(content) or bool(message.get("tool_calls"))
-    return said and role not in {"system", "developer"}
+    is_filled = has_content(content) or bool(message.get("tool_calls"))
+    return is_filled and role not in {"system", "developer"}
 
 
 def _text(person_id: Any) -> str:
-    """Read an id that may be a string or an enum of strings."""
+    """Return an id as text; it may be a member of an enum of strings."""
     return str(getattr(person_id, "value", person_id))

@@ -1,8 +1,8 @@
-"""One open client for each use of it, shared by all calls that fit it.
+"""One open client per key, shared by all calls with that key.
 
-Knows that a client can be made and closed, and nothing else of it. aiocache keeps the
-entries and their time to live; leases decide when a client that has left the cache is
-closed: when its last call ends, not before.
+Knows only that a client can be created and closed. aiocache holds the entries and their
+time to live. Leases decide when a client that has left the cache closes: when its last
+call ends, not before.
 """
 
 import asyncio
@@ -22,12 +22,12 @@ from dipeo_llm.errors import ServiceUnavailableError
 
 _log = logging.getLogger("dipeo_llm")
 
-# How long `Pool.aclose` waits, past the grace, for a loop of another thread.
-_PATIENCE = 5.0
+# Seconds that `Pool.aclose` waits, after the grace, for a loop in another thread.
+_LOOP_TIMEOUT = 5.0
 
 
 class Closable(Protocol):
-    """What the pool keeps."""
+    """What the pool holds."""
 
     async def aclose(self) -> None:
         """Close it."""
@@ -38,10 +38,10 @@ C = TypeVar("C", bound=Closable)
 
 
 class _Slot(Generic[C]):
-    """A client, made or in the making, and who uses it.
+    """A client, created or being created, and its users.
 
-    Whoever asks is counted in `leases` at once, so that a client which has just been
-    made is never taken for idle before those who waited for it have run.
+    A caller is counted in `leases` as soon as it asks, so that a new client never looks
+    idle before the callers that waited for it have run.
     """
 
     def __init__(self, key: Hashable) -> None:
@@ -77,8 +77,8 @@ class Lease(Generic[C]):
     async def release(self) -> None:
         """Give the client back. May be called twice.
 
-        The last lease of a client that has left the pool closes it and waits for that,
-        which a cancelled caller does not undo.
+        The last lease of a client that has left the pool closes the client and waits
+        until it is closed; cancelling the caller does not stop that.
         """
         slot, self._slot = self._slot, None
         if slot is not None:
@@ -86,11 +86,11 @@ class Lease(Generic[C]):
 
 
 class Pool(Generic[C]):
-    """Clients by key, for any number of event loops; no two loops share one.
+    """Clients by key, for any number of event loops; two loops never share a client.
 
     Args:
-        ttl: Seconds that a client is handed out after it was made; above 0.
-        max_clients: Clients of one loop; past it, the one unused for longest goes.
+        ttl: Seconds that a client is leased after its creation; above 0.
+        max_clients: Clients of one loop; above it, the longest idle one closes.
     """
 
     def __init__(self, *, ttl: float = 3600.0, max_clients: int = 64) -> None:
@@ -101,15 +101,15 @@ class Pool(Generic[C]):
         self._closed = False
 
     async def lease(self, key: Hashable, make: Callable[[], Awaitable[C]]) -> Lease[C]:
-        """Return the client of *key* on this loop, made by *make* if there is none.
+        """Return the client of *key* on this loop, created by *make* if there is none.
 
-        However many ask at once, *make* runs once; its failure reaches all that wait
-        and is not kept. A caller that is cancelled while it waits leaves the others
-        waiting, and the client in the pool.
+        *make* runs once, however many callers wait for it. Its failure is raised in all
+        of them and is not kept. Cancelling one caller affects neither the others nor
+        the client.
 
         Raises:
-            ServiceUnavailableError: The pool is closed, or was before the client was
-                made.
+            ServiceUnavailableError: The pool is closed, or was closed before the client
+                was created.
         """
         clients = self._loops.get(asyncio.get_running_loop())
         if clients is None:
@@ -117,9 +117,9 @@ class Pool(Generic[C]):
         return await clients.lease(key, make)
 
     def permits(self, key: Hashable, limit: int) -> asyncio.Semaphore:
-        """Return what the clients of *key* on this loop share: *limit* permits.
+        """Return the semaphore of *limit* permits that the clients of *key* share.
 
-        A client that has left the pool keeps its calls, so one that takes its place
+        A client that has left the pool still has calls in flight, so its replacement
         must count them.
         """
         shared = self._loops[asyncio.get_running_loop()].permits
@@ -130,7 +130,7 @@ class Pool(Generic[C]):
         clients: _LoopClients[C] = _LoopClients(self._ttl, self._max_clients)
         with self._lock:
             if self._closed:
-                raise _closed()
+                raise _closed_error()
             self._forget_closed_loops()
             self._loops[loop] = clients
         clients.keeper = self._close_with(loop, clients)
@@ -140,31 +140,31 @@ class Pool(Generic[C]):
     async def _close_with(
         self, loop: asyncio.AbstractEventLoop, clients: "_LoopClients[C]"
     ) -> AsyncGenerator[None, None]:
-        """Close the clients when the loop ends, whoever forgets `aclose`.
+        """Close the clients when the loop ends, even if `aclose` is never called.
 
-        `asyncio.run` and its like close the loop's asynchronous generators before the
-        loop: one that hangs in a `yield` then runs its `finally`, still on the loop.
+        `asyncio.run` closes the loop's asynchronous generators before the loop, so that
+        a generator that waits in a `yield` runs its `finally` on the loop.
         """
         try:
             yield
         finally:
             with self._lock:
                 self._loops.pop(loop, None)
-            clients.keeper = None  # it is this generator
+            clients.keeper = None  # this generator
             await clients.aclose(grace=0.0)
 
     async def aclose(self, grace: float = 0.0) -> None:
         """Close the clients of every loop, and the pool for good. May be called twice.
 
         Args:
-            grace: Seconds that calls have to end; then their client is closed under
-                them. No new call may begin meanwhile, nor afterwards.
+            grace: Seconds that calls in flight have to end; then their client closes.
+                New calls are refused from now on.
 
-        A loop of another thread closes its own clients. One that is not running does so
-        when it runs again, and one that is stuck is not waited for.
+        A loop in another thread closes its own clients: if it is not running, when it
+        runs again. A loop that is stuck is not waited for.
         """
         here = asyncio.get_running_loop()
-        patience = time.monotonic() + grace + _PATIENCE
+        give_up_at = time.monotonic() + grace + _LOOP_TIMEOUT
         with self._lock:
             self._closed = True
             self._forget_closed_loops()
@@ -173,26 +173,26 @@ class Pool(Generic[C]):
         running = []
         for loop, clients in loops.items():
             if clients.process != os.getpid():
-                continue  # a fork took it along, and the parent runs it
-            with contextlib.suppress(RuntimeError):  # it has closed meanwhile
+                continue  # inherited through a fork; the parent closes it
+            with contextlib.suppress(RuntimeError):  # the loop has just closed
                 loop.call_soon_threadsafe(clients.start_aclose, grace)
                 if loop.is_running():
                     running.append((loop, clients))
         if ours is not None:
             await ours.aclose(grace)
-        # Looking beats waiting for a message: a loop may end without sending any.
+        # Polled, because a loop may end without notifying anybody.
         while running := [
             (loop, clients)
             for loop, clients in running
             if not (clients.ended or loop.is_closed())
         ]:
-            if time.monotonic() > patience:
+            if time.monotonic() > give_up_at:
                 _log.warning("%d event loops did not close their clients", len(running))
                 break
             await asyncio.sleep(0.01)
 
     def __len__(self) -> int:
-        """Count the open clients of all loops."""
+        """Return the number of open clients of all loops."""
         return sum(len(clients.slots) for clients in list(self._loops.values()))
 
     def _forget_closed_loops(self) -> None:
@@ -204,18 +204,18 @@ class _LoopClients(Generic[C]):
     """The clients of one event loop. Every method runs on that loop."""
 
     def __init__(self, ttl: float, max_clients: int) -> None:
-        # Imported with the first call, as it takes 30 ms.
+        # Imported by the first call, because the import takes 30 ms.
         from aiocache import SimpleMemoryCache
 
-        # timeout=0 spares each look-up a task of its own.
+        # With a timeout, aiocache creates a task for each look-up.
         self._cache: Any = SimpleMemoryCache(timeout=0)
         self._ttl = ttl
         self._max_clients = max_clients
         self._making: dict[Hashable, _Slot[C]] = {}
         self._uses = itertools.count()
-        self._none_open = asyncio.Event()
+        self._all_closed = asyncio.Event()
         self._closed = False
-        self._out_of_grace = False
+        self._grace_is_over = False
         self._acloser: asyncio.Task[None] | None = None
         self.process = os.getpid()
         self.permits: WeakValueDictionary[Hashable, asyncio.Semaphore] = (
@@ -224,11 +224,11 @@ class _LoopClients(Generic[C]):
         self.slots: set[_Slot[C]] = set()
         self.keeper: AsyncGenerator[None, None] | None = None
         self.ended = False
-        """Whether nothing is open any more; read by other threads too."""
+        """Whether everything is closed; read by other threads too."""
 
     async def lease(self, key: Hashable, make: Callable[[], Awaitable[C]]) -> Lease[C]:
         if self._closed:
-            raise _closed()
+            raise _closed_error()
         slot: _Slot[C] | None = await self._cache.get(key)
         if slot is None or slot.retired:
             slot = self._making.get(key)
@@ -241,12 +241,12 @@ class _LoopClients(Generic[C]):
         try:
             await slot.made.wait()
             if slot.failure is not None:
-                # Each caller's own frames, not those of all who raised it before.
+                # The traceback of the failure, without the frames of other callers.
                 raise slot.failure.with_traceback(slot.trace)
         except BaseException:
             self._give_back(slot)
             raise
-        assert slot.client is not None  # noqa: S101 - made, and not a failure
+        assert slot.client is not None  # noqa: S101 - created without a failure
         return Lease(self, slot, slot.client)
 
     async def release(self, slot: _Slot[C]) -> None:
@@ -255,9 +255,9 @@ class _LoopClients(Generic[C]):
             await asyncio.wait([slot.closing])
 
     def _start(self, slot: _Slot[C], make: Callable[[], Awaitable[C]]) -> None:
-        # The task belongs to nobody: a caller that is cancelled leaves it running, and
-        # its timers, which live for the time to live, hold no caller's context.
-        self._none_open.clear()
+        # The task is independent of its caller: cancelling the caller does not cancel
+        # it, and its timers, which last as long as the client, hold no caller's context.
+        self._all_closed.clear()
         context = contextvars.Context()
         slot.making = context.run(asyncio.create_task, self._make(slot, make))
 
@@ -266,35 +266,35 @@ class _LoopClients(Generic[C]):
             slot.client = await make()
             self.slots.add(slot)
             await self._keep(slot)
-        except Exception as exc:  # noqa: BLE001 - raised by everyone who waits for it
+        except Exception as exc:  # noqa: BLE001 - raised in every waiting caller
             slot.failure, slot.trace = exc, exc.__traceback__
         except BaseException:
-            # Those who wait were not cancelled themselves, so they get no CancelledError.
+            # The waiting callers were not cancelled, so they must not see CancelledError.
             slot.failure = (
-                _closed()
+                _closed_error()
                 if self._closed
-                else ServiceUnavailableError("the opening of the client was cancelled")
+                else ServiceUnavailableError("creating the client was cancelled")
             )
             raise
         finally:
             del self._making[slot.key]
             slot.made.set()
-            self._look_around()
+            self._check_idle()
 
     async def _keep(self, slot: _Slot[C]) -> None:
-        """Put a client that has just been made where the next call finds it."""
-        if self._out_of_grace:
-            slot.failure = _closed()
+        """Put a new client into the cache."""
+        if self._grace_is_over:
+            slot.failure = _closed_error()
             self._close_soon(slot)
             return
         if not slot.retired:
             await self._cache.set(slot.key, slot, ttl=self._ttl)
-            # AIOCACHE_DISABLE=1 makes it keep nothing: then these leases are the last.
+            # With AIOCACHE_DISABLE=1 nothing is stored, and the client serves once.
             slot.retired = await self._cache.get(slot.key) is not slot
         if slot.retired:
             self._retire(slot)
             return
-        # aiocache forgets an entry without a word, so its end is timed beside it.
+        # aiocache drops an entry silently, so a timer of ours retires the client.
         loop = asyncio.get_running_loop()
         slot.timer = loop.call_later(self._ttl, self._retire, slot)
         slot.used = next(self._uses)
@@ -309,7 +309,7 @@ class _LoopClients(Generic[C]):
             self._make_room()
 
     def _make_room(self) -> None:
-        """Retire what is idle and beyond the limit, unused for longest first."""
+        """Retire idle clients above the limit, the longest idle first."""
         if len(self.slots) <= self._max_clients:
             return
         kept = [slot for slot in self.slots if not slot.retired]
@@ -318,7 +318,7 @@ class _LoopClients(Generic[C]):
             self._retire(slot)
 
     def _retire(self, slot: _Slot[C]) -> None:
-        """Hand a client out no more, and close it now if nobody uses it."""
+        """Stop leasing a client, and close it now if it is idle."""
         slot.retired = True
         if slot.timer is not None:
             slot.timer.cancel()
@@ -326,7 +326,7 @@ class _LoopClients(Generic[C]):
             self._close_soon(slot)
 
     def _close_soon(self, slot: _Slot[C]) -> asyncio.Task[None]:
-        # One that was cancelled, as all tasks are when a loop ends, has closed nothing.
+        # A loop that ends cancels all tasks; a cancelled one has closed nothing.
         if slot.closing is None or slot.closing.cancelled():
             slot.closing = asyncio.create_task(self._close(slot))
         return slot.closing
@@ -337,14 +337,14 @@ class _LoopClients(Generic[C]):
         try:
             if slot.client is not None:
                 await slot.client.aclose()
-        except Exception:  # noqa: BLE001 - a client that will not close ends no call
+        except Exception:  # noqa: BLE001 - no call must fail for it
             _log.warning("a client could not be closed", exc_info=True)
         self.slots.discard(slot)
-        self._look_around()
+        self._check_idle()
 
-    def _look_around(self) -> None:
+    def _check_idle(self) -> None:
         if not self.slots and not self._making:
-            self._none_open.set()
+            self._all_closed.set()
 
     def start_aclose(self, grace: float) -> None:
         self._closed = True
@@ -354,10 +354,10 @@ class _LoopClients(Generic[C]):
         self._closed = True
         for slot in [*self._making.values(), *self.slots]:
             self._retire(slot)
-        self._look_around()
+        self._check_idle()
         try:
             async with asyncio.timeout(grace):
-                await self._none_open.wait()
+                await self._all_closed.wait()
         except TimeoutError:
             await self._close_under_calls()
         self.ended = True
@@ -366,7 +366,7 @@ class _LoopClients(Generic[C]):
             await keeper.aclose()
 
     async def _close_under_calls(self) -> None:
-        self._out_of_grace = True
+        self._grace_is_over = True
         making = [s.making for s in self._making.values() if s.making is not None]
         for task in making:
             task.cancel()
@@ -377,7 +377,7 @@ class _LoopClients(Generic[C]):
             await asyncio.wait(closing)
 
 
-def _closed() -> ServiceUnavailableError:
+def _closed_error() -> ServiceUnavailableError:
     return ServiceUnavailableError(
         "the service was closed before the call had a client", retryable=False
     )

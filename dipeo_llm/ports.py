@@ -1,28 +1,63 @@
-"""What the package asks of the application, and what it offers to it.
+"""What the package needs from the application, and what it offers.
 
 Protocols only: an application's own classes fit without importing this package.
 """
 
 from collections.abc import Awaitable, Mapping, Sequence
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import (
+    Any,
+    Protocol,
+    Required,
+    Self,
+    TypedDict,
+    Unpack,
+    overload,
+    runtime_checkable,
+)
 
-from dipeo_llm.domain import ChatResult, StreamChunk, TokenUsage
+from pydantic import SecretStr
+
+from dipeo_llm.domain import (
+    ChatResult,
+    CommonOptions,
+    ResponseFormat,
+    ServiceName,
+    StreamChunk,
+    T,
+    TokenUsage,
+    Tool,
+)
+
+
+class APIKeyRecord(TypedDict, total=False):
+    """A key, as `APIKeyPort.get_api_key` returns it. Other fields are ignored."""
+
+    key: Required[str | SecretStr]
+    """The key itself; empty for a server that needs none."""
+    service: ServiceName | None
+    """The provider that the key belongs to; the key is sent to no other."""
+    base_url: str | None
+    """Where calls with this key go; wins over the settings."""
+    id: str
+    """The id under which the key was found."""
+    label: str | None
+    """A name for people to read."""
 
 
 @runtime_checkable
 class APIKeyPort(Protocol):
-    """Where keys are kept."""
+    """Finds keys by their id."""
 
     def get_api_key(
         self, api_key_id: str
     ) -> Mapping[str, Any] | Awaitable[Mapping[str, Any]]:
-        """Return, or return an awaitable of, the record of a key.
+        """Return the record of a key, or an awaitable of it.
 
         Args:
-            api_key_id: The name of the key.
+            api_key_id: The key's id.
 
         Returns:
-            A mapping with `key` and, where known, `service`, `id`, `label`, `base_url`.
+            An `APIKeyRecord`, or any mapping with its fields.
 
         Raises:
             APIKeyError: The id is unknown.
@@ -34,19 +69,18 @@ class APIKeyPort(Protocol):
 class LLMDomainService(Protocol):
     """The application's own rules about models, such as DiPeO's.
 
-    The service keeps it for the application and calls nothing of it.
+    The service keeps it for the application and never calls it.
     """
 
     def estimate_tokens(self, text: str, provider: str) -> int:
-        """Guess the number of tokens of a text for a provider."""
+        """Estimate the number of tokens of a text for a provider."""
         ...
 
 
-class LLMStreamPort(Protocol):
+class LLMStreamPort(Protocol[T]):
     """A streamed answer: `async with` opens it, `async for` reads its chunks.
 
-    Leaving the block, by its end, `break`, an error or cancellation, closes the
-    connection.
+    Leaving the block by its end, `break`, an error or cancellation closes the connection.
     """
 
     async def __aenter__(self) -> Self:
@@ -69,128 +103,225 @@ class LLMStreamPort(Protocol):
         """Return the next chunk.
 
         Raises:
-            StreamInterruptedError: The stream broke off; `partial_text` is what came.
+            StreamInterruptedError: The stream failed; `partial_text` is the text so far.
         """
         ...
 
-    async def result(self) -> ChatResult:
-        """Read the rest, if any, and return what `complete` would have returned.
+    async def result(self) -> ChatResult[T]:
+        """Read the rest of the stream and return the result that `complete` returns.
 
         Raises:
-            StreamInterruptedError: The stream broke off.
-            StructuredOutputError: The answer is not as `response_format` asked.
+            StreamInterruptedError: The stream failed.
+            StructuredOutputError: The answer does not match `response_format`.
         """
         ...
 
 
 @runtime_checkable
 class LLMServicePort(Protocol):
-    """What an application talks to."""
+    """What an application calls."""
 
     async def initialize(self) -> None:
         """Do the slow part of the first call now. May be called twice."""
         ...
 
     async def aclose(self) -> None:
-        """Close all that was opened. May be called twice."""
+        """Close every open connection. May be called twice."""
         ...
 
+    @overload
     async def complete(
         self,
         messages: Sequence[Mapping[str, Any]] | None,
         model: str,
         api_key_id: str | None = None,
         *,
-        service: Any = None,
+        service: ServiceName | None = None,
+        response_format: ResponseFormat[T] | None = None,
+        tools: None = None,
+        **options: Unpack[CommonOptions],
+    ) -> ChatResult[T]: ...
+    @overload
+    async def complete(
+        self,
+        messages: Sequence[Mapping[str, Any]] | None,
+        model: str,
+        api_key_id: str | None = None,
+        *,
+        service: ServiceName | None = None,
+        response_format: ResponseFormat[T] | None = None,
+        tools: Sequence[Tool] | None,
+        **options: Unpack[CommonOptions],
+    ) -> ChatResult[T | None]: ...
+    async def complete(
+        self,
+        messages: Sequence[Mapping[str, Any]] | None,
+        model: str,
+        api_key_id: str | None = None,
         **options: Any,
-    ) -> ChatResult:
+    ) -> ChatResult[Any]:
         """Answer a conversation.
 
         Args:
-            messages: OpenAI-shaped, oldest first.
+            messages: In OpenAI's format, oldest first.
             model: A model string.
-            api_key_id: The key's name; None for a provider that needs none.
-            service: The provider, where the model string does not tell it.
-            **options: The fields of `LLMRequestOptions`; times are seconds.
+            api_key_id: The key's id; None for a provider that needs no key.
+            **options: `service`, the provider, if the model string does not name it;
+                `response_format`; `tools`; and the other fields of `LLMRequestOptions`.
+                Times are seconds.
+
+        Returns:
+            The result. With `response_format=River` its `parsed` is a River; with tools
+            it is None for a turn that calls one.
 
         Raises:
             APIKeyError: The key is missing, or the provider refuses it.
-            LLMServiceError: Any other failure of the call.
-            SettingsError: A proxy or a bundle of authorities cannot be used.
+            LLMServiceError: The call failed for another reason.
+            SettingsError: A proxy or a CA bundle cannot be used.
             TypeError: An unknown option.
             RuntimeError: The service is closed.
 
-        Cancelling it closes the call's connection.
+        Cancelling the call closes its connection.
         """
         ...
 
+    @overload
+    async def complete_with_person(
+        self,
+        person_messages: Sequence[Any],
+        person_id: Any,
+        llm_config: Any,
+        *,
+        service: ServiceName | None = None,
+        response_format: ResponseFormat[T] | None = None,
+        tools: None = None,
+        **options: Unpack[CommonOptions],
+    ) -> ChatResult[T]: ...
+    @overload
+    async def complete_with_person(
+        self,
+        person_messages: Sequence[Any],
+        person_id: Any,
+        llm_config: Any,
+        *,
+        service: ServiceName | None = None,
+        response_format: ResponseFormat[T] | None = None,
+        tools: Sequence[Tool] | None,
+        **options: Unpack[CommonOptions],
+    ) -> ChatResult[T | None]: ...
     async def complete_with_person(
         self,
         person_messages: Sequence[Any],
         person_id: Any,
         llm_config: Any,
         **options: Any,
-    ) -> ChatResult:
+    ) -> ChatResult[Any]:
         """Answer a conversation as one of its persons.
 
         Args:
             person_messages: Objects with the attributes of `Message`, oldest first.
-            person_id: Who answers.
-            llm_config: An object with the attributes of `PersonLLMConfig`.
+            person_id: The person that answers.
+            llm_config: An object with the attributes of `PersonLLMConfig`; the options
+                that it has are the call's defaults.
             **options: As for `complete`.
 
         Raises:
             DiPeOLLMError, TypeError, RuntimeError: As `complete`.
 
-        Cancelling it closes the call's connection.
+        Cancelling the call closes its connection.
         """
         ...
 
+    @overload
     def stream(
         self,
         messages: Sequence[Mapping[str, Any]] | None,
         model: str,
         api_key_id: str | None = None,
         *,
-        service: Any = None,
+        service: ServiceName | None = None,
+        response_format: ResponseFormat[T] | None = None,
+        tools: None = None,
+        **options: Unpack[CommonOptions],
+    ) -> LLMStreamPort[T]: ...
+    @overload
+    def stream(
+        self,
+        messages: Sequence[Mapping[str, Any]] | None,
+        model: str,
+        api_key_id: str | None = None,
+        *,
+        service: ServiceName | None = None,
+        response_format: ResponseFormat[T] | None = None,
+        tools: Sequence[Tool] | None,
+        **options: Unpack[CommonOptions],
+    ) -> LLMStreamPort[T | None]: ...
+    def stream(
+        self,
+        messages: Sequence[Mapping[str, Any]] | None,
+        model: str,
+        api_key_id: str | None = None,
         **options: Any,
-    ) -> LLMStreamPort:
-        """Answer a conversation as a stream; nothing is sent before it is entered.
+    ) -> LLMStreamPort[Any]:
+        """Answer a conversation as a stream; nothing is sent until it is entered.
 
         Args:
             messages: As for `complete`.
-            model: Likewise.
-            api_key_id: Likewise.
-            service: Likewise.
-            **options: Likewise; `timeout` is for the first chunk, and `idle_timeout`
-                (s) for each later one.
+            model: As for `complete`.
+            api_key_id: As for `complete`.
+            **options: As for `complete`; `timeout` limits the wait for the first chunk,
+                and `idle_timeout` (s) the wait for each later one.
 
         Raises:
             InvalidRequestError, TypeError, RuntimeError: At once, as `complete`.
         """
         ...
 
+    @overload
+    def stream_with_person(
+        self,
+        person_messages: Sequence[Any],
+        person_id: Any,
+        llm_config: Any,
+        *,
+        service: ServiceName | None = None,
+        response_format: ResponseFormat[T] | None = None,
+        tools: None = None,
+        **options: Unpack[CommonOptions],
+    ) -> LLMStreamPort[T]: ...
+    @overload
+    def stream_with_person(
+        self,
+        person_messages: Sequence[Any],
+        person_id: Any,
+        llm_config: Any,
+        *,
+        service: ServiceName | None = None,
+        response_format: ResponseFormat[T] | None = None,
+        tools: Sequence[Tool] | None,
+        **options: Unpack[CommonOptions],
+    ) -> LLMStreamPort[T | None]: ...
     def stream_with_person(
         self,
         person_messages: Sequence[Any],
         person_id: Any,
         llm_config: Any,
         **options: Any,
-    ) -> LLMStreamPort:
+    ) -> LLMStreamPort[Any]:
         """Answer a conversation as one of its persons, as a stream.
 
-        Arguments are as for `complete_with_person`, the rest as for `stream`.
+        The arguments are those of `complete_with_person`, the rest is as for `stream`.
         """
         ...
 
     async def get_available_models(self, api_key_id: str) -> list[str]:
-        """List what the provider offers to this key.
+        """List the models that the provider offers to a key.
 
         Raises:
-            InvalidRequestError: It cannot be told whose key it is.
+            InvalidRequestError: The key's provider is unknown.
             DiPeOLLMError: As `complete`.
 
-        Cancelling it closes the connection.
+        Cancelling the call closes its connection.
         """
         ...
 
@@ -201,16 +332,16 @@ class LLMServicePort(Protocol):
     async def validate_api_key(
         self, api_key_id: str, provider: str | None = None
     ) -> bool:
-        """Say whether the provider takes this key.
+        """Say whether the provider accepts a key.
 
         Raises:
-            APIKeyError: The key is unknown to the application, so nothing was asked.
+            APIKeyError: The application does not know the key; nothing was sent.
             LLMServiceError: The provider could not be asked.
 
-        Cancelling it closes the connection.
+        Cancelling the call closes its connection.
         """
         ...
 
     async def get_provider_for_model(self, model: str) -> str | None:
-        """Name the provider of a model, None if that cannot be told."""
+        """Return the name of a model's provider, or None if it is unknown."""
         ...

@@ -1,7 +1,7 @@
-"""What is worth another try, when, and until when.
+"""Whether an attempt is retried, after how long, and until when.
 
-The only place that decides on a retry: LiteLLM and the SDKs below it are told to make
-none. stamina drives the loop and sleeps; this module answers its question.
+The only retry policy: LiteLLM and the SDKs below it get 0 retries. stamina runs the loop
+and sleeps; this module decides.
 """
 
 import asyncio
@@ -20,12 +20,12 @@ from dipeo_llm.settings import Settings
 
 
 class Deadline:
-    """The end of a whole call: key, prompt, media, attempts and waits together.
+    """The deadline of a whole call: key, prompt, media, attempts and waits together.
 
-    As an async context manager it ends what it stands around in time.
+    As an async context manager it cancels its block when the time is over.
 
     Args:
-        seconds: From now, which must be on an event loop; None is no deadline.
+        seconds: From now, on the running event loop; None: without a deadline.
     """
 
     def __init__(self, seconds: float | None = None) -> None:
@@ -36,9 +36,11 @@ class Deadline:
         self.service: str | None = None
         self.model: str | None = None
         self.attempts = 0
-        """How many were begun."""
+        """Attempts started so far."""
+        self.requests: int | None = None
+        """Requests of the whole call; None before its end."""
         self.last: DiPeOLLMError | None = None
-        """What the attempt before failed with."""
+        """The failure of the previous attempt."""
         self._limit = asyncio.timeout_at(self.ends)
 
     async def __aenter__(self) -> Self:
@@ -59,19 +61,19 @@ class Deadline:
             raise self.error() from last
 
     def left(self) -> float:
-        """Return the seconds that are left."""
+        """Return the seconds that remain."""
         if self.ends is None:
             return math.inf
         return self.ends - asyncio.get_running_loop().time()
 
     def error(self) -> LLMTimeoutError:
-        """Make the error for a call that took longer."""
-        after = f"; the attempt before failed with: {self.last}" if self.last else ""
-        asked = (
+        """Return the error for a call that took too long."""
+        before = f"; the previous attempt failed with: {self.last}" if self.last else ""
+        outcome = (
             f"{self.service} did not answer" if self.attempts else "nothing was sent"
         )
         return LLMTimeoutError(
-            f"{asked} within the deadline of {self.seconds:g} s{after}",
+            f"{outcome} within the deadline of {self.seconds:g} s{before}",
             service=self.service,
             model=self.model,
             attempts=self.attempts,

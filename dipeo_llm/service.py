@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, TypeVar, Unpack, cast, overload
 from weakref import WeakSet
 
 from dipeo_llm import media
@@ -20,8 +20,14 @@ from dipeo_llm.domain import (
     Capabilities,
     ChatRequest,
     ChatResult,
+    CommonOptions,
+    ResponseFormat,
+    ServiceName,
+    T,
     TokenCount,
     TokenUsage,
+    Tool,
+    person_defaults,
     request_from_options,
 )
 from dipeo_llm.errors import (
@@ -33,7 +39,6 @@ from dipeo_llm.errors import (
 )
 from dipeo_llm.keys import Key, find_key
 from dipeo_llm.litellm_import import load_litellm
-from dipeo_llm.litellm_tables import infer_provider
 from dipeo_llm.message_formatter import MessageFormatter, check_messages
 from dipeo_llm.ports import APIKeyPort, LLMDomainService
 from dipeo_llm.retry import Deadline, RetryPolicy
@@ -124,15 +129,37 @@ class LLMInfraService:
         grace = self.settings.close_grace
         await asyncio.gather(self._pool.aclose(grace), self._end_loading(grace))
 
+    @overload
     async def complete(
         self,
         messages: Sequence[Mapping[str, Any]] | None,
         model: str,
         api_key_id: str | None = None,
         *,
-        service: Any = None,
+        service: ServiceName | None = None,
+        response_format: ResponseFormat[T] | None = None,
+        tools: None = None,
+        **options: Unpack[CommonOptions],
+    ) -> ChatResult[T]: ...
+    @overload
+    async def complete(
+        self,
+        messages: Sequence[Mapping[str, Any]] | None,
+        model: str,
+        api_key_id: str | None = None,
+        *,
+        service: ServiceName | None = None,
+        response_format: ResponseFormat[T] | None = None,
+        tools: Sequence[Tool] | None,
+        **options: Unpack[CommonOptions],
+    ) -> ChatResult[T | None]: ...
+    async def complete(
+        self,
+        messages: Sequence[Mapping[str, Any]] | None,
+        model: str,
+        api_key_id: str | None = None,
         **options: Any,
-    ) -> ChatResult:
+    ) -> ChatResult[Any]:
         """Answer a conversation.
 
         Args:
@@ -158,18 +185,42 @@ class LLMInfraService:
 
         Cancelling the call closes its connection; the pooled client lives on.
         """
-        call = self._check_call(options, model, api_key_id, service, messages)
+        call = self._check_call(options, model, api_key_id, messages)
         async with Deadline(call.request.deadline) as deadline:
             result = await self._answer(call, deadline)
         return _finish(call.request, result, deadline)
 
+    @overload
+    async def complete_with_person(
+        self,
+        person_messages: Sequence[Any],
+        person_id: Any,
+        llm_config: Any,
+        *,
+        service: ServiceName | None = None,
+        response_format: ResponseFormat[T] | None = None,
+        tools: None = None,
+        **options: Unpack[CommonOptions],
+    ) -> ChatResult[T]: ...
+    @overload
+    async def complete_with_person(
+        self,
+        person_messages: Sequence[Any],
+        person_id: Any,
+        llm_config: Any,
+        *,
+        service: ServiceName | None = None,
+        response_format: ResponseFormat[T] | None = None,
+        tools: Sequence[Tool] | None,
+        **options: Unpack[CommonOptions],
+    ) -> ChatResult[T | None]: ...
     async def complete_with_person(
         self,
         person_messages: Sequence[Any],
         person_id: Any,
         llm_config: Any,
         **options: Any,
-    ) -> ChatResult:
+    ) -> ChatResult[Any]:
         """Answer a conversation as one of its persons.
 
         Args:
@@ -189,15 +240,37 @@ class LLMInfraService:
             result = await self._answer(call, deadline)
         return _finish(call.request, result, deadline)
 
+    @overload
     def stream(
         self,
         messages: Sequence[Mapping[str, Any]] | None,
         model: str,
         api_key_id: str | None = None,
         *,
-        service: Any = None,
+        service: ServiceName | None = None,
+        response_format: ResponseFormat[T] | None = None,
+        tools: None = None,
+        **options: Unpack[CommonOptions],
+    ) -> ChatStream[T]: ...
+    @overload
+    def stream(
+        self,
+        messages: Sequence[Mapping[str, Any]] | None,
+        model: str,
+        api_key_id: str | None = None,
+        *,
+        service: ServiceName | None = None,
+        response_format: ResponseFormat[T] | None = None,
+        tools: Sequence[Tool] | None,
+        **options: Unpack[CommonOptions],
+    ) -> ChatStream[T | None]: ...
+    def stream(
+        self,
+        messages: Sequence[Mapping[str, Any]] | None,
+        model: str,
+        api_key_id: str | None = None,
         **options: Any,
-    ) -> ChatStream:
+    ) -> ChatStream[Any]:
         """Answer a conversation as a stream.
 
         Args:
@@ -217,20 +290,44 @@ class LLMInfraService:
         Raises:
             InvalidRequestError, TypeError, RuntimeError: At once, as `complete`.
         """
-        call = self._check_call(options, model, api_key_id, service, messages)
-        return ChatStream(
+        call = self._check_call(options, model, api_key_id, messages)
+        return ChatStream[Any](
             partial(self._open, call),
             partial(_finish, call.request),
             deadline=call.request.deadline,
         )
 
+    @overload
+    def stream_with_person(
+        self,
+        person_messages: Sequence[Any],
+        person_id: Any,
+        llm_config: Any,
+        *,
+        service: ServiceName | None = None,
+        response_format: ResponseFormat[T] | None = None,
+        tools: None = None,
+        **options: Unpack[CommonOptions],
+    ) -> ChatStream[T]: ...
+    @overload
+    def stream_with_person(
+        self,
+        person_messages: Sequence[Any],
+        person_id: Any,
+        llm_config: Any,
+        *,
+        service: ServiceName | None = None,
+        response_format: ResponseFormat[T] | None = None,
+        tools: Sequence[Tool] | None,
+        **options: Unpack[CommonOptions],
+    ) -> ChatStream[T | None]: ...
     def stream_with_person(
         self,
         person_messages: Sequence[Any],
         person_id: Any,
         llm_config: Any,
         **options: Any,
-    ) -> ChatStream:
+    ) -> ChatStream[Any]:
         """Answer a conversation as one of its persons, as a stream.
 
         Arguments are as for `complete_with_person`, the rest as for `stream`.
@@ -269,9 +366,8 @@ class LLMInfraService:
         Raises:
             DiPeOLLMError: As `complete`.
         """
-        call = self._check_call(
-            {"tools": list(tools)}, model, api_key_id, service, messages
-        )
+        options = {"tools": list(tools), "service": service}
+        call = self._check_call(options, model, api_key_id, messages)
         adapter = await self._find_adapter(call)
         request = await self._prepare_media(call.request, adapter)
         return await self._retry(
@@ -287,7 +383,7 @@ class LLMInfraService:
         Raises:
             InvalidRequestError: The model cannot be placed.
         """
-        row, name = _resolve(model, service)
+        row, name = factory.resolve(model, service)
         return factory.capabilities(row, name)
 
     async def get_available_models(self, api_key_id: str) -> list[str]:
@@ -364,11 +460,10 @@ class LLMInfraService:
         options: dict[str, Any],
         model: str,
         api_key_id: str | None,
-        service: Any,
         messages: Sequence[Mapping[str, Any]] | None,
     ) -> _Call:
         """Check what a caller gave for a conversation in OpenAI's shape."""
-        service = _take_service(options, service)
+        service = _take_service(options)
         request = self._check_options(options)
         request = replace(request, messages=check_messages(messages))
         return _Call(request, model, api_key_id, service)
@@ -376,10 +471,12 @@ class LLMInfraService:
     def _check_person_call(self, options: dict[str, Any], llm_config: Any) -> _Call:
         """Check what a caller gave for a person; `_compose` adds the messages."""
         service = _take_service(options) or getattr(llm_config, "service", None)
-        request = self._check_options(options)
+        request = self._check_options(options, person_defaults(llm_config))
         return _Call(request, llm_config.model, llm_config.api_key_id, service)
 
-    def _check_options(self, options: Mapping[str, Any]) -> ChatRequest:
+    def _check_options(
+        self, options: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+    ) -> ChatRequest:
         if self._closed:
             raise RuntimeError("the service is closed; initialize() opens it again")
         request = request_from_options(
@@ -387,6 +484,7 @@ class LLMInfraService:
             options,
             default_timeout=self.settings.timeout,
             default_idle_timeout=self.settings.idle_timeout,
+            defaults=defaults,
         )
         return replace(request, response_format=form_of(request.response_format))
 
@@ -406,7 +504,7 @@ class LLMInfraService:
         request = replace(call.request, messages=check_messages(messages))
         return replace(call, request=request)
 
-    async def _answer(self, call: _Call, deadline: Deadline) -> ChatResult:
+    async def _answer(self, call: _Call, deadline: Deadline) -> ChatResult[Any]:
         """Find the adapter, prepare the media, and try until there is a result."""
         adapter = await self._find_adapter(call)
         request = await self._prepare_media(call.request, adapter)
@@ -435,15 +533,25 @@ class LLMInfraService:
     async def _find_adapter(self, call: _Call) -> BaseLLMAdapter:
         """Place the model, find the key, and make the adapter."""
         provider, name = await self._place(call.model, call.service)
-        key = await find_key(self.api_key_service, call.api_key_id, provider)
+        key = await self._find_key(call.api_key_id, provider)
         return self._make_adapter(provider, name, key)
+
+    async def _find_key(self, api_key_id: str | None, provider: Provider | None) -> Key:
+        """Ask the application for the key of a provider, or of the key's own."""
+        return await find_key(
+            self.api_key_service,
+            api_key_id,
+            service=provider.name if provider else None,
+            needs_key=provider is None or factory.needs_key(provider, self.settings),
+            owner=lambda name: factory.by_name(name).name,
+            is_local=factory.is_local,
+        )
 
     async def _place(self, model: str, service: Any) -> tuple[Provider, str]:
         """Find the provider of a model string, and the name without a prefix."""
-        if factory.resolve(model, service)[0] is None:
-            # LiteLLM is asked now, and its import takes seconds.
+        if factory.needs_litellm(model, service):
             await load_litellm()
-        return _resolve(model, service)
+        return factory.resolve(model, service)
 
     def _make_adapter(self, provider: Provider, name: str, key: Key) -> BaseLLMAdapter:
         return self._create_adapter(
@@ -522,8 +630,10 @@ class LLMInfraService:
         """Make the adapter of a key's provider, for questions about the key."""
         if self._closed:
             raise RuntimeError("the service is closed; initialize() opens it again")
+        if factory.own_of_key(provider or api_key_id) is None:
+            await load_litellm()
         row = factory.by_name(provider) if provider else factory.of_key(api_key_id)
-        key = await find_key(self.api_key_service, api_key_id, row)
+        key = await self._find_key(api_key_id, row)
         if key.service and not provider:
             row = factory.by_name(key.service)
         if row is None:
@@ -569,24 +679,17 @@ async def _open_stream(adapter: BaseLLMAdapter, request: ChatRequest) -> Opened:
         raise
 
 
-def _resolve(model: str, service: Any) -> tuple[Provider, str]:
-    """Find the provider of a model string, asking LiteLLM where no row claims it."""
-    provider, name = factory.resolve(model, service)
-    if provider is not None:
-        return provider, name
-    inferred = infer_provider(name)
-    provider = factory.by_name(inferred) if inferred else factory.find_local(name)
-    if provider is None:
-        raise factory.unknown_model(model)
-    return provider, name.removeprefix(f"{provider.litellm}/")
-
-
-def _finish(request: ChatRequest, result: ChatResult, deadline: Deadline) -> ChatResult:
+def _finish(
+    request: ChatRequest, result: ChatResult[Any], deadline: Deadline
+) -> ChatResult[Any]:
     """Complete a result with what the call knows, and parse a structured answer.
 
     A turn that calls tools is not the answer yet, and is not parsed.
     """
-    result.attempts = deadline.attempts
+    if deadline.requests is None:
+        # A request that met a stale connection was sent twice in its attempt.
+        deadline.requests = deadline.attempts - 1 + result.attempts
+    result.attempts = deadline.requests
     form = request.response_format
     if form is None or not form.is_json:
         return result
@@ -602,14 +705,13 @@ def _finish(request: ChatRequest, result: ChatResult, deadline: Deadline) -> Cha
 _SERVICE_NAMES = ("service", "provider", "service_name")
 
 
-def _take_service(options: dict[str, Any], given: Any = None) -> Any:
+def _take_service(options: dict[str, Any]) -> Any:
     """Take the service, under any of its names, out of a call's keywords.
 
     Raises:
         TypeError: Two of the names were given, with different values.
     """
     named = {name: options.pop(name, None) for name in _SERVICE_NAMES}
-    named["service"] = named["service"] or given
     found = {str(getattr(v, "value", v)): v for v in named.values() if v is not None}
     if len(found) > 1:
         raise TypeError(f"two services for one call: {' and '.join(found)}")

@@ -6,9 +6,9 @@ that ends with the first chunk.
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Any, NamedTuple, Self
+from typing import Any, Generic, NamedTuple, Self
 
-from dipeo_llm.domain import ChatResult, StreamChunk
+from dipeo_llm.domain import ChatResult, StreamChunk, T
 from dipeo_llm.errors import (
     APIKeyError,
     LLMServiceError,
@@ -17,7 +17,7 @@ from dipeo_llm.errors import (
 )
 from dipeo_llm.retry import Deadline
 
-Items = AsyncGenerator[StreamChunk | ChatResult, None]
+Items = AsyncGenerator[StreamChunk | ChatResult[Any], None]
 """What an adapter's `stream` gives: chunks, and as the last item the result."""
 
 
@@ -25,7 +25,7 @@ class Opened(NamedTuple):
     """A stream that has begun."""
 
     items: Items
-    first: StreamChunk | ChatResult
+    first: StreamChunk | ChatResult[Any]
     """The first of its items, already taken from them."""
 
 
@@ -33,7 +33,7 @@ Start = Callable[[Deadline], Awaitable[Opened]]
 """Opens a stream before a deadline, trying again if need be."""
 
 
-class ChatStream:
+class ChatStream(Generic[T]):
     """A streamed answer: `async with` opens it, `async for` reads it.
 
     Leaving the block, by its end, `break`, an error or cancellation, closes the
@@ -50,7 +50,7 @@ class ChatStream:
     def __init__(
         self,
         start: Start,
-        finish: Callable[[ChatResult, Deadline], ChatResult],
+        finish: Callable[[ChatResult[Any], Deadline], ChatResult[Any]],
         *,
         deadline: float | None = None,
     ) -> None:
@@ -59,9 +59,9 @@ class ChatStream:
         self._seconds = deadline
         self._deadline: Deadline | None = None
         self._items: Items | None = None
-        self._next: StreamChunk | ChatResult | None = None
+        self._next: StreamChunk | ChatResult[Any] | None = None
         self._text: list[str] = []
-        self._result: ChatResult | None = None
+        self._result: ChatResult[Any] | None = None
         # What to make the error of, anew for each who asks: one that is kept would keep
         # the frames that it passed, and they this stream.
         self._broken: dict[str, Any] | None = None
@@ -105,7 +105,7 @@ class ChatStream:
             self._text.append(item.text)
         return item
 
-    async def result(self) -> ChatResult:
+    async def result(self) -> ChatResult[T]:
         """Read the rest of the stream, if any, and return the whole result.
 
         It is what `complete` would have returned. May be called again, also after the
@@ -141,7 +141,7 @@ class ChatStream:
         if items is not None:
             await items.aclose()
 
-    async def _pull(self) -> StreamChunk | ChatResult:
+    async def _pull(self) -> StreamChunk | ChatResult[Any]:
         """Take the next item, in time."""
         if self._broken is not None:
             raise StreamInterruptedError(**self._broken)

@@ -1,33 +1,44 @@
-"""Structured output: what form is asked for, and whether the answer has it.
+"""Structured output: the schema that is sent, and the check of the answer.
 
-Pure. A form is a pydantic class, a JSON schema, or OpenAI's own `response_format`.
+Pure. A form is a type that pydantic can describe, a JSON schema, or OpenAI's own
+`response_format`.
 """
 
+import functools
 import json
-from collections.abc import Mapping
+import re
+import reprlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json, to_json
 
 from dipeo_llm.domain import ChatResult
 from dipeo_llm.errors import InvalidRequestError, StructuredOutputError
+from dipeo_llm.functions import explain, reason
 
-_OPENAI_TYPES = frozenset({"text", "json_object", "json_schema"})
+_OPENAI_TYPES = ("text", "json_object", "json_schema")
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What an answer must look like."""
+    """The form that an answer must have."""
 
     response_format: dict[str, Any]
-    """As OpenAI writes it; LiteLLM turns it into every other provider's words."""
+    """In OpenAI's format, which LiteLLM translates for every other provider."""
     check: Any = None
-    """A TypeAdapter, or a JSON schema; None takes any JSON."""
+    """A TypeAdapter, or a JSON schema; None accepts any JSON."""
+    is_wrapped: bool = False
+    """Whether the schema asks for an object whose one property, `value`, is the answer:
+    OpenAI takes no other type at the root."""
+    is_recursive: bool = False
+    """Whether the schema refers to itself, through `$ref` into its `$defs`."""
 
     @property
     def is_json(self) -> bool:
-        """Whether the answer is to be JSON at all."""
+        """Whether the answer must be JSON at all."""
         return self.response_format.get("type") != "text"
 
 
@@ -35,40 +46,89 @@ def form_of(asked: Any) -> Form | None:
     """Read what a caller gave as `response_format`.
 
     Args:
-        asked: A pydantic class or any type that pydantic can describe, a JSON schema,
-            OpenAI's dict, or None.
+        asked: A pydantic class or another type that pydantic can describe, a JSON
+            schema, OpenAI's dict, or None.
 
     Raises:
-        InvalidRequestError: It is none of these.
+        InvalidRequestError: It is none of these; the message has pydantic's reason.
     """
     if asked is None or isinstance(asked, Form):
         return asked
     if isinstance(asked, Mapping):
         return _form_of_mapping(asked)
     try:
+        return _form_of_type(asked)
+    except TypeError:  # not hashable, such as an Annotated with a dict
+        return _form_of_type.__wrapped__(asked)
+
+
+@functools.lru_cache(maxsize=256)  # describing a class takes as long as a call
+def _form_of_type(asked: Any) -> Form:
+    try:
         adapter: TypeAdapter[Any] = TypeAdapter(asked)
-        schema = adapter.json_schema()
+        described = adapter.json_schema()
     except Exception as exc:
         raise InvalidRequestError(
-            f"response_format {asked!r} is neither a pydantic class nor a JSON schema"
+            f"`response_format` must be a type or a JSON schema, and"
+            f" {reprlib.repr(asked)} cannot be described as one: {reason(exc)}"
         ) from exc
-    name = getattr(asked, "__name__", "answer")
-    return Form(_json_schema(name, strict(schema), strict=True), adapter)
+    schema = inline_references(described)
+    if is_wrapped := schema.get("type") != "object":
+        schema = _wrap(schema)
+    name = _clean_name(getattr(asked, "__name__", "") or described.get("title", ""))
+    enforced = make_strict(schema)
+    return Form(
+        _json_schema(name, enforced or schema, strict=enforced is not None),
+        adapter,
+        is_wrapped=is_wrapped,
+        is_recursive="$defs" in schema,
+    )
 
 
 def _form_of_mapping(asked: Mapping[str, Any]) -> Form:
     if asked.get("type") in _OPENAI_TYPES:
         inner = asked.get("json_schema")
         schema = inner.get("schema") if isinstance(inner, Mapping) else None
-        return Form(dict(asked), schema)
+        return Form(dict(asked), schema, is_recursive=_is_recursive(schema))
     if not asked.keys() & {"type", "properties", "anyOf", "oneOf", "$ref", "enum"}:
         raise InvalidRequestError(
-            "response_format is a dict that is no JSON schema: it has none of type,"
+            "`response_format` is a dict, but not a JSON schema: it has none of type,"
             " properties, anyOf, oneOf, $ref, enum"
         )
-    name = str(asked.get("title") or "answer")
-    name = "".join(c if c.isalnum() or c in "_-" else "_" for c in name)[:64]
-    return Form(_json_schema(name, dict(asked), strict=False), dict(asked))
+    schema = dict(asked)
+    is_wrapped = not (
+        {"properties", "$ref"} & schema.keys() or _allows(schema, "object")
+    )
+    return Form(
+        _json_schema(
+            _clean_name(str(asked.get("title") or "")),
+            _wrap(schema) if is_wrapped else schema,
+            strict=False,
+        ),
+        dict(asked),
+        is_wrapped=is_wrapped,
+        is_recursive=_is_recursive(schema),
+    )
+
+
+def _wrap(schema: dict[str, Any]) -> dict[str, Any]:
+    """Make a schema the one property of an object; its definitions stay at the root."""
+    inner = {key: value for key, value in schema.items() if key not in _ROOT_KEYS}
+    return {
+        "type": "object",
+        "properties": {"value": inner},
+        "required": ["value"],
+        "additionalProperties": False,
+        **{key: schema[key] for key in _ROOT_KEYS if key in schema},
+    }
+
+
+_ROOT_KEYS = ("$defs", "definitions", "$schema")
+
+
+def _clean_name(name: str) -> str:
+    """Return a name that OpenAI accepts: 1 to 64 of a-z, A-Z, 0-9, `_` and `-`."""
+    return re.sub(r"[^a-zA-Z0-9-]+", "_", name).strip("_")[:64] or "answer"
 
 
 def _json_schema(name: str, schema: dict[str, Any], *, strict: bool) -> dict[str, Any]:
@@ -78,75 +138,190 @@ def _json_schema(name: str, schema: dict[str, Any], *, strict: bool) -> dict[str
     }
 
 
-def strict(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return a schema in the form that OpenAI enforces.
+def inline_references(schema: dict[str, Any]) -> dict[str, Any]:
+    """Replace each reference by its definition.
 
-    Every object closed, every property required, no defaults, references resolved. A
-    schema that refers to itself keeps its references, which OpenAI takes.
-
-    Source: https://platform.openai.com/docs/guides/structured-outputs#supported-schemas
-    (read 2026-11-23).
+    A definition that refers to itself stays in `$defs`; the root is never a reference.
     """
     definitions = schema.get("$defs", {})
-    closed: dict[str, Any] = _strict(schema, definitions, ())
-    if "$ref" in json.dumps(closed):
-        closed["$defs"] = {
-            name: _strict(value, definitions, (name,))
-            for name, value in definitions.items()
-        }
-    return closed
+    root = {key: value for key, value in schema.items() if key != "$defs"}
+    inlined = _inline(root, definitions, ())
+    kept: dict[str, Any] = {}
+    pending = _referenced(inlined)
+    while pending:
+        name = pending.pop()
+        if name in definitions and name not in kept:
+            kept[name] = _inline(definitions[name], definitions, (name,))
+            pending += _referenced(kept[name])
+    return {**inlined, "$defs": kept} if kept else inlined
 
 
-def _strict(node: Any, definitions: Mapping[str, Any], inside: tuple[str, ...]) -> Any:
-    if isinstance(node, list):
-        return [_strict(item, definitions, inside) for item in node]
-    if not isinstance(node, dict):
-        return node
-    name = str(node.get("$ref", "")).removeprefix("#/$defs/")
+def _inline(node: Any, definitions: Mapping[str, Any], inside: tuple[str, ...]) -> Any:
+    name = _reference(node)
+    if name in inside:
+        return {"$ref": node["$ref"]}
     if name in definitions:
-        if name in inside:
-            return {"$ref": node["$ref"]}
-        resolved = _strict(definitions[name], definitions, (*inside, name))
-        return {**resolved, **{k: v for k, v in node.items() if k == "description"}}
-    closed = {
-        key: {k: _strict(v, definitions, inside) for k, v in value.items()}
-        if key == "properties"
-        else _strict(value, definitions, inside)
-        for key, value in node.items()
-        if key not in {"$defs", "default", "discriminator"}
-    }
-    if "oneOf" in closed:  # OpenAI takes anyOf only
+        target = _inline(definitions[name], definitions, (*inside, name))
+        node = {key: value for key, value in node.items() if key != "$ref"}
+        return {**target, **_inline(node, definitions, inside)}
+    return _map(node, lambda child: _inline(child, definitions, inside))
+
+
+def _referenced(node: Any) -> list[str]:
+    """Name the definitions that a schema refers to."""
+    names = [_reference(node)]
+    _map(node, lambda child: names.extend(_referenced(child)))
+    return names
+
+
+def _reference(node: Any) -> str:
+    """Return the name that a schema refers to, or an empty text."""
+    reference = node.get("$ref") if isinstance(node, Mapping) else None
+    is_ours = isinstance(reference, str) and reference.startswith("#/$defs/")
+    return str(reference).removeprefix("#/$defs/") if is_ours else ""
+
+
+def _map(node: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a schema with its direct subschemas changed."""
+    if not isinstance(node, Mapping):
+        return node
+    changed = dict(node)
+    for key, value in node.items():
+        if key in _NAMED and isinstance(value, Mapping):
+            changed[key] = {name: change(child) for name, child in value.items()}
+        elif key in _LISTED and isinstance(value, list):
+            changed[key] = [change(child) for child in value]
+        elif key in _SINGLE:
+            changed[key] = change(value)
+    return changed
+
+
+# Where JSON Schema 2020-12 has subschemas: under names, in lists, and by themselves.
+_NAMED = {"properties", "patternProperties", "dependentSchemas", "$defs"}
+_LISTED = {"anyOf", "oneOf", "allOf", "prefixItems"}
+_SINGLE = {"items", "contains", "additionalProperties", "unevaluatedProperties"}
+_SINGLE |= {"propertyNames", "not", "if", "then", "else"}
+
+
+def _is_recursive(schema: Any) -> bool:
+    if not isinstance(schema, Mapping) or not isinstance(schema.get("$defs"), Mapping):
+        return False
+    return "$defs" in inline_references(dict(schema))
+
+
+# What OpenAI enforces (https://platform.openai.com/docs/guides/structured-outputs,
+# "Supported schemas" and "Supported properties", read 2026-11-25).
+_SUPPORTED = {"type", "properties", "required", "additionalProperties", "items"}
+_SUPPORTED |= {"enum", "const", "anyOf", "$ref", "$defs", "title", "description"}
+_SUPPORTED |= {"pattern", "format", "multipleOf", "minItems", "maxItems"}
+_SUPPORTED |= {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
+_FORMATS = {"date-time", "time", "date", "duration", "email", "hostname"}
+_FORMATS |= {"ipv4", "ipv6", "uuid"}
+_MOST_PROPERTIES, _MOST_LEVELS, _MOST_ENUM_VALUES = 5000, 10, 1000
+_LOOKS_AROUND = re.compile(r"\(\?(?:[=!]|<[=!])")
+# Keywords that say nothing about a value's form.
+_ANNOTATIONS = {"default", "examples", "deprecated", "readOnly", "writeOnly", "$schema"}
+_ANNOTATIONS |= {"discriminator", "contentMediaType", "contentEncoding", "$comment"}
+
+
+class _NotStrictError(Exception):
+    """OpenAI cannot enforce the schema."""
+
+
+def make_strict(schema: dict[str, Any]) -> dict[str, Any] | None:
+    """Return a schema in the form that OpenAI enforces, or None if there is none.
+
+    Every object is closed and every property required. Limits that OpenAI does not
+    enforce, such as `minLength`, move into the description. A value or a key of any
+    form (`Any`, `dict[str, int]`), a tuple, and a class with `extra="allow"` have no
+    such form.
+
+    Args:
+        schema: The result of `inline_references`, with an object at its root.
+    """
+    counts = {"properties": 0, "enum": 0}
+    try:
+        strict = _close(schema, counts, 0)
+    except _NotStrictError:
+        return None
+    if counts["properties"] > _MOST_PROPERTIES or counts["enum"] > _MOST_ENUM_VALUES:
+        return None
+    return strict
+
+
+def _close(node: Any, counts: dict[str, int], level: int) -> dict[str, Any]:
+    if not isinstance(node, Mapping):  # `true` and `false` are schemas too
+        raise _NotStrictError
+    if "$ref" in node:
+        return {"$ref": node["$ref"]}
+    closed = _describe_limits({k: v for k, v in node.items() if k not in _ANNOTATIONS})
+    if "oneOf" in closed and "anyOf" not in closed:
         closed["anyOf"] = closed.pop("oneOf")
-    if closed.get("type") == "object" and "properties" in closed:
-        closed["additionalProperties"] = False
+    if not (closed.keys() <= _SUPPORTED and closed.keys() & {"type", "anyOf"}):
+        raise _NotStrictError
+    counts["enum"] += len(closed.get("enum", ()))
+    is_object = _allows(closed, "object")
+    if is_object:
+        is_open = closed.pop("additionalProperties", False) is not False
+        if "properties" not in closed or is_open or level >= _MOST_LEVELS:
+            raise _NotStrictError
+        counts["properties"] += len(closed["properties"])
         closed["required"] = list(closed["properties"])
-    return closed
+    elif _allows(closed, "array") and "items" not in closed:
+        raise _NotStrictError
+    closed = _map(closed, lambda child: _close(child, counts, level + is_object))
+    return {**closed, "additionalProperties": False} if is_object else closed
 
 
-def parse(form: Form, result: ChatResult) -> Any:
+def _allows(schema: Mapping[str, Any], kind: str) -> bool:
+    kinds = schema.get("type")
+    return kind in kinds if isinstance(kinds, list) else kinds == kind
+
+
+def _describe_limits(node: dict[str, Any]) -> dict[str, Any]:
+    """Move the limits that OpenAI does not enforce into the description."""
+    limits = {
+        key: value
+        for key, value in node.items()
+        if key in {"minLength", "maxLength", "uniqueItems"}
+        or (key == "format" and value not in _FORMATS)
+        or (key == "pattern" and _LOOKS_AROUND.search(value))
+    }
+    if not limits:
+        return node
+    texts = [f"{key}: {json.dumps(value)}" for key, value in limits.items()]
+    description = " ".join(filter(None, [node.get("description"), ", ".join(texts)]))
+    rest = {key: value for key, value in node.items() if key not in limits}
+    return {**rest, "description": description}
+
+
+def parse(form: Form, result: ChatResult[Any]) -> Any:
     """Return the answer in its form.
+
+    JSON may stand in one fenced block (three backticks) or after a byte order mark.
 
     Raises:
         StructuredOutputError: The model declined (`reason` "refusal"), the answer was
-            cut ("truncation"), or it does not have the form ("invalid"). The text is
-            kept.
+            cut off ("truncation"), or it does not have the form ("invalid"). `text` is
+            the whole answer.
     """
     if result.finish_reason == "content_filter" or result.refusal:
-        said = result.refusal or "its content was filtered"
-        raise _error(result, "refusal", f"the model declined: {said}")
+        refusal = result.refusal or "its content was filtered"
+        raise _error(result, "refusal", f"the model declined: {refusal}")
     if result.finish_reason == "length":
-        raise _error(
-            result, "truncation", "the answer was cut: give it more max_tokens"
-        )
+        raise _error(result, "truncation", "the answer was cut off; raise max_tokens")
+    text = result.text.strip().removeprefix("\ufeff")
+    if fenced := _FENCE.fullmatch(text):
+        text = fenced[1]
+    if form.is_wrapped:
+        text = _unwrap(text)
     if isinstance(form.check, TypeAdapter):
         try:
-            return form.check.validate_json(result.text)
+            return form.check.validate_json(text)
         except ValidationError as exc:
-            first = exc.errors(include_url=False, include_input=False)[0]
-            where = ".".join(map(str, first["loc"])) or "the top"
-            raise _error(result, "invalid", f"{first['msg']} at {where}") from exc
+            raise _error(result, "invalid", explain(exc)) from exc
     try:
-        data = json.loads(result.text)
+        data = json.loads(text)
     except (ValueError, RecursionError) as exc:
         raise _error(result, "invalid", f"the answer is not JSON: {exc}") from exc
     if form.check:
@@ -154,21 +329,34 @@ def parse(form: Form, result: ChatResult) -> Any:
     return data
 
 
-def _validate(data: Any, schema: Mapping[str, Any], result: ChatResult) -> None:
+_FENCE = re.compile(r"\s*```(?:json)?[ \t]*\n(.*?)\s*```\s*", re.DOTALL | re.IGNORECASE)
+
+
+def _unwrap(text: str) -> str:
+    """Take the answer out of its object; a server may have ignored the schema."""
+    try:
+        data = from_json(text)
+    except ValueError:
+        return text
+    is_object = isinstance(data, dict) and data.keys() == {"value"}
+    return to_json(data["value"]).decode() if is_object else text
+
+
+def _validate(data: Any, schema: Mapping[str, Any], result: ChatResult[Any]) -> None:
     import jsonschema
 
     try:
         jsonschema.validate(data, schema)
     except jsonschema.ValidationError as exc:
-        where = ".".join(map(str, exc.absolute_path)) or "the top"
+        where = ".".join(map(str, exc.absolute_path)) or "the root"
         raise _error(result, "invalid", f"{exc.message} at {where}") from exc
     except jsonschema.SchemaError as exc:
         raise InvalidRequestError(
-            f"response_format is not a valid JSON schema: {exc.message}"
+            f"`response_format` is not a valid JSON schema: {exc.message}"
         ) from exc
 
 
-def _error(result: ChatResult, reason: str, what: str) -> StructuredOutputError:
+def _error(result: ChatResult[Any], reason: str, what: str) -> StructuredOutputError:
     return StructuredOutputError(
         f"no structured answer: {' '.join(what.split())[:300]}",
         reason=reason,

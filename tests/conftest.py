@@ -1,10 +1,13 @@
 """What most tests need: a clean environment, a loopback server, keys and a service."""
 
 import os
+import re
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
@@ -15,6 +18,18 @@ from dipeo_llm.settings import Settings
 from tests.provider_server import ProviderServer
 
 PROVIDERS = ("openai", "anthropic", "google", "ollama")
+MODELS = {
+    "openai": "gpt-4.1-nano",
+    "anthropic": "claude-sonnet-4-5",
+    "google": "gemini-2.5-flash",
+    "ollama": "qwen3:4b",
+}
+HELLO: list[dict[str, Any]] = [{"role": "user", "content": "Hello"}]
+
+each_provider = pytest.mark.parametrize("provider", PROVIDERS)
+
+Open = Callable[..., AbstractAsyncContextManager[LLMInfraService]]
+"""Opens a service on the loopback server; keywords are fields of `Settings`."""
 
 _PREFIXES = (
     "OPENAI_",
@@ -49,16 +64,16 @@ async def server() -> AsyncIterator[ProviderServer]:
 
 @dataclass(frozen=True)
 class Authority:
-    """A certificate authority that nobody trusts who is not told to."""
+    """A certificate authority that no client trusts by default."""
 
     file: Path
-    """Its own certificate, for a client to trust."""
+    """The authority's own certificate, for a client to trust."""
     server: ssl.SSLContext
-    """What a server has that it signed for: 127.0.0.1 and some names."""
+    """A server's context with a certificate for 127.0.0.1 and some names."""
 
 
-def found_authority(folder: Path) -> Authority:
-    """Found an authority and have it sign for a server."""
+def make_authority(folder: Path) -> Authority:
+    """Make an authority and let it sign a server's certificate."""
     authority = trustme.CA()
     file = folder / "authority.pem"
     authority.cert_pem.write_to_path(file)
@@ -71,8 +86,8 @@ def found_authority(folder: Path) -> Authority:
 
 @pytest.fixture(scope="session")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    """Found one for all tests."""
-    return found_authority(tmp_path_factory.mktemp("authority"))
+    """Make one for all tests."""
+    return make_authority(tmp_path_factory.mktemp("authority"))
 
 
 @pytest.fixture
@@ -82,9 +97,8 @@ async def secure(authority: Authority) -> AsyncIterator[ProviderServer]:
         yield running
 
 
-@pytest.fixture
-def keys(server: ProviderServer) -> StaticAPIKeys:
-    """Hold one key for each provider, under its name, all leading to the server."""
+def keys_for(server: ProviderServer) -> StaticAPIKeys:
+    """Make one key for each provider, under its name, all leading to a server."""
     return StaticAPIKeys(
         {
             provider: {
@@ -98,8 +112,41 @@ def keys(server: ProviderServer) -> StaticAPIKeys:
 
 
 @pytest.fixture
-async def service(keys: StaticAPIKeys) -> AsyncIterator[LLMInfraService]:
+def keys(server: ProviderServer) -> StaticAPIKeys:
+    """Hold one key for each provider, under its name, all leading to the server."""
+    return keys_for(server)
+
+
+@pytest.fixture
+def opened(keys: StaticAPIKeys) -> Open:
+    """Open a service that hardly waits, with settings of the test's choice."""
+
+    @asynccontextmanager
+    async def open_service(**settings: Any) -> AsyncIterator[LLMInfraService]:
+        usual = {"retry_wait": 0.01, "retry_wait_max": 0.05, "timeout": 20.0}
+        async with LLMInfraService(
+            keys, settings=Settings(**usual | settings)
+        ) as service:
+            await service.initialize()  # takes seconds, which a deadline would count
+            yield service
+
+    return open_service
+
+
+@pytest.fixture
+async def service(opened: Open) -> AsyncIterator[LLMInfraService]:
     """Open a service on the server that hardly waits before a retry."""
-    settings = Settings(retry_wait=0.01, retry_wait_max=0.05, timeout=20)
-    async with LLMInfraService(keys, settings=settings) as opened:
-        yield opened
+    async with opened() as made:
+        yield made
+
+
+@pytest.fixture
+async def direct(opened: Open) -> AsyncIterator[LLMInfraService]:
+    """Open a service on the direct engine that makes one attempt."""
+    async with opened(engine="direct", max_retries=0) as made:
+        yield made
+
+
+def name_of(value: object) -> str:
+    """Name a parameter in a test's id, which must be the same in every worker."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

@@ -20,20 +20,12 @@ from dipeo_llm import (
 )
 from dipeo_llm.adapters.attempt import Attempt
 from dipeo_llm.domain import ChatRequest, ChatResult
-from tests.conftest import PROVIDERS
+from tests.conftest import HELLO, MODELS, each_provider
 from tests.provider_server import Answer, Fault, ProviderServer, Raw, error
 
-MODELS = {
-    "openai": "gpt-4.1-nano",
-    "anthropic": "claude-sonnet-4-5",
-    "google": "gemini-2.5-flash",
-    "ollama": "llama3.2:1b",
-}
-HELLO = ChatRequest(messages=({"role": "user", "content": "Hello"},), timeout=20)
+REQUEST = ChatRequest(messages=tuple(HELLO), timeout=20)
 CANARY = "sk-canary-0123456789abcdef"
 SAID = "Hello from the loopback."
-
-each_provider = pytest.mark.parametrize("provider", PROVIDERS)
 
 
 def adapter_of(
@@ -64,12 +56,12 @@ async def test_an_adapter_by_itself(server: ProviderServer, provider: str) -> No
     """It opens a connection with its first call, and closes it for good when told to."""
     adapter = adapter_of(server, provider)
     before = server.connections
-    result = await adapter.complete(HELLO)
+    result = await adapter.complete(REQUEST)
     during = server.open_connections
     await adapter.aclose()
     await adapter.aclose()
     with pytest.raises(ServiceUnavailableError, match="closed") as caught:
-        await adapter.complete(HELLO)
+        await adapter.complete(REQUEST)
 
     assert (before, during) == (0, 1)
     assert (result.text, result.service, result.model) == (
@@ -99,7 +91,7 @@ async def test_no_repr_shows_the_key(server: ProviderServer, provider: str) -> N
         ]
     await adapter.aclose()
 
-    assert repr(adapter) == f"LiteLLMAdapter({provider!r}, {MODELS[provider]!r})"
+    assert repr(adapter).endswith(f"({provider!r}, {MODELS[provider]!r})")
     assert not [text for text in shown if CANARY in text]
 
 
@@ -181,7 +173,7 @@ async def test_where_a_base_url_leads(
     adapter = adapter_of(server, provider, server.origin + below)
 
     try:
-        await adapter.complete(HELLO)
+        await adapter.complete(REQUEST)
     except LLMServiceError:
         assert "gate" in path or path.startswith("/v1/models")
     await adapter.aclose()
@@ -200,7 +192,7 @@ async def test_calls_in_a_row_use_one_connection(
     adapter = adapter_of(server, provider)
 
     for _ in range(20):
-        await adapter.complete(HELLO)
+        await adapter.complete(REQUEST)
     await adapter.aclose()
 
     assert len(server.requests) == 20
@@ -214,10 +206,10 @@ async def test_a_connection_that_the_server_dropped(
     """A keep-alive connection that ended meanwhile is replaced without an error."""
     adapter = adapter_of(server, provider)
 
-    await adapter.complete(HELLO)
+    await adapter.complete(REQUEST)
     await server.drop_connections()
     await asyncio.sleep(0.05)  # as long as it takes to hear of it
-    result = await adapter.complete(HELLO)
+    result = await adapter.complete(REQUEST)
     await adapter.aclose()
 
     assert result.text == SAID
@@ -232,12 +224,12 @@ async def test_one_attempt_is_one_request(
     """Whatever LiteLLM makes of its own retries, an adapter sends once an attempt."""
     adapter = adapter_of(server, provider)
     # LiteLLM writes its own number of retries on the client that it is handed.
-    await adapter.complete(HELLO)
+    await adapter.complete(REQUEST)
     server.reply(error(provider, status), error(provider, status))
 
     for _ in range(2):
         with pytest.raises(LLMServiceError):
-            await adapter.complete(HELLO)
+            await adapter.complete(REQUEST)
     await adapter.aclose()
 
     assert len(server.requests) == 3
@@ -253,7 +245,7 @@ async def test_a_broken_connection_is_not_sent_to_twice(
     server.reply(Fault(kind))
 
     with pytest.raises(ServiceUnavailableError):
-        await adapter.complete(HELLO)
+        await adapter.complete(REQUEST)
     await adapter.aclose()
 
     assert len(server.requests) == 1
@@ -265,7 +257,7 @@ async def test_a_broken_connection_is_not_sent_to_twice(
 async def _answer_bytes(server: ProviderServer, provider: str) -> bytes:
     """Fetch what the server would say, as bytes."""
     adapter = adapter_of(server, provider)
-    result = await adapter.complete(HELLO)
+    result = await adapter.complete(REQUEST)
     await adapter.aclose()
     return json.dumps(result.raw_response).encode()
 
@@ -285,7 +277,7 @@ async def test_an_answer_in_any_framing(
     server.reply(Raw(headers=headers, body=pieces, framing=framing, piece_delay=0.01))
     adapter = adapter_of(server, provider)
 
-    result = await adapter.complete(HELLO)
+    result = await adapter.complete(REQUEST)
     await adapter.aclose()
 
     assert result.text == SAID
@@ -298,7 +290,7 @@ async def test_an_answer_that_drips(server: ProviderServer, provider: str) -> No
     server.reply(Fault("drip"))
     adapter = adapter_of(server, provider)
 
-    result = await adapter.complete(HELLO)
+    result = await adapter.complete(REQUEST)
     await adapter.aclose()
 
     assert result.text == SAID
@@ -314,7 +306,7 @@ async def test_an_answer_shorter_than_it_said(
     adapter = adapter_of(server, provider)
 
     with pytest.raises(ServiceUnavailableError) as caught:
-        await adapter.complete(HELLO)
+        await adapter.complete(REQUEST)
     await adapter.aclose()
 
     assert caught.value.retryable
@@ -335,7 +327,7 @@ async def test_an_answer_longer_than_the_limit(
     adapter = adapter_of(server, provider, max_response_bytes=10_000)
 
     with pytest.raises(ServiceUnavailableError, match="longer than 10000") as caught:
-        await adapter.complete(HELLO)
+        await adapter.complete(REQUEST)
     await adapter.aclose()
 
     assert caught.value.retryable is False
@@ -433,7 +425,7 @@ async def test_a_redirect_is_never_followed(
     adapter = adapter_of(server, provider)
 
     with pytest.raises(LLMServiceError, match="redirect is never followed") as caught:
-        await adapter.complete(HELLO)
+        await adapter.complete(REQUEST)
     await adapter.aclose()
 
     assert caught.value.status_code == status
@@ -449,8 +441,8 @@ async def test_cookies_are_not_kept(server: ProviderServer, provider: str) -> No
     url = server.base_url(provider).replace("127.0.0.1", "localhost")
     adapter = adapter_of(server, provider, url)
 
-    await adapter.complete(HELLO)
-    await adapter.complete(HELLO)
+    await adapter.complete(REQUEST)
+    await adapter.complete(REQUEST)
     await adapter.aclose()
 
     assert "cookie" not in server.requests[-1].headers
@@ -461,7 +453,7 @@ async def test_headers_of_the_settings(server: ProviderServer, provider: str) ->
     """What the application wants on every request is the one thing that is added."""
     adapter = adapter_of(server, provider, extra_headers={"X-Tenant": "t-1"})
 
-    await adapter.complete(HELLO)
+    await adapter.complete(REQUEST)
     await adapter.aclose()
 
     assert server.requests[-1].headers["x-tenant"] == "t-1"
@@ -493,10 +485,10 @@ async def test_providers_of_openais_kind(
     """What LiteLLM can reach is reached, with our key and through our client."""
     server.strict = provider != "openrouter"  # which takes more than OpenAI does
     adapter = create_adapter(provider, model, CANARY, server.base_url("openai"))
-    messages = ({"role": "system", "content": "Be brief."}, *HELLO.messages)
+    messages = ({"role": "system", "content": "Be brief."}, *HELLO)
 
     result = await adapter.complete(ChatRequest(messages=messages, timeout=20))
-    streamed = [item async for item in adapter.stream(HELLO)]
+    streamed = [item async for item in adapter.stream(REQUEST)]
     await adapter.aclose()
 
     assert (result.text, result.service) == (SAID, provider)

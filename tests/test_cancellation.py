@@ -25,16 +25,9 @@ from dipeo_llm.keys import StaticAPIKeys
 from dipeo_llm.service import LLMInfraService
 from dipeo_llm.settings import Engine, Settings
 from tests import provider_server
-from tests.conftest import PROVIDERS
+from tests.conftest import HELLO, MODELS, each_provider
 from tests.provider_server import DEFAULT_TEXT, Answer, ProviderServer, Raw, Received
 
-HELLO = [{"role": "user", "content": "Hello"}]
-MODELS = {
-    "openai": "gpt-4.1-nano",
-    "anthropic": "claude-sonnet-4-5",
-    "google": "gemini-2.5-flash",
-    "ollama": "llama3.2",
-}
 # What LiteLLM keeps running behind the calls that it makes, for as long as the loop runs.
 LITELLMS_TASKS = {"LoggingWorker._worker_loop"}
 GRACE = 60.0
@@ -256,7 +249,6 @@ async def cancel_everywhere(
     raise AssertionError("it never came to its end")
 
 
-each_provider = pytest.mark.parametrize("provider", PROVIDERS)
 each_moment = pytest.mark.parametrize("moment", MOMENTS.values(), ids=MOMENTS)
 
 

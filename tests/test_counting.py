@@ -142,7 +142,7 @@ async def test_the_tokenizer_looks_up_no_host(
 @pytest.mark.parametrize(
     ("model", "provider", "content", "tools"),
     [
-        ("claude-sonnet-4-5", "anthropic", "x", [{"type": "function"}]),
+        ("claude-sonnet-4-5", "anthropic", "x", [{"function": {"name": "\ud83d"}}]),
         ("claude-sonnet-4-5", "anthropic", "half a character: \ud83d", []),
         ("gemini-2.5-flash", "google", "half a character: \ud83d", []),
         ("llama3.2", "ollama", [{"type": "weird"}], []),

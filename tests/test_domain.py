@@ -2,9 +2,11 @@
 
 import asyncio
 import math
+import typing
 import warnings
 from collections.abc import Callable
 from enum import Enum, StrEnum
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from dipeo_llm.domain import (
     OPTIONS,
+    CallOptions,
     ChatResult,
     ImageGenerationResult,
     LLMRequestOptions,
@@ -20,12 +23,14 @@ from dipeo_llm.domain import (
     Message,
     Person,
     PersonLLMConfig,
+    ServiceName,
     TokenUsage,
     ToolCall,
     ToolConfig,
     ToolOutput,
     ToolType,
     WebSearchResult,
+    person_defaults,
     request_from_options,
 )
 from dipeo_llm.errors import DiPeOLLMError, InvalidRequestError, RateLimitError
@@ -269,6 +274,25 @@ def test_what_the_provider_wants_back_is_in_the_message() -> None:
     assert sent["provider_specific_fields"] == {"thought_signature": "s2"}
 
 
+@pytest.mark.parametrize(
+    ("call", "sent"),
+    [
+        (ToolCall(id="1", name="f", arguments={}, arguments_text=""), "{}"),
+        (ToolCall(id="1", name="f", arguments={}, arguments_text=" \n"), "{}"),
+        (ToolCall(id="1", name="f", arguments=None, arguments_text="null"), "{}"),
+        (ToolCall(id="1", name="f"), "{}"),
+        (ToolCall(id="1", name="f", arguments={"a": 1}), '{"a":1}'),
+        (ToolCall(id="1", name="f", arguments_text='{"a": 1}'), '{"a": 1}'),
+    ],
+    ids=str,
+)
+def test_arguments_go_back_as_json(call: ToolCall, sent: str) -> None:
+    """A call without arguments is an empty object: servers fail on an empty text."""
+    (message,) = ChatResult(tool_calls=[call]).to_messages()
+
+    assert message["tool_calls"][0]["function"]["arguments"] == sent
+
+
 # --- options
 
 
@@ -278,12 +302,142 @@ def test_an_unknown_option_is_named() -> None:
         request_from_options(USER, {"warmth": 1}, default_timeout=5)
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({"temprature": 1}, "temperature"),
+        ({"max_token": 1}, "max_tokens"),
+        ({"tool": []}, "tools"),
+        ({"servce": "openai"}, "service"),
+        ({"options": {"temprature": 1}}, "temperature"),
+        ({"options": {"options": {}}}, "options"),
+    ],
+    ids=str,
+)
+def test_the_nearest_known_option_is_named(given: Any, meant: str) -> None:
+    """A typo is answered with what was meant, also in an object of options."""
+    with pytest.raises(TypeError, match=f"did you mean '{meant}'"):
+        request_from_options(USER, given, default_timeout=5)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"temperature": "hot"},
+        {"temperature": -0.1},
+        {"temperature": math.nan},
+        {"temperature": True},
+        {"max_tokens": -1},
+        {"max_tokens": 0},
+        {"max_tokens": 1.5},
+        {"max_tokens": "no"},
+        {"n": True},
+        {"top_p": 2},
+        {"stop": 5},
+        {"seed": "x"},
+        {"tools": 3},
+        {"tool_choice": "maybe"},
+        {"extra_body": "x"},
+        {"deadline": 0},
+        {"idle_timeout": math.inf},
+    ],
+    ids=str,
+)
+async def test_a_value_that_cannot_be_sent_is_refused_before_it_is_sent(
+    service: LLMInfraService, server: ProviderServer, option: dict[str, Any]
+) -> None:
+    """The error names the option and the value, however it was given."""
+    (name,) = option
+    for given in (option, {"options": option}, {"options": SimpleNamespace(**option)}):
+        with pytest.raises(InvalidRequestError, match=f"^{name}=") as caught:
+            await service.complete(USER, "gpt-4o", "openai", **given)
+        assert "\n" not in str(caught.value)
+
+    assert server.requests == []
+
+
+def test_a_whole_float_is_a_count() -> None:
+    """A number of tokens that was computed is sent as an integer."""
+    request = request_from_options(USER, {"max_tokens": 256.0}, default_timeout=5)
+
+    assert repr(request.sampling["max_tokens"]) == "256"
+
+
+def test_a_persons_defaults_give_way_to_the_call() -> None:
+    """A keyword wins over the options object, and that over the person's defaults."""
+    given = {"options": {"max_tokens": 2}, "seed": 3}
+    defaults = {"temperature": 0.1, "max_tokens": 1, "seed": 1}
+
+    request = request_from_options(USER, given, default_timeout=5, defaults=defaults)
+
+    assert request.sampling == {"temperature": 0.1, "max_tokens": 2, "seed": 3}
+
+
+@pytest.mark.parametrize(
+    ("config", "defaults"),
+    [
+        (PersonLLMConfig(model="m"), {}),
+        (
+            PersonLLMConfig(
+                model="m", temperature=0, max_tokens=9, reasoning_effort="low"
+            ),
+            {"temperature": 0, "max_tokens": 9, "reasoning_effort": "low"},
+        ),
+        (SimpleNamespace(model="m", temperature=0.5, seed=1), {"temperature": 0.5}),
+        (SimpleNamespace(model="m", max_tokens=None), {}),
+    ],
+    ids=str,
+)
+def test_a_configuration_of_any_class_may_have_defaults(
+    config: Any, defaults: dict[str, Any]
+) -> None:
+    """What a configuration does not have, or has as None, is no default."""
+    assert person_defaults(config) == defaults
+
+
+async def test_a_persons_defaults_are_sent(
+    service: LLMInfraService, server: ProviderServer
+) -> None:
+    """A person keeps its temperature in every call and stream, unless told otherwise."""
+    config = SimpleNamespace(
+        model="gpt-4.1-nano", api_key_id="openai", temperature=0.25, max_tokens=9
+    )
+    said = [Message(from_person_id="system", to_person_id="ada", content="Hello?")]
+
+    await service.complete_with_person(said, "ada", config, max_tokens=7)
+    async with service.stream_with_person(said, "ada", config) as stream:
+        await stream.result()
+
+    sent = [(r.json["temperature"], r.json["max_tokens"]) for r in server.requests]
+    assert sent == [(0.25, 7), (0.25, 9)]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"promptfile": "x"},
+        {"temprature": 1},
+        {"temperature": "hot"},
+        {"max_tokens": 0},
+    ],
+    ids=str,
+)
+def test_our_own_configuration_takes_no_field_it_does_not_know(wrong: Any) -> None:
+    """A typo is an error, also where the configuration is given as a mapping."""
+    (name,) = wrong
+
+    with pytest.raises(ValidationError, match=name):
+        PersonLLMConfig(model="m", **wrong)
+    with pytest.raises(ValidationError, match=name):
+        Person("ada", llm_config={"model": "m", **wrong})
+
+
 async def test_an_unknown_option_of_a_call_sends_nothing(
     service: LLMInfraService, server: ProviderServer
 ) -> None:
     """A call with a misspelt keyword fails before anything is sent."""
     with pytest.raises(TypeError, match="'warmth'"):
-        await service.complete(USER, "gpt-4o", "openai", warmth=1)
+        await service.complete(USER, "gpt-4o", "openai", warmth=1)  # type: ignore[call-overload]
 
     assert server.requests == []
 
@@ -595,6 +749,27 @@ def test_a_person_survives_as_json() -> None:
     assert again.get_messages() == [heard]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "plain",
+        ["Look:", Path("a/b.png")],
+        [Path("a/b.png"), {"type": "text", "text": "x"}, "path"],
+        [{"type": "path", "path": "x", "more": 1}],
+    ],
+    ids=str,
+)
+def test_a_picture_survives_as_json(content: Any) -> None:
+    """A path is a path again, and nothing else becomes one."""
+    message = Message(from_person_id="a", to_person_id="b", content=content)
+    ada = Person("ada", messages=[message])
+
+    again = Person.model_validate_json(ada.model_dump_json())
+
+    assert again.get_messages()[0].content == content
+    assert message.model_dump()["content"] == content
+
+
 @pytest.mark.parametrize("service", ["openai", LLMService.OPENAI], ids=["text", "enum"])
 def test_a_known_service_is_its_enum_however_it_is_given(service: str) -> None:
     """Applications read `.value`; a service that has no name here stays text."""
@@ -629,3 +804,31 @@ def test_options_in_one_object_take_what_keywords_take() -> None:
     """Every keyword of a call is a field of `LLMRequestOptions`."""
     assert set(LLMRequestOptions.model_fields) == OPTIONS - {"options"}
     LLMRequestOptions(text_format=dict, trace_id="t", execution_phase="p")
+
+
+def test_the_keywords_of_a_call_are_the_fields_of_the_object() -> None:
+    """What a type checker sees and what is checked at run time are the same."""
+    seen = typing.get_type_hints(CallOptions)
+    fields = typing.get_type_hints(LLMRequestOptions)
+    keywords = seen.keys() - {"options", "provider", "service_name"}
+
+    assert keywords == set(LLMRequestOptions.model_fields)
+    typed = {name for name in keywords if name != "response_format"}
+    assert {n: seen[n] for n in typed} == {n: fields[n] for n in typed}
+
+
+def test_the_names_that_an_editor_completes_are_the_services() -> None:
+    """The literals of ServiceName are the values of the enum."""
+    literals, *_ = typing.get_args(ServiceName)
+
+    assert set(typing.get_args(literals)) == {service.value for service in LLMService}
+
+
+def test_a_result_with_its_type_is_read_again() -> None:
+    """A result that was stored comes back with what was parsed."""
+    result = ChatResult[Weather](text="{}", parsed=Weather(sunny=True))
+
+    again = ChatResult[Weather].model_validate_json(result.model_dump_json())
+
+    assert again.parsed == Weather(sunny=True)
+    assert isinstance(again, ChatResult)

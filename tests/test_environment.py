@@ -1,4 +1,4 @@
-"""What the environment may decide, and what it may not: where a call and a key go."""
+"""The environment decides on proxies and certificates, and on nothing else."""
 
 import asyncio
 import json
@@ -52,7 +52,7 @@ each_provider = pytest.mark.parametrize("provider", PROVIDERS)
 
 
 def hostile(trap: str) -> dict[str, str]:
-    """Name all that could lead a call elsewhere, and lead it to the trap."""
+    """Return every variable that could redirect a call, set to the trap."""
     urls = (
         "OPENAI_BASE_URL OPENAI_API_BASE ANTHROPIC_BASE_URL ANTHROPIC_API_BASE"
         " GEMINI_API_BASE GOOGLE_GEMINI_BASE_URL GOOGLE_API_BASE VERTEXAI_API_BASE"
@@ -75,13 +75,13 @@ def hostile(trap: str) -> dict[str, str]:
         "GOOGLE_GENAI_USE_VERTEXAI": "True",
         "USE_LITELLM_PROXY": "True",
         "EXPERIMENTAL_OPENAI_BASE_LLM_HTTP_HANDLER": "true",
-        # LiteLLM's own numbers, read once as it is imported.
+        # LiteLLM reads these numbers once, when it is imported.
         "DEFAULT_MAX_TOKENS": "7",
         "DEFAULT_ANTHROPIC_CHAT_MAX_TOKENS": "7",
         "DEFAULT_REASONING_EFFORT_LOW_THINKING_BUDGET": "7",
         "REQUEST_TIMEOUT": "never",
         "SSLKEYLOGFILE": "/nowhere/secrets.log",
-        # httpx, which LiteLLM opens clients of as it is imported, cannot do this kind.
+        # LiteLLM opens httpx clients when it is imported; httpx does not support this.
         "ALL_PROXY": "socks5://127.0.0.1:9",
         "SSL_VERIFY": "False",
         "SSL_CERTIFICATE": "/nowhere/evil.pem",
@@ -98,13 +98,13 @@ def hostile(trap: str) -> dict[str, str]:
 
 @pytest.fixture
 async def trap() -> AsyncIterator[ProviderServer]:
-    """Run a server where the hostile environment leads, and nobody should go."""
+    """Run the server that the hostile environment names and no call may reach."""
     async with ProviderServer(strict=False) as running:
         yield running
 
 
 def seen(requests: list[Received]) -> list[tuple[Any, ...]]:
-    """Return all that a server can know of requests, but for the connections."""
+    """Return everything that a server sees of requests, except the connections."""
     return [(r.method, r.path, r.query, r.headers, r.body) for r in requests]
 
 
@@ -130,7 +130,7 @@ async def test_a_variable_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,
     case: tuple[Engine, str],
 ) -> None:
-    """With the variable set, the same bytes go to the same place."""
+    """With the variable set, the same bytes go to the same server."""
     engine, name = case
     settings = Settings(engine=engine, max_retries=0)
     async with LLMInfraService(keys, settings=settings) as service:
@@ -150,7 +150,7 @@ async def test_a_variable_changes_nothing(
 async def test_api_base_variables_of_other_providers(
     trap: ProviderServer, monkeypatch: pytest.MonkeyPatch, provider: str
 ) -> None:
-    """What LiteLLM would read from the environment gets no key of ours."""
+    """An address that LiteLLM reads from the environment never gets a key of ours."""
     for name in ("API_BASE", "BASE_URL", "API_KEY"):
         monkeypatch.setenv(f"{provider.upper()}_{name}", trap.base_url("openai"))
     monkeypatch.setattr(socket, "getaddrinfo", _no_names)
@@ -247,7 +247,7 @@ async def run_probe(
     engine: str,
     environ: Mapping[str, str] | None = None,
 ) -> tuple[int, str, str]:
-    """Run the probe, whose every socket but the server's is refused."""
+    """Run the probe, which may open sockets to the server only."""
     usual = ("PATH", "LANG", "LD_LIBRARY_PATH", "SYSTEMROOT", "VIRTUAL_ENV")
     env = {name: os.environ[name] for name in usual if name in os.environ}
     process = await asyncio.create_subprocess_exec(
@@ -271,7 +271,7 @@ async def run_probe(
 async def test_a_process_of_its_own(
     server: ProviderServer, trap: ProviderServer, tmp_path: Path, engine: str
 ) -> None:
-    """Import, calls and end of a process are silent and touch the provider alone.
+    """Import, calls and exit of a process are silent and reach the provider only.
 
     The second run has every hostile variable, a .env file and a .netrc, before LiteLLM
     is imported, and sends the same bytes.
@@ -339,7 +339,7 @@ def test_the_proxy_of_a_url(
     url: str,
     proxy: str | None,
 ) -> None:
-    """The setting, else the environment as the standard reads it, never for loopback."""
+    """The setting wins over the environment; loopback never has a proxy."""
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
 
@@ -348,7 +348,7 @@ def test_the_proxy_of_a_url(
 
 @pytest.mark.parametrize("kind", ["socks5", "socks5h", "ftp"])
 def test_a_proxy_of_a_kind_that_is_not_known(kind: str) -> None:
-    """It is refused and not left out: a call must not go round it in silence."""
+    """It is refused: a call must not silently bypass it."""
     settings = Settings(proxy=f"{kind}://proxy.test:1080")
 
     with pytest.raises(SettingsError, match=kind):
@@ -373,13 +373,13 @@ def test_a_proxy_of_a_kind_that_is_not_known(kind: str) -> None:
     ],
 )
 def test_what_is_loopback(host: str, answer: bool) -> None:
-    """This machine, and nothing that only looks like it."""
+    """Loopback is this machine, and not a name that looks like it."""
     assert is_loopback(host) is answer
 
 
 @dataclass
 class Reached:
-    """Where calls to a name end: at the server itself, or at the proxy."""
+    """The server and the proxy that calls to a name may reach."""
 
     server: ProviderServer
     proxy: ProviderServer
@@ -394,7 +394,7 @@ class Reached:
 async def reached(
     server: ProviderServer, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Reached]:
-    """Let api.example.test be this machine, and run a second server as its proxy."""
+    """Resolve api.example.test to this machine, and run a second server as a proxy."""
     look_up = socket.getaddrinfo
 
     def only_ours(host: Any, *args: Any, **kwargs: Any) -> Any:
@@ -411,7 +411,7 @@ async def reached(
 async def call_by_name(
     reached: Reached, provider: str, *, loopback: bool = False, **settings: Any
 ) -> None:
-    """Make a call to the server, by a name that is not loopback's."""
+    """Call the server by a name that is not loopback."""
     url = reached.server.base_url(provider)
     if not loopback:
         url = url.replace("127.0.0.1", "api.example.test")
@@ -427,7 +427,7 @@ async def call_by_name(
 async def test_a_proxy_of_the_environment(
     reached: Reached, monkeypatch: pytest.MonkeyPatch, engine: Engine, provider: str
 ) -> None:
-    """HTTP_PROXY takes the requests, which name their host in full."""
+    """HTTP_PROXY receives the requests, which name their host."""
     monkeypatch.setenv("HTTP_PROXY", reached.proxy.origin)
 
     await call_by_name(reached, provider, engine=engine)
@@ -446,14 +446,14 @@ async def test_a_proxy_of_the_environment(
         ({}, "", True),
     ],
 )
-async def test_a_proxy_that_is_passed_by(
+async def test_a_proxy_that_is_bypassed(
     reached: Reached,
     monkeypatch: pytest.MonkeyPatch,
     settings: dict[str, Any],
     no_proxy: str,
     loopback: bool,
 ) -> None:
-    """Switched off, excepted by NO_PROXY, or on loopback: the call goes straight."""
+    """A proxy is bypassed if it is switched off, by NO_PROXY, and for loopback."""
     monkeypatch.setenv("HTTP_PROXY", reached.proxy.origin)
     monkeypatch.setenv("ALL_PROXY", reached.proxy.origin)
     monkeypatch.setenv("NO_PROXY", no_proxy)
@@ -466,7 +466,7 @@ async def test_a_proxy_that_is_passed_by(
 async def test_a_proxy_of_the_settings_wins(
     reached: Reached, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over the environment's, and over NO_PROXY."""
+    """The proxy of the settings wins over the environment and NO_PROXY."""
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("NO_PROXY", "*")
 
@@ -494,7 +494,7 @@ async def call_secure(
 async def test_a_certificate_that_nobody_signed(
     secure: ProviderServer, engine: Engine, provider: str
 ) -> None:
-    """It is refused once, with a word on how to trust it, before any key is sent."""
+    """It is refused once, before a key is sent; the error says how to trust it."""
     with pytest.raises(ServiceUnavailableError, match="SSL_CERT_FILE") as caught:
         await call_secure(secure, provider, engine=engine, max_retries=3)
 
@@ -517,7 +517,7 @@ async def test_a_bundle_that_is_trusted(
 async def test_ssl_cert_file(
     secure: ProviderServer, authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So does SSL_CERT_FILE, the one word of the environment on trust."""
+    """SSL_CERT_FILE makes it trusted too."""
     monkeypatch.setenv("SSL_CERT_FILE", str(authority.file))
 
     await call_secure(secure)
@@ -543,7 +543,7 @@ async def test_no_other_variable_says_whom_to_trust(
     engine: Engine,
     variable: tuple[str, str],
 ) -> None:
-    """No variable of LiteLLM's or of another library's ends the check."""
+    """No variable of LiteLLM or another library turns the check off."""
     name, value = variable
     monkeypatch.setenv(name, value.format(authority=authority.file))
 
@@ -556,7 +556,7 @@ async def test_no_other_variable_says_whom_to_trust(
 async def test_a_certificate_for_another_host(
     secure: ProviderServer, authority: Authority
 ) -> None:
-    """An authority that is trusted still speaks for no other name."""
+    """A certificate of a trusted authority is refused for another host."""
     secure.host = "localhost"
 
     with pytest.raises(ServiceUnavailableError, match="localhost"):
@@ -566,7 +566,7 @@ async def test_a_certificate_for_another_host(
 
 
 async def test_a_bundle_that_cannot_be_read(tmp_path: Path) -> None:
-    """The error names the setting, and no call goes out without the check."""
+    """The error names the setting, and nothing is sent."""
     bundle = tmp_path / "empty.pem"
     bundle.write_text("nothing in here")
     async with ProviderServer() as server:
@@ -582,7 +582,7 @@ async def test_a_bundle_that_cannot_be_read(tmp_path: Path) -> None:
 
 @dataclass
 class Tunnel:
-    """A proxy that opens tunnels and notes what it is told."""
+    """A proxy that opens tunnels and keeps the bytes that it gets."""
 
     told: list[bytes]
     port: int = 0
@@ -612,7 +612,7 @@ class Tunnel:
 async def test_a_proxy_sees_no_key_of_a_https_call(
     secure: ProviderServer, authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is asked for a tunnel by name; the key travels inside."""
+    """The proxy is asked for a tunnel by name; the key travels inside."""
     tunnel = Tunnel([])
     listener = await asyncio.start_server(tunnel.serve, "127.0.0.1", 0)
     port = listener.sockets[0].getsockname()[1]
@@ -629,14 +629,14 @@ async def test_a_proxy_sees_no_key_of_a_https_call(
     assert b"sk-test" not in b"".join(tunnel.told)
 
 
-# --- a key in no word of ours ---------------------------------------------------------------
+# --- keys are never shown ---------------------------------------------------------------
 
 CANARY = "sk-canary-PW4xQ9vT7bN2"
 
 
 @pytest.fixture
 def all_loggers_at_debug() -> Iterator[None]:
-    """Turn on whatever anybody logs."""
+    """Set every logger to DEBUG."""
     loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict]
     loggers += [logging.getLogger(n) for n in ("LiteLLM", "openai", "httpx", "aiohttp")]
     before = [(logger, logger.level) for logger in [logging.root, *loggers]]
@@ -660,7 +660,7 @@ def _chain(exc: BaseException | None) -> Iterator[BaseException]:
 
 
 def _words(exc: BaseException) -> Iterator[str]:
-    """Yield all that an error says, to a reader, to a log or to another process."""
+    """Yield everything that an error shows to a reader, a log or another process."""
     yield from traceback.format_exception(exc)
     for one in _chain(exc):
         yield str(one)
@@ -668,7 +668,14 @@ def _words(exc: BaseException) -> Iterator[str]:
         if isinstance(one, DiPeOLLMError):
             yield repr(vars(one))
             yield pickle.dumps(one).decode("latin-1")
-        # Locals of other packages' frames are theirs; ours must hold no key.
+
+
+def _locals(exc: BaseException) -> Iterator[str]:
+    """Yield the locals of our own frames, as a debugger or an error tracker shows them.
+
+    They hold the key only if the provider echoes it.
+    """
+    for one in _chain(exc):
         for frame, _ in traceback.walk_tb(one.__traceback__):
             if "dipeo_llm" in frame.f_code.co_filename:
                 yield from (repr(value) for value in frame.f_locals.values())
@@ -714,6 +721,8 @@ async def test_a_key_is_in_no_word_of_ours(
                 words += [repr(result), result.model_dump_json()]
             except DiPeOLLMError as exc:
                 words += _words(exc)
+                if CANARY not in repr(reply):
+                    words += _locals(exc)
         await service.get_available_models(provider)
         words += [repr(service), repr(vars(service))]
     words += [record.getMessage() for record in caplog.records]
@@ -725,7 +734,7 @@ async def test_a_key_is_in_no_word_of_ours(
 
 
 def _all_places(words: str) -> bytes:
-    """An answer of every provider at once, with the words wherever a word may be."""
+    """Return an answer of every format at once, with the text in every place."""
     odd = {"k": words}
     body = {
         "model": odd,
@@ -795,7 +804,7 @@ class EchoServer(ProviderServer):
 async def test_an_echoed_key_is_in_no_word_of_ours(
     place: str, key: str, provider: str, engine: Engine
 ) -> None:
-    """Wherever a provider says it, no error does: not whole, nor half, nor in a frame."""
+    """No error repeats a key that a provider echoes, not even half of it."""
     async with EchoServer(strict=False) as server:
         server.default = ECHOES[place](key)
         url = server.base_url(provider)
@@ -826,7 +835,7 @@ async def test_an_echoed_key_is_in_no_word_of_ours(
 async def test_a_proxys_password_is_in_no_word_of_ours(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Neither a proxy that refuses it nor one whose URL is none has it shown."""
+    """It is not shown if the proxy refuses it, or if the proxy's URL is invalid."""
 
     async def refuse(
         reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -863,7 +872,7 @@ async def test_no_secret_of_a_connection_is_written_down(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """SSLKEYLOGFILE would let whoever has the file read every call."""
+    """SSLKEYLOGFILE is ignored: its file would make every call readable."""
     log = tmp_path / "secrets.log"
     monkeypatch.setenv("SSLKEYLOGFILE", str(log))
 
@@ -875,8 +884,8 @@ async def test_no_secret_of_a_connection_is_written_down(
 
 @pytest.mark.parametrize("key", [f"{CANARY}\ud800", f"{CANARY}\nx", f"{CANARY} x"])
 def test_an_adapter_refuses_a_key_that_no_header_can_carry(key: str) -> None:
-    """Made without a service, it does not show it either."""
-    with pytest.raises(APIKeyError, match="no header can carry") as caught:
+    """An adapter without a service does not show the key either."""
+    with pytest.raises(APIKeyError, match="header") as caught:
         create_adapter("openai", "m", key)
 
     shown = traceback.TracebackException.from_exception(caught.value)
@@ -884,7 +893,7 @@ def test_an_adapter_refuses_a_key_that_no_header_can_carry(key: str) -> None:
 
 
 async def test_a_row_of_a_database_is_a_record() -> None:
-    """`sqlite3.Row` has keys and no `get`."""
+    """`sqlite3.Row` has `keys` but no `get`."""
     with closing(sqlite3.connect(":memory:")) as base:
         base.row_factory = sqlite3.Row
         row = base.execute(f"select '{CANARY}' as key, 'openai' as service").fetchone()
@@ -893,7 +902,9 @@ async def test_a_row_of_a_database_is_a_record() -> None:
         def get_api_key(self, api_key_id: str) -> Any:
             return row
 
-    key = await find_key(Port(), "mine", None)
+    key = await find_key(
+        Port(), "mine", service=None, needs_key=True, owner=lambda name: name
+    )
 
     assert key.secret is not None
     assert key.secret.get_secret_value() == CANARY
@@ -919,7 +930,7 @@ ODD_NAMES = [
 async def test_a_models_name_steers_no_url(
     server: ProviderServer, name: str, service_name: str
 ) -> None:
-    """A name that would be more than a name in a path is refused before it is sent."""
+    """A name with a meaning in URLs is refused before anything is sent."""
     record = {"key": "sk-test", "base_url": server.base_url("google")}
     keys = StaticAPIKeys({"mine": record})
     async with LLMInfraService(keys, settings=Settings(max_retries=0)) as service:
@@ -932,18 +943,18 @@ async def test_a_models_name_steers_no_url(
 
 
 async def test_a_key_that_no_header_can_carry() -> None:
-    """A key with a line break in it is refused without being shown."""
+    """A key with a line break is refused and not shown."""
     keys = StaticAPIKeys({"openai": f"{CANARY}\n{CANARY}"})
 
     async with LLMInfraService(keys, settings=Settings()) as service:
-        with pytest.raises(APIKeyError, match="no header can carry") as caught:
+        with pytest.raises(APIKeyError, match="header") as caught:
             await service.complete(HELLO, "gpt-4.1-nano", "openai")
 
     assert [word for word in _words(caught.value) if CANARY in word] == []
 
 
 async def test_a_key_in_a_base_url() -> None:
-    """A base URL that carries a secret is refused without being shown."""
+    """A base URL with a password is refused and not shown."""
     record = {"key": CANARY, "base_url": f"http://user:{CANARY}@127.0.0.1:9/v1"}
     keys = StaticAPIKeys({"openai": record})
 

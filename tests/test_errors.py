@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from dipeo_llm import errors
-from dipeo_llm.adapters.base import create_adapter
-from dipeo_llm.adapters.factory import by_name, split, unknown_model
+from dipeo_llm.adapters.factory import by_name, create_adapter, resolve, unknown_model
 from dipeo_llm.errors import (
     APIKeyError,
     APIKeyNotFoundError,
+    CallError,
     ContentFilterError,
     ContextWindowError,
     DiPeOLLMError,
@@ -32,9 +32,10 @@ from dipeo_llm.settings import Settings
 
 PARENTS: dict[type[DiPeOLLMError], type[DiPeOLLMError]] = {
     SettingsError: DiPeOLLMError,
-    APIKeyError: DiPeOLLMError,
+    CallError: DiPeOLLMError,
+    APIKeyError: CallError,
     APIKeyNotFoundError: APIKeyError,
-    LLMServiceError: DiPeOLLMError,
+    LLMServiceError: CallError,
     InvalidRequestError: LLMServiceError,
     ContextWindowError: LLMServiceError,
     ContentFilterError: LLMServiceError,
@@ -46,9 +47,7 @@ PARENTS: dict[type[DiPeOLLMError], type[DiPeOLLMError]] = {
     StreamInterruptedError: LLMServiceError,
     StructuredOutputError: LLMServiceError,
 }
-CALL_ERRORS = [
-    cls for cls in PARENTS if issubclass(cls, (APIKeyError, LLMServiceError))
-]
+CALL_ERRORS = [cls for cls in PARENTS if issubclass(cls, CallError)]
 RETRYABLE = {RateLimitError, ServiceUnavailableError, LLMTimeoutError}
 FIELDS: dict[str, Any] = {
     "service": "openai",
@@ -214,7 +213,7 @@ def test_an_error_can_be_copied(cls: Any, duplicate: Callable[[Any], Any]) -> No
 
 
 PROVOKED: dict[str, Callable[[], Any]] = {
-    "no model": lambda: split("\n"),
+    "no model": lambda: resolve("\n"),
     "no service": lambda: by_name("open\nai"),
     "no provider": lambda: _raise(unknown_model("no\nsuch")),
     "no key": lambda: create_adapter("openai", "gpt\n4", ""),

@@ -1,4 +1,4 @@
-"""Every fault, on every provider, whole and streamed, by both engines.
+"""Every fault, on every provider, whole and streamed, on the direct engine.
 
 `MATRIX` says what each fault is and what a caller must see of it. The same table is
 published in docs/reliability.md: `python -m tests.test_fault_matrix` makes every fault
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
@@ -36,17 +36,9 @@ from dipeo_llm import (
     StaticAPIKeys,
     StreamInterruptedError,
 )
-from dipeo_llm.settings import Engine
-from tests.conftest import PROVIDERS, Authority, found_authority
+from tests.conftest import MODELS, PROVIDERS, Authority, make_authority
 from tests.provider_server import Answer, Fault, ProviderServer, Raw, error
 
-ENGINES: tuple[Engine, ...] = tuple(e for e in get_args(Engine) if e != "auto")
-MODELS = {
-    "openai": "gpt-4.1-nano",
-    "anthropic": "claude-sonnet-4-5",
-    "google": "gemini-2.5-flash",
-    "ollama": "llama3.2",
-}
 JSON = {"content-type": "application/json"}
 EMPTY: dict[str, dict[str, Any]] = {
     "openai": {"id": "x", "object": "chat.completion", "choices": []},
@@ -249,23 +241,22 @@ MATRIX = (
 
 @dataclass(frozen=True)
 class Cell:
-    """One fault of one provider, for a call or a stream, by one engine."""
+    """One fault of one provider, for a call or a stream."""
 
     row: Row
     provider: str
     streamed: bool
-    engine: Engine
 
     def __str__(self) -> str:
         kind = "stream" if self.streamed else "call"
-        return f"{self.row.name}-{self.provider}-{kind}-{self.engine}"
+        return f"{self.row.name}-{self.provider}-{kind}"
 
 
 def cells(row: Row) -> Iterator[Cell]:
     """All cells of a row."""
     kinds = [True] if row.call is None else [False, True]
-    for provider, streamed, engine in itertools.product(row.providers, kinds, ENGINES):
-        yield Cell(row, provider, streamed, engine)
+    for provider, streamed in itertools.product(row.providers, kinds):
+        yield Cell(row, provider, streamed)
 
 
 @dataclass
@@ -317,23 +308,23 @@ async def ask(service: LLMInfraService, cell: Cell) -> str:
     return (await stream.result()).text
 
 
-def service_at(url: str, engine: Engine, **settings: Any) -> LLMInfraService:
+def service_at(url: str, **settings: Any) -> LLMInfraService:
     """Return a service whose one key leads to a base URL."""
     keys = StaticAPIKeys({"k": {"key": KEY, "base_url": url}})
-    options = Settings(engine=engine, max_retries=1, retry_wait=0.01, **settings)
+    options = Settings(engine="direct", max_retries=1, retry_wait=0.01, **settings)
     return LLMInfraService(keys, settings=options)
 
 
-_warm: set[tuple[str, str, bool]] = set()
+_warm: set[tuple[str, bool]] = set()
 
 
 async def warm_up(places: Places, cell: Cell) -> None:
     """Make LiteLLM's late imports, which take longer than some attempts here may."""
-    if (cell.provider, cell.engine, cell.streamed) in _warm:
+    if (cell.provider, cell.streamed) in _warm:
         return
-    _warm.add((cell.provider, cell.engine, cell.streamed))
+    _warm.add((cell.provider, cell.streamed))
     url = places.url("server", cell.provider)
-    async with service_at(url, cell.engine) as service:
+    async with service_at(url) as service:
         await ask(service, cell)
     places.server.requests.clear()
 
@@ -349,7 +340,7 @@ async def check(cell: Cell, authority: Authority) -> None:
         failed: DiPeOLLMError | None = None
         text = ""
         async with service_at(
-            url, cell.engine, timeout=row.timeout, idle_timeout=row.timeout
+            url, timeout=row.timeout, idle_timeout=row.timeout
         ) as service:
             if row.leads_to == "server, after a break":
                 await ask(service, cell)
@@ -433,7 +424,7 @@ async def publish() -> bool:
     """Make every fault, write the table, and say whether all cells came out right."""
     lines = []
     with tempfile.TemporaryDirectory() as folder:
-        authority = found_authority(Path(folder))
+        authority = make_authority(Path(folder))
         for row in MATRIX:
             wrong = await asyncio.gather(
                 *(check(cell, authority) for cell in cells(row)), return_exceptions=True

@@ -1,4 +1,4 @@
-"""What works with which provider, tried on both engines.
+"""What works with which provider, tried on the direct engine.
 
 Each feature is a function that uses it, through the loopback server, as a caller would.
 The table in README.md is made of what came of it: `python -m tests.test_features` tries
@@ -29,25 +29,14 @@ from dipeo_llm import (
     LLMInfraService,
     RateLimits,
     Settings,
-    StaticAPIKeys,
     StructuredOutputError,
     ToolConfig,
     ToolType,
     WebSearchResult,
 )
 from dipeo_llm.domain import StreamChunk
-from dipeo_llm.settings import Engine
-from tests.conftest import PROVIDERS
+from tests.conftest import HELLO, MODELS, PROVIDERS, keys_for
 from tests.provider_server import Answer, ProviderServer, Received
-
-ENGINES: tuple[Engine, ...] = ("direct", "litellm")
-MODELS = {
-    "openai": "gpt-4.1-nano",
-    "anthropic": "claude-sonnet-4-5",
-    "google": "gemini-2.5-flash",
-    "ollama": "qwen3:4b",
-}
-HELLO: list[dict[str, Any]] = [{"role": "user", "content": "Hello"}]
 
 
 def _png() -> bytes:
@@ -76,7 +65,7 @@ class Server(ProviderServer):
 
 @dataclass
 class Bench:
-    """A provider, an engine, and a service between them."""
+    """A provider, and a service that asks it."""
 
     server: ProviderServer
     service: LLMInfraService
@@ -93,10 +82,12 @@ class Bench:
             messages or HELLO, model or MODELS[self.provider], self.provider, **options
         )
 
-    async def stream(self, **options: Any) -> tuple[list[StreamChunk], ChatResult]:
+    async def stream(
+        self, model: str | None = None, **options: Any
+    ) -> tuple[list[StreamChunk], ChatResult]:
         """Read a stream to its end."""
         stream = self.service.stream(
-            HELLO, MODELS[self.provider], self.provider, **options
+            HELLO, model or MODELS[self.provider], self.provider, **options
         )
         async with stream:
             chunks = [chunk async for chunk in stream]
@@ -109,23 +100,13 @@ class Bench:
 
 
 @contextlib.asynccontextmanager
-async def bench(provider: str, engine: Engine) -> AsyncIterator[Bench]:
+async def bench(provider: str) -> AsyncIterator[Bench]:
     """Open a server, and a service that asks it; pictures may lie in a folder."""
     with tempfile.TemporaryDirectory() as folder:
         await asyncio.to_thread(Path(folder, "red.png").write_bytes, PNG)
         async with Server() as server:
-            keys = StaticAPIKeys(
-                {
-                    name: {
-                        "key": f"sk-test-{name}",
-                        "service": name,
-                        "base_url": server.base_url(name),
-                    }
-                    for name in PROVIDERS
-                }
-            )
-            settings = Settings(engine=engine, max_retries=0, base_dir=Path(folder))
-            async with LLMInfraService(keys, settings=settings) as service:
+            settings = Settings(engine="direct", max_retries=0, base_dir=Path(folder))
+            async with LLMInfraService(keys_for(server), settings=settings) as service:
                 yield Bench(server, service, provider)
 
 
@@ -318,9 +299,13 @@ async def web_search(b: Bench) -> None:
     pages = [("https://a.example/1", "One"), ("https://b.example/2", "Two")]
     b.server.default = Answer("It rains.", citations=pages)
 
-    whole = await b.ask(tools=[ToolConfig(type=ToolType.WEB_SEARCH)])
+    # OpenAI's nano models do not search.
+    model = "gpt-4.1-mini" if b.provider == "openai" else None
+    whole = await b.ask(model=model, tools=[ToolConfig(type=ToolType.WEB_SEARCH)])
     assert b.body["tools"] == [SEARCHES[b.provider]]
-    _, streamed = await b.stream(tools=[ToolConfig(type=ToolType.WEB_SEARCH_PREVIEW)])
+    _, streamed = await b.stream(
+        model, tools=[ToolConfig(type=ToolType.WEB_SEARCH_PREVIEW)]
+    )
 
     for result in (whole, streamed):
         (output,) = result.tool_outputs or []
@@ -753,9 +738,9 @@ def table(works: Callable[[Feature, str], bool]) -> str:
     return "\n".join(lines)
 
 
-async def outcome(row: Feature, provider: str, engine: Engine) -> bool:
+async def outcome(row: Feature, provider: str) -> bool:
     """Try a feature; whether it is there."""
-    async with bench(provider, engine) as b:
+    async with bench(provider) as b:
         try:
             await row.use(b)
         except InvalidRequestError:
@@ -767,34 +752,31 @@ async def outcome(row: Feature, provider: str, engine: Engine) -> bool:
         return True
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
     ("row", "provider"),
     [(row, provider) for row, provider in CELLS if provider not in row.missing],
     ids=lambda value: getattr(value, "name", value),
 )
-async def test_a_feature(row: Feature, provider: str, engine: Engine) -> None:
-    """What the table says works does, on either engine."""
-    async with bench(provider, engine) as b:
+async def test_a_feature(row: Feature, provider: str) -> None:
+    """What the table says works does."""
+    async with bench(provider) as b:
         await row.use(b)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
     ("row", "provider"),
     [(row, provider) for row, provider in CELLS if provider in row.missing],
     ids=lambda value: getattr(value, "name", value),
 )
-async def test_what_is_not_there(row: Feature, provider: str, engine: Engine) -> None:
+async def test_what_is_not_there(row: Feature, provider: str) -> None:
     """What the table says a provider does not have cannot be had from it."""
-    assert not await outcome(row, provider, engine)
+    assert not await outcome(row, provider)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-async def test_a_search_model_of_openai(engine: Engine) -> None:
+async def test_a_search_model_of_openai() -> None:
     """OpenAI's search models search in a chat completion, with their own option."""
     tool = ToolConfig(type="web_search", config={"search_context_size": "low"})
-    async with bench("openai", engine) as b:
+    async with bench("openai") as b:
         b.server.reply(Answer("Rain.", citations=[("https://a.example/", "A")]))
 
         result = await b.ask(model="gpt-4o-search-preview", tools=[tool])
@@ -818,12 +800,9 @@ def test_the_table_is_published() -> None:
 
 
 async def main() -> None:
-    """Try everything on both engines, and write what came of it into README.md."""
+    """Try everything, and write what came of it into README.md."""
     works = {
-        (row.name, provider): all(
-            [await outcome(row, provider, engine) for engine in ENGINES]
-        )
-        for row, provider in CELLS
+        (row.name, provider): await outcome(row, provider) for row, provider in CELLS
     }
     text = README.read_text()
     before, _, rest = text.partition(BEGIN)

@@ -38,21 +38,13 @@ from dipeo_llm.settings import Engine, Settings
 from dipeo_llm.testing import cassette_file
 from dipeo_llm.testing.cassette_file import CassetteError
 from tests import provider_server
-from tests.conftest import PROVIDERS
+from tests.conftest import HELLO, MODELS, each_provider
 from tests.provider_server import Answer, ProviderServer, Raw, Received
 
-HELLO = [{"role": "user", "content": "Hello"}]
-MODELS = {
-    "openai": "gpt-4.1-nano",
-    "anthropic": "claude-sonnet-4-5",
-    "google": "gemini-2.5-flash",
-    "ollama": "llama3.2",
-}
 MIB = 1024 * 1024
 # Far above what a call takes, far below what is sent.
 LITTLE = 128 * MIB
 
-each_provider = pytest.mark.parametrize("provider", PROVIDERS)
 each_engine = pytest.mark.parametrize("engine", ["direct", "litellm"])
 each_way = pytest.mark.parametrize("stream", [False, True], ids=["call", "stream"])
 

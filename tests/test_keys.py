@@ -13,7 +13,7 @@ from pydantic import SecretStr
 from dipeo_llm.adapters.factory import by_name
 from dipeo_llm.domain import LLMService
 from dipeo_llm.errors import APIKeyError, APIKeyNotFoundError
-from dipeo_llm.keys import EnvironmentAPIKeys, Key, StaticAPIKeys, find_key
+from dipeo_llm.keys import NO_KEY, EnvironmentAPIKeys, Key, StaticAPIKeys, find_key
 from dipeo_llm.ports import APIKeyPort
 from dipeo_llm.service import LLMInfraService
 from dipeo_llm.settings import Settings
@@ -21,8 +21,6 @@ from tests.provider_server import ProviderServer
 
 USER = [{"role": "user", "content": "hello"}]
 PACKAGE = Path(find_key.__code__.co_filename).parent
-OPENAI = by_name("openai")
-OLLAMA = by_name("ollama")
 
 
 class Vault:
@@ -51,6 +49,15 @@ def failing(error: Exception) -> Vault:
         raise error
 
     return Vault(fail)
+
+
+async def find(port: Any, api_key_id: str | None = "id", **asked: Any) -> Key:
+    """Find a key as the service does, for OpenAI where nothing else is said."""
+    asked.setdefault("service", "openai")
+    asked.setdefault("needs_key", True)
+    return await find_key(
+        port, api_key_id, owner=lambda name: by_name(name).name, **asked
+    )
 
 
 @pytest.mark.parametrize(
@@ -184,7 +191,7 @@ def test_an_unknown_static_id_lists_the_known_ones() -> None:
     with pytest.raises(APIKeyNotFoundError) as caught:
         StaticAPIKeys({"b": "sk-secret", "a": "sk-secret"}).get_api_key("c")
 
-    assert str(caught.value) == "no key 'c'; known are: a, b"
+    assert str(caught.value) == "there is no key 'c'; known ids are: a, b"
 
 
 def test_nothing_that_holds_a_key_prints_it() -> None:
@@ -262,9 +269,9 @@ class _Service(StrEnum):
 )
 async def test_what_a_record_says_is_read(record: Any, expected: Any) -> None:
     """A record's key is trimmed; its service and base URL are taken where given."""
-    provider = by_name(record["service"]) if record.get("service") else OPENAI
+    service = record.get("service") or "openai"
 
-    key = await find_key(Vault(lambda _: record), "id", provider)
+    key = await find(Vault(lambda _: record), service=str(service))
 
     assert key.secret is not None
     assert (key.secret.get_secret_value(), key.service, key.base_url) == expected
@@ -275,25 +282,72 @@ async def test_a_key_goes_to_no_other_provider(server: ProviderServer) -> None:
     vault = Vault(lambda _: {"key": "sk-1", "service": "anthropic"})
 
     async with LLMInfraService(vault, settings=Settings()) as service:
-        with pytest.raises(APIKeyError, match="anthropic's and was not sent to openai"):
+        with pytest.raises(APIKeyError, match="anthropic and was not sent to openai"):
             await service.complete(USER, "gpt-4o-mini", "team-a")
 
 
 @pytest.mark.parametrize("record", [None, 5, "sk-1", ["sk-1"], {"key": 5}])
 async def test_a_record_that_is_none_is_refused(record: Any) -> None:
     """A port that returns something else than a record is named, without the value."""
-    with pytest.raises(APIKeyError, match="no mapping") as caught:
-        await find_key(Vault(lambda _: record), "id", OPENAI)
+    with pytest.raises(APIKeyError, match="must be a mapping") as caught:
+        await find(Vault(lambda _: record))
 
     assert "sk-1" not in str(caught.value)
 
 
-def test_a_key_in_place_of_its_id_is_not_shown() -> None:
-    """Whoever gives the key itself for its id does not find it in a log."""
-    with pytest.raises(APIKeyNotFoundError) as caught:
-        EnvironmentAPIKeys().get_api_key("sk-proj-1234567890")
+@pytest.mark.parametrize(
+    "port", [EnvironmentAPIKeys(), StaticAPIKeys({"team": "sk-1"})]
+)
+@pytest.mark.parametrize(
+    "key", ["sk-proj-1234567890", "AKIA1234567890", "xoxb-1234567890", "x" * 65]
+)
+def test_a_key_in_place_of_its_id_is_refused_and_not_shown(
+    port: APIKeyPort, key: str
+) -> None:
+    """The error says in a sentence what was mixed up, and which ids there are."""
+    with pytest.raises(APIKeyNotFoundError, match="pass the id") as caught:
+        port.get_api_key(key)
 
-    assert "1234567890" not in str(caught.value)
+    assert key[4:] not in str(caught.value)
+    assert "team" in str(caught.value) or "openai" in str(caught.value)
+
+
+async def test_the_environment_needs_no_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the provider is known, its usual variable is found without one."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
+
+    key = await find(EnvironmentAPIKeys(), None)
+
+    assert key.secret is not None
+    assert key.secret.get_secret_value() == "sk-1"
+    with pytest.raises(APIKeyNotFoundError, match="ANTHROPIC_API_KEY"):
+        await find(EnvironmentAPIKeys(), None, service="anthropic")
+    with pytest.raises(APIKeyNotFoundError, match="api_key_id"):
+        await find(EnvironmentAPIKeys(), None, service=None)
+
+
+async def test_no_key_of_the_environment_goes_where_none_is_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A server on loopback that is called as OpenAI's is not told OpenAI's key."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
+
+    assert await find(EnvironmentAPIKeys(), None, needs_key=False) == NO_KEY
+
+
+@pytest.mark.parametrize(
+    ("base_url", "is_refused"), [("http://127.0.0.1:8000", False), ("http://x", True)]
+)
+async def test_a_local_server_needs_no_key(base_url: str, is_refused: bool) -> None:
+    """A record may name a server on loopback and have no key for it."""
+    vault = Vault(lambda _: {"key": "", "base_url": base_url})
+    looked = find(vault, is_local=lambda url: url == "http://127.0.0.1:8000")
+
+    if is_refused:
+        with pytest.raises(APIKeyNotFoundError, match="is empty"):
+            await looked
+    else:
+        assert (await looked).base_url == base_url
 
 
 @pytest.mark.parametrize("api_key_id", [None, ""])
@@ -308,17 +362,28 @@ async def test_a_call_without_a_key_id_is_refused_before_it_is_sent(
 
 
 @pytest.mark.parametrize("key", ["", "  ", "\n", None, SecretStr("")])
-async def test_an_empty_key_is_refused_before_it_is_sent(
-    server: ProviderServer, key: Any
-) -> None:
+async def test_an_empty_key_is_refused_before_it_is_sent(key: Any) -> None:
     """A key that is set but empty is reported as missing, by its id."""
-    vault = Vault(lambda _: {"key": key, "base_url": server.base_url("openai")})
+    vault = Vault(lambda _: {"key": key, "base_url": "https://llm.example.com/v1"})
 
     async with LLMInfraService(vault, settings=Settings()) as service:
         with pytest.raises(APIKeyNotFoundError, match="'team-a'"):
             await service.complete(USER, "gpt-4o-mini", "team-a")
 
-    assert server.requests == []
+
+async def test_a_server_on_this_machine_is_called_without_a_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A server such as llama.cpp's needs none, and is not told the environment's."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-cloud")
+    async with ProviderServer(strict=False) as server:
+        settings = Settings(base_urls={"openai": server.base_url("openai")})
+
+        async with LLMInfraService(EnvironmentAPIKeys(), settings=settings) as service:
+            result = await service.complete(USER, "my-model", service="openai")
+
+    assert result.text == "Hello from the loopback."
+    assert "sk-of-the-cloud" not in str(server.requests[0].headers)
 
 
 @pytest.mark.parametrize("bad", ["\r\n", "\n", "\0", "\t", "\x7f", " ", "é", "\u2028"])
@@ -428,7 +493,7 @@ async def test_no_id_is_no_key_where_none_is_needed() -> None:
     """Without an id the store is not even asked on behalf of Ollama."""
     vault = failing(RuntimeError("asked"))
 
-    key = await find_key(vault, None, OLLAMA)
+    key = await find(vault, None, service="ollama", needs_key=False)
 
     assert key.secret is not None
     assert key.secret.get_secret_value() == ""

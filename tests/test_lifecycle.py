@@ -24,16 +24,9 @@ from dipeo_llm.errors import (
 from dipeo_llm.keys import StaticAPIKeys
 from dipeo_llm.service import LLMInfraService
 from dipeo_llm.settings import Engine, Settings
-from tests.conftest import PROVIDERS
+from tests.conftest import HELLO, MODELS, PROVIDERS
 from tests.provider_server import Answer, ProviderServer, error
 
-HELLO = [{"role": "user", "content": "Hello"}]
-MODELS = {
-    "openai": "gpt-4.1-nano",
-    "anthropic": "claude-sonnet-4-5",
-    "google": "gemini-2.5-flash",
-    "ollama": "llama3.2",
-}
 # What LiteLLM and the SDK under it keep running, for the loop or the process.
 LITELLMS_TASKS = {"LoggingWorker._worker_loop"}
 LITELLMS_THREADS = {"litellm-logging", "AnyIO worker thread"}

@@ -18,10 +18,8 @@ from dipeo_llm import (
     Settings,
     StaticAPIKeys,
 )
-from tests.conftest import PROVIDERS
+from tests.conftest import PROVIDERS, each_provider
 from tests.provider_server import ProviderServer, Raw, Received, error
-
-each_provider = pytest.mark.parametrize("provider", PROVIDERS)
 
 
 class ListingServer(ProviderServer):

@@ -1,4 +1,4 @@
-"""Pictures, PDFs and sound: what a provider gets, and what is refused before it."""
+"""Pictures, PDFs and sounds: what a provider gets, and what is refused."""
 
 import asyncio
 import base64
@@ -15,7 +15,7 @@ from typing import Any, Self
 import pytest
 
 from dipeo_llm import fetch, media
-from dipeo_llm.adapters.base import create_adapter
+from dipeo_llm.adapters.factory import by_name, create_adapter
 from dipeo_llm.domain import ChatRequest
 from dipeo_llm.errors import InvalidRequestError, LLMServiceError
 from dipeo_llm.keys import StaticAPIKeys
@@ -43,7 +43,7 @@ MP3 = b"ID3\x04\x00\x00\x00\x00\x00\x00"
 
 
 PRIVATE = Settings(allow_private_urls=True)
-"""Under these URLs may lead to this machine."""
+"""Settings that allow URLs of this machine."""
 
 
 def data_url(media_type: str, data: bytes) -> str:
@@ -107,8 +107,23 @@ async def refused(part: Any, provider: str = "openai", **options: Any) -> str:
 # --- what reaches the provider -------------------------------------------------------
 
 
+async def sent(
+    server: ProviderServer, provider: str, content: list[Any], **options: Any
+) -> Any:
+    """Complete a message, and return the body of the request that the provider got."""
+    adapter = create_adapter(
+        provider, MODELS[provider], "sk-test", server.base_url(provider)
+    )
+    messages = await prepare(
+        [{"role": "user", "content": content}], provider, **options
+    )
+    await adapter.complete(ChatRequest(messages=messages))
+    await adapter.aclose()
+    return server.requests[-1].json
+
+
 def received(provider: str, body: Any) -> list[tuple[str, bytes]]:
-    """Return the media of the last message on a wire, and its type where there is one."""
+    """Return type and bytes of the media in the last message of a request."""
     if provider == "google":
         parts = [
             part.get("inlineData") or part.get("inline_data")
@@ -174,46 +189,27 @@ WIRE = [
 async def test_bytes_of_a_file_reach_the_provider(
     server: ProviderServer, tmp_path: Path, provider: str, data: bytes, kind: str
 ) -> None:
-    """A local file arrives byte for byte, as what it is, whatever it is called."""
+    """A local file arrives byte for byte, with the type that its bytes show."""
     (tmp_path / "unnamed").write_bytes(data)
-    adapter = create_adapter(
-        provider, MODELS[provider], "sk-test", server.base_url(provider)
-    )
-    messages = await prepare(
-        [{"role": "user", "content": ["What is this?", Path("unnamed")]}],
-        provider,
-        base_dir=tmp_path,
-    )
+    content = ["What is this?", Path("unnamed")]
 
-    await adapter.complete(ChatRequest(messages=messages))
+    body = await sent(server, provider, content, base_dir=tmp_path)
 
-    await adapter.aclose()
-    assert received(provider, server.requests[-1].json) == [(kind, data)]
+    assert received(provider, body) == [(kind, data)]
 
 
 @pytest.mark.parametrize("provider", [p for p in PROVIDERS if p != "openai"])
 async def test_bytes_of_a_url_reach_the_provider(
     server: ProviderServer, provider: str
 ) -> None:
-    """A provider that wants bytes gets those that stand behind a URL."""
-    adapter = create_adapter(
-        provider, MODELS[provider], "sk-test", server.base_url(provider)
-    )
-    url = f"{server.origin}/image.png?token=of-the-picture"
-    messages = await prepare(
-        [{"role": "user", "content": ["What is this?", image(url)]}],
-        provider,
-        settings=Settings(
-            allow_private_urls=True, extra_headers={"x-secret": "s3cret"}
-        ),
-    )
+    """A provider that takes bytes gets those that a URL leads to."""
+    content = ["What is this?", image(f"{server.origin}/image.png?token=abc")]
+    settings = Settings(allow_private_urls=True, extra_headers={"x-secret": "s3cret"})
 
-    await adapter.complete(ChatRequest(messages=messages))
+    body = await sent(server, provider, content, settings=settings)
 
-    await adapter.aclose()
-    fetch, call = server.requests
-    assert [data for _, data in received(provider, call.json)] == [PNG]
-    assert set(fetch.headers) == {
+    assert [data for _, data in received(provider, body)] == [PNG]
+    assert set(server.requests[0].headers) == {
         "host",
         "user-agent",
         "accept",
@@ -225,20 +221,14 @@ async def test_bytes_of_a_url_reach_the_provider(
 async def test_openai_gets_a_picture_by_its_url(server: ProviderServer) -> None:
     """OpenAI fetches a picture itself, so nothing is fetched here."""
     url = "https://pictures.example/a%20cat.png?size=1&size=2#top"
-    adapter = create_adapter(
-        "openai", MODELS["openai"], "sk-test", server.base_url("openai")
-    )
-    messages = await prepare([{"role": "user", "content": [image(url)]}])
 
-    await adapter.complete(ChatRequest(messages=messages))
+    body = await sent(server, "openai", [image(url)])
 
-    await adapter.aclose()
-    sent = server.requests[-1].json["messages"][-1]["content"]
-    assert sent == [{"type": "image_url", "image_url": {"url": url}}]
+    assert body["messages"][-1]["content"] == [image(url)]
 
 
 async def test_openai_gets_the_bytes_of_a_pdf(server: ProviderServer) -> None:
-    """OpenAI's chat endpoint takes no PDF by URL, so it gets the bytes and a name."""
+    """OpenAI's chat endpoint does not take a PDF by URL: it gets the bytes and a name."""
     part = file(file_data=f"{server.origin}/file.pdf")
 
     got = await prepared(part, settings=PRIVATE)
@@ -251,7 +241,7 @@ async def test_openai_gets_the_bytes_of_a_pdf(server: ProviderServer) -> None:
 async def test_other_providers_get_a_data_url(
     server: ProviderServer, provider: str
 ) -> None:
-    """A provider that nothing is known of gets the bytes in OpenAI's form."""
+    """A provider without rules gets the bytes in OpenAI's form."""
     part = image(f"{server.origin}/image.png")
 
     got = await prepared(part, provider, settings=PRIVATE)
@@ -316,7 +306,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("given", "expected"), FORMS)
 async def test_form_of_a_part(folder: Path, given: Any, expected: Any) -> None:
-    """Each form of a part becomes OpenAI's own, and what was given stays as it was."""
+    """Each form of a part becomes OpenAI's own; the caller's part is not changed."""
     before = copy.deepcopy(given)
 
     got = await prepared(given, base_dir=folder)
@@ -326,7 +316,7 @@ async def test_form_of_a_part(folder: Path, given: Any, expected: Any) -> None:
 
 
 async def test_plain_messages_come_back_as_they_are() -> None:
-    """Messages of text, or without a content, are handed through untouched."""
+    """Messages of text or without content come back unchanged."""
     messages: list[dict[str, Any]] = [
         {"role": "user", "content": "Hello"},
         {"role": "assistant", "content": None, "tool_calls": []},
@@ -338,7 +328,7 @@ async def test_plain_messages_come_back_as_they_are() -> None:
 
 
 async def test_parts_are_copies() -> None:
-    """What is written into a prepared part later does not reach the caller's own."""
+    """Writing into a prepared part does not change the caller's part."""
     part = {"type": "file", "file": {"file_id": "file-123"}}
     messages = [{"role": "user", "content": [part]}]
 
@@ -351,7 +341,7 @@ async def test_parts_are_copies() -> None:
 
 
 async def test_same_url_is_fetched_once(server: ProviderServer) -> None:
-    """A picture that stands in a conversation twice is fetched once."""
+    """A picture that occurs twice in a conversation is fetched once."""
     part = image(f"{server.origin}/image.png")
     message = {"role": "user", "content": (part, part)}
 
@@ -362,7 +352,7 @@ async def test_same_url_is_fetched_once(server: ProviderServer) -> None:
 
 
 async def test_base_dir_of_the_settings_is_used(folder: Path) -> None:
-    """Without a folder of its own, a call takes the settings' base directory."""
+    """A call without a base directory takes that of the settings."""
     got = await prepared(Path("cat.png"), settings=Settings(base_dir=folder))
 
     assert got == image(PNG_URL)
@@ -377,13 +367,13 @@ STORED = [
 
 @pytest.mark.parametrize("part", [*STORED, {**STORED[0], "cache_control": {}}])
 async def test_google_keeps_its_own_files(part: dict[str, Any]) -> None:
-    """A file on Google's servers is named to Google as it is, and fetched by nobody."""
+    """The name of a file on Google's servers goes to Google unchanged; nothing is fetched."""
     assert await prepared({**part, "file_data": EVIL}, "google") == part
 
 
 @pytest.mark.parametrize("part", STORED)
 async def test_the_result_of_a_tool_takes_no_stored_file(part: dict[str, Any]) -> None:
-    """LiteLLM would fetch it for Google, or leave it out."""
+    """It is refused: LiteLLM would fetch it for Google, or drop it."""
     with pytest.raises(InvalidRequestError, match="takes no stored file, only its"):
         await prepare(
             [{"role": "tool", "tool_call_id": "a", "content": [part]}], "google"
@@ -391,7 +381,7 @@ async def test_the_result_of_a_tool_takes_no_stored_file(part: dict[str, Any]) -
 
 
 def source(kind: str, **body: Any) -> dict[str, Any]:
-    """Make a part as Anthropic has it."""
+    """Make a part in Anthropic's spelling."""
     return {"type": kind, "source": body, "cache_control": {"type": "ephemeral"}}
 
 
@@ -435,7 +425,7 @@ SPELT: list[tuple[str, Any, Any]] = [
 async def test_parts_as_other_interfaces_spell_them(
     provider: str, given: Any, expected: Any
 ) -> None:
-    """A picture is one in Anthropic's words too, and a document stays where it is read."""
+    """Anthropic's spelling works for every provider; documents stay if they are read."""
     assert await prepared(given, provider) == expected
 
 
@@ -493,7 +483,7 @@ NOT_TAKEN: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize(("provider", "part", "reason"), NOT_TAKEN)
 async def test_part_that_is_not_taken(provider: str, part: Any, reason: str) -> None:
-    """What a provider would drop or refuse is an error that says which part, and why."""
+    """A part that a provider would drop or refuse is an error with its place and reason."""
     message = await refused(part, provider)
 
     assert message.startswith("message 0, part 0: ")
@@ -501,7 +491,7 @@ async def test_part_that_is_not_taken(provider: str, part: Any, reason: str) -> 
 
 
 async def test_error_holds_none_of_the_data() -> None:
-    """A large data: URL that is refused does not fill the log."""
+    """The error for a large data: URL does not repeat it."""
     message = await refused(image("data:image/png;base64," + "A" * 5001))
 
     assert "AAAA" not in message
@@ -526,7 +516,7 @@ async def test_too_large_together(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 async def test_data_url_of_the_largest_size(provider: str) -> None:
-    """The limit itself is taken, more is not."""
+    """A file of exactly the limit is taken; a larger one is refused."""
     largest = data_url("image/png", bytes(media.MAX_BYTES))
     larger = data_url("image/png", bytes(media.MAX_BYTES + 3))
 
@@ -592,12 +582,12 @@ def link_to_itself(path: Path) -> None:
 
 
 def text(path: Path) -> None:
-    """Write a file that is no picture, whatever its name says."""
+    """Write text into a file with the name of a picture."""
     path.write_bytes(b"API_KEY=secret")
 
 
 def large(path: Path) -> None:
-    """Write a picture of a size that is a byte too large, without taking the room."""
+    """Write a sparse file that is one byte too large."""
     path.write_bytes(PNG)
     os.truncate(path, media.MAX_BYTES + 1)
 
@@ -624,7 +614,7 @@ JAIL: list[tuple[str, Callable[[Path], Any], str]] = [
 async def test_file_that_is_not_read(
     folder: Path, name: str, make: Callable[[Path], Any], reason: str
 ) -> None:
-    """A file outside the folder, or that is no picture, is refused by name."""
+    """A file outside the folder, or without a picture in it, is refused by name."""
     if make is not outside:
         make(folder / name)
 
@@ -635,7 +625,7 @@ async def test_file_that_is_not_read(
 
 
 async def test_link_inside_the_folder_is_followed(folder: Path) -> None:
-    """A link from the folder to the folder leads nowhere else."""
+    """A link that stays inside the folder is followed."""
     (folder / "link.png").symlink_to("cat.png")
 
     assert await prepared(Path("link.png"), base_dir=folder) == image(PNG_URL)
@@ -654,7 +644,7 @@ async def test_file_outside_when_that_is_allowed(folder: Path) -> None:
 
 
 class Names:
-    """The only names that there are."""
+    """Stands in for the DNS."""
 
     def __init__(self) -> None:
         self.addresses: dict[str, list[str]] = {}
@@ -678,7 +668,7 @@ class Names:
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> Names:
-    """Put a few names in the place of the DNS."""
+    """Replace the DNS by a few names."""
     known = Names()
     monkeypatch.setattr(socket, "getaddrinfo", known.getaddrinfo)
     return known
@@ -819,17 +809,17 @@ async def test_name_that_leads_to_a_private_address(
 
 
 async def test_unknown_name(names: Names) -> None:
-    """A name that cannot be resolved is an error that names it."""
+    """The error for a name that cannot be resolved holds the name."""
     message = await refused(image("https://pictures.example/a.png"), "google")
 
     assert "the URL at pictures.example cannot be used: its name cannot" in message
 
 
 @pytest.mark.parametrize("path", ["anything", "v1beta/files", "v1/files/abc", ""])
-async def test_a_url_of_googles_that_is_no_file_is_fetched_like_any_other(
+async def test_another_url_of_google_is_fetched_like_any_url(
     names: Names, path: str
 ) -> None:
-    """Behind the fence: LiteLLM would fetch it on the event loop."""
+    """LiteLLM would fetch it outside the fence, on the event loop."""
     url = f"https://generativelanguage.googleapis.com/{path}"
 
     message = await refused(image(url), "google")
@@ -839,7 +829,7 @@ async def test_a_url_of_googles_that_is_no_file_is_fetched_like_any_other(
 
 
 def evil(kind: str) -> dict[str, Any]:
-    """Make a part of Anthropic's that is at a URL."""
+    """Make an Anthropic part with a URL."""
     return {"type": kind, "source": {"type": "url", "url": EVIL}}
 
 
@@ -875,7 +865,7 @@ async def test_litellm_looks_nothing_up(
     provider: str,
     engine: Any,
 ) -> None:
-    """What it would fetch by itself is refused, or does not reach it."""
+    """A URL that LiteLLM would fetch by itself is refused, or does not reach it."""
     settings = Settings(engine=engine, max_retries=0)
     call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     async with LLMInfraService(keys, settings=settings) as service:
@@ -927,7 +917,7 @@ class Site:
 
     Args:
         pages: A request's target to the bytes of an answer; None for never answering.
-        tls: What makes it a https site.
+        tls: Makes it an https site.
     """
 
     def __init__(
@@ -1018,7 +1008,7 @@ BAD_ANSWERS: list[tuple[bytes, str]] = [
     ids=[f"{i} {bad[1]}" for i, bad in enumerate(BAD_ANSWERS)],
 )
 async def test_answer_that_is_not_the_picture(page: bytes, reason: str) -> None:
-    """What comes in place of a picture is an error with the host and the reason."""
+    """Any other answer than a picture is an error with the host and the reason."""
     async with Site({"/a.png?s3cret": page, "/again?s3cret": page}) as site:
         part = image(f"{site.origin}/a.png?s3cret")
         message = await refused(part, "anthropic", settings=PRIVATE)
@@ -1029,7 +1019,7 @@ async def test_answer_that_is_not_the_picture(page: bytes, reason: str) -> None:
 
 
 async def test_binary_file_is_refused_by_its_type(server: ProviderServer) -> None:
-    """A URL that is no picture, PDF or sound is refused before it is read."""
+    """A body of another type than picture, PDF or sound is refused before it is read."""
     message = await refused(
         file(file_data=f"{server.origin}/huge.bin"), settings=PRIVATE
     )
@@ -1052,7 +1042,7 @@ async def test_endless_body(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 async def test_redirects_are_followed(status: int) -> None:
-    """As many redirects as are allowed lead to the picture, without their cookies."""
+    """Redirects are followed up to the limit; their cookies are not kept."""
     pages: dict[str, Page] = {
         "/1": redirect("/2", status),
         "/2": redirect("3?x=1", status),
@@ -1068,7 +1058,7 @@ async def test_redirects_are_followed(status: int) -> None:
 
 
 async def test_one_redirect_too_many() -> None:
-    """A picture behind more redirects than are allowed is not fetched."""
+    """A picture behind too many redirects is not fetched."""
     pages: dict[str, Page] = {f"/{n}": redirect(f"/{n + 1}") for n in range(1, 5)}
 
     async with Site({**pages, "/5": answer()}) as site:
@@ -1094,7 +1084,7 @@ async def test_sound_by_url(name: str, kind: str) -> None:
 
 
 async def test_type_is_told_by_the_bytes() -> None:
-    """A picture that is labelled as another kind of picture goes out as what it is."""
+    """A picture with a wrong label is sent with the type that its bytes show."""
     async with Site({"/a.png": answer(JPEG, "image/png; charset=binary")}) as site:
         part = image(f"{site.origin}/a.png")
         got = await prepared(part, "anthropic", settings=PRIVATE)
@@ -1105,7 +1095,7 @@ async def test_type_is_told_by_the_bytes() -> None:
 async def test_password_files_are_not_read(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A .netrc that knows the host has no say in what is sent."""
+    """A .netrc entry for the host is not sent."""
     netrc = tmp_path / "netrc"
     netrc.write_text("machine 127.0.0.1 login me password s3cret\n")
     monkeypatch.setenv("NETRC", str(netrc))
@@ -1117,7 +1107,7 @@ async def test_password_files_are_not_read(
 
 
 async def test_slow_site_does_not_hold_up_the_loop() -> None:
-    """Other tasks run while a picture is waited for: here one that lets it come."""
+    """Other tasks run during a fetch: here one that the answer waits for."""
     ticked = asyncio.Event()
 
     async def when_ticked() -> bytes:
@@ -1151,7 +1141,7 @@ async def test_cancelling_closes_the_connection() -> None:
 
 
 async def test_first_failure_ends_the_others() -> None:
-    """Where one of several pictures cannot be had, the rest is not waited for."""
+    """If one of several pictures fails, the others are not waited for."""
     async with Site({"/slow.png": None, "/bad.png": answer(status=404)}) as site:
         content = [image(f"{site.origin}/{name}.png") for name in ("slow", "bad")]
         with pytest.raises(InvalidRequestError, match=r"part 1: .* it answered 404"):
@@ -1167,7 +1157,7 @@ async def test_first_failure_ends_the_others() -> None:
 
 
 async def test_silent_site(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A site that does not answer in time is an error that says so."""
+    """A site that does not answer in time is an error with the limit."""
     monkeypatch.setattr(fetch, "FETCH_TIMEOUT", 0.2)
 
     async with Site({"/a.png": None}) as site:
@@ -1182,7 +1172,7 @@ async def test_silent_site(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def public_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let 127.0.0.0/8 count as public; everything else stays as it is."""
+    """Treat 127.0.0.0/8 as public."""
     is_public = fetch.is_public
     monkeypatch.setattr(
         fetch,
@@ -1193,7 +1183,7 @@ def public_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 async def site(authority: Authority, names: Names) -> AsyncIterator[Site]:
-    """Run a https site that is pictures.example and other.example."""
+    """Run an https site that is pictures.example and other.example."""
     names.addresses["pictures.example"] = ["127.0.0.1"]
     names.addresses["other.example"] = ["127.0.0.1"]
     async with Site({"/a.png": answer()}, authority.server) as running:
@@ -1204,7 +1194,7 @@ async def site(authority: Authority, names: Names) -> AsyncIterator[Site]:
 async def test_picture_over_https(
     site: Site, authority: Authority, names: Names
 ) -> None:
-    """A https URL is fetched; its name is looked up once, so nothing can change it."""
+    """An https URL is fetched; its name is looked up once, so its address cannot change."""
     url = f"https://pictures.example:{site.port}/a.png"
 
     got = await prepared(
@@ -1235,7 +1225,7 @@ async def test_a_cookie_is_not_kept(site: Site, authority: Authority) -> None:
 
 @pytest.mark.usefixtures("public_loopback")
 async def test_untrusted_certificate(site: Site) -> None:
-    """A site that nobody vouches for is refused."""
+    """A site with an untrusted certificate is refused."""
     url = f"https://pictures.example:{site.port}/a.png"
 
     message = await refused(image(url), "google")
@@ -1276,7 +1266,7 @@ async def test_redirect_off_the_public_internet(
 async def test_redirect_to_another_public_site(
     site: Site, authority: Authority
 ) -> None:
-    """A redirect to another https site is followed."""
+    """A redirect to another public https site is followed."""
     site.pages["/hop"] = redirect(f"https://other.example:{site.port}/a.png")
     url = f"https://pictures.example:{site.port}/hop"
 
@@ -1302,7 +1292,7 @@ async def test_proxy_is_used() -> None:
 
 
 async def test_private_name_behind_a_proxy(names: Names) -> None:
-    """A name that is private from here is refused, whatever the proxy would do."""
+    """A name with a private address is refused, whatever the proxy would do."""
     names.addresses["private.example"] = ["10.0.0.1"]
 
     async with Site({}) as proxy:
@@ -1315,7 +1305,7 @@ async def test_private_name_behind_a_proxy(names: Names) -> None:
 
 
 async def test_unknown_name_is_left_to_a_proxy(names: Names) -> None:
-    """A name that only a proxy can resolve is asked of the proxy, itself private."""
+    """A name that only a proxy can resolve goes to the proxy, which may be private."""
     names.addresses["proxy.corp.example"] = ["127.0.0.1"]
     target = "pictures.example:443"
 

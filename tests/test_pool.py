@@ -935,7 +935,7 @@ async def test_aclose_does_not_wait_for_a_loop_that_is_stuck(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A thread that blocks its loop is given up on; it closes its clients later."""
-    monkeypatch.setattr(pool_module, "_PATIENCE", 0.05)
+    monkeypatch.setattr(pool_module, "_LOOP_TIMEOUT", 0.05)
     await elsewhere.do(use(pool, "key", make))
     unblock = threading.Event()
     elsewhere.loop.call_soon_threadsafe(unblock.wait, 60)

@@ -28,10 +28,9 @@ from dipeo_llm.service import LLMInfraService
 from dipeo_llm.settings import Settings
 from dipeo_llm.system_prompt_handler import SystemPromptHandler
 from tests import provider_server
-from tests.conftest import PROVIDERS
+from tests.conftest import HELLO, PROVIDERS
 from tests.provider_server import Answer, ProviderServer, Raw, Received
 
-HELLO = [{"role": "user", "content": "Hello"}]
 MODELS = {
     "openai": "gpt-4.1-nano",
     "responses": "gpt-4.1-nano",

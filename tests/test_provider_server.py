@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests import provider_server
+from tests.conftest import MODELS
 from tests.provider_server import PNG, Answer, Fault, ProviderServer, Raw, error
 
 # LiteLLM builds its models at their first use, with a warning from pydantic.
@@ -27,12 +28,6 @@ HEADERS = {
     "anthropic": {"x-api-key": "sk-ant-test", "anthropic-version": "2023-06-01"},
     "google": {"x-goog-api-key": "AIza-test"},
     "ollama": {},
-}
-MODELS = {
-    "openai": "gpt-4o-mini",
-    "anthropic": "claude-sonnet-4-5",
-    "google": "gemini-2.5-flash",
-    "ollama": "llama3.2",
 }
 LITELLM = {"google": "gemini", "ollama": "ollama_chat"}
 

@@ -9,7 +9,7 @@ import contextlib
 import json
 import random
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,17 +27,14 @@ from dipeo_llm import (
     ModelNotFoundError,
     RateLimitError,
     ServiceUnavailableError,
-    Settings,
-    StaticAPIKeys,
     StreamInterruptedError,
     StructuredOutputError,
 )
 from dipeo_llm.domain import OPTIONS, StreamChunk
-from dipeo_llm.settings import Engine
+from tests.conftest import HELLO
 from tests.provider_server import ProviderServer, Raw
 
 FOLDER = Path(__file__).resolve().parents[2] / "shared" / "recordings"
-ENGINES: tuple[Engine, ...] = ("direct", "litellm")
 
 pytestmark = pytest.mark.skipif(
     not FOLDER.is_dir(), reason="the recordings are not beside this copy of the project"
@@ -139,25 +136,6 @@ def pick(*, streamed: bool, ok: bool = True) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("name", [n for n in names if n not in BROKEN])
 
 
-each_engine = pytest.mark.parametrize("engine", ENGINES)
-
-
-@pytest.fixture
-async def services(
-    server: ProviderServer, keys: StaticAPIKeys
-) -> AsyncIterator[dict[Engine, LLMInfraService]]:
-    """Open one service for each engine; neither tries anything twice."""
-    made = {
-        engine: LLMInfraService(
-            keys, settings=Settings(engine=engine, max_retries=0, timeout=20)
-        )
-        for engine in ENGINES
-    }
-    yield made
-    for service in made.values():
-        await service.aclose()
-
-
 # --- An independent reading of the bodies --------------------------------------------
 
 
@@ -247,6 +225,8 @@ def _openai(events: list[Any]) -> Said:
                 kept[0] = call.get("id") or kept[0]
                 kept[1] += call["function"].get("name") or ""
                 kept[2] += call["function"].get("arguments") or ""
+            if (old := message.get("function_call")) is not None:
+                calls[0] = [None, old["name"], old["arguments"]]
             for note in message.get("annotations") or ():
                 said.urls.append(note["url_citation"]["url"])
         if usage := event.get("usage"):
@@ -265,7 +245,7 @@ def _openai(events: list[Any]) -> Said:
     said.refusal = refusal or None
     said.calls = [(i, name, _arguments(text)) for i, name, text in calls.values()]
     if said.finish == "function_call":
-        # The form of 2023, which we never ask for; there is no id to answer it with.
+        # The form of 2023, which we never ask for.
         said.finish = "tool_calls"
     return said
 
@@ -427,16 +407,13 @@ def asking(recording: Recording) -> dict[str, Any]:
             if (schema := one.get("parameters") or one.get("input_schema"))
         ]
     if recording.format == "responses":
-        found.append({"type": "web_search"})
+        found.append({"type": "image_generation"})
     return {"service": recording.provider, "tools": found}
 
 
 def _function(name: str, description: str, schema: Mapping[str, Any]) -> dict[str, Any]:
     function = {"name": name, "description": description, "parameters": dict(schema)}
     return {"type": "function", "function": function}
-
-
-HELLO = [{"role": "user", "content": "Hello"}]
 
 
 def check(result: ChatResult, said: Said, recording: Recording) -> None:
@@ -480,19 +457,17 @@ def check(result: ChatResult, said: Said, recording: Recording) -> None:
         assert call.id == given if given else call.id
 
 
-@each_engine
 @pick(streamed=False)
 async def test_a_recorded_answer(
     name: str,
-    engine: Engine,
     server: ProviderServer,
-    services: dict[Engine, LLMInfraService],
+    direct: LLMInfraService,
 ) -> None:
-    """A whole answer means what its bytes say, whichever engine reads it."""
+    """A whole answer means what its bytes say."""
     recording = RECORDINGS[name]
     server.reply(recording.reply())
 
-    result = await services[engine].complete(
+    result = await direct.complete(
         HELLO, recording.model, recording.provider, **asking(recording)
     )
 
@@ -503,19 +478,17 @@ async def test_a_recorded_answer(
     assert len(server.requests) == 1
 
 
-@each_engine
 @pick(streamed=True)
 async def test_a_recorded_stream(
     name: str,
-    engine: Engine,
     server: ProviderServer,
-    services: dict[Engine, LLMInfraService],
+    direct: LLMInfraService,
 ) -> None:
     """A stream's chunks and its result mean what its bytes say."""
     recording = RECORDINGS[name]
     server.reply(recording.reply())
 
-    async with services[engine].stream(
+    async with direct.stream(
         HELLO, recording.model, recording.provider, **asking(recording)
     ) as stream:
         chunks = [chunk async for chunk in stream]
@@ -544,18 +517,17 @@ def joined(chunks: list[StreamChunk]) -> list[tuple[str | None, str, Any]]:
 
 
 async def test_a_stream_that_was_recorded_without_its_end(
-    server: ProviderServer, services: dict[Engine, LLMInfraService]
+    server: ProviderServer, direct: LLMInfraService
 ) -> None:
     """A recorded stream that has no finish reason is broken, not a short answer."""
     for name in BROKEN:
         recording = RECORDINGS[name]
-        for service in services.values():
-            server.reply(recording.reply())
-            async with service.stream(
-                HELLO, recording.model, recording.provider, **asking(recording)
-            ) as stream:
-                with pytest.raises(StreamInterruptedError, match="end mark"):
-                    await stream.result()
+        server.reply(recording.reply())
+        async with direct.stream(
+            HELLO, recording.model, recording.provider, **asking(recording)
+        ) as stream:
+            with pytest.raises(StreamInterruptedError, match="terminator"):
+                await stream.result()
 
 
 # What a status means, and the recordings whose words mean something else.
@@ -582,25 +554,23 @@ _RETRY_AFTER = {
 }
 
 
-@each_engine
 @pytest.mark.parametrize("streamed", [False, True], ids=["complete", "stream"])
 @pytest.mark.parametrize("name", [n for n, r in RECORDINGS.items() if not r.ok])
 async def test_a_recorded_error(
     name: str,
     streamed: bool,
-    engine: Engine,
     server: ProviderServer,
-    services: dict[Engine, LLMInfraService],
+    direct: LLMInfraService,
 ) -> None:
     """A recorded refusal is the error that its status and words stand for."""
     recording = RECORDINGS[name]
     server.reply(recording.reply())
     asked = (HELLO, recording.model, recording.provider)
 
-    service, options = services[engine], asking(recording)
-    call: Callable[[], Awaitable[Any]] = partial(service.complete, *asked, **options)
+    options = asking(recording)
+    call: Callable[[], Awaitable[Any]] = partial(direct.complete, *asked, **options)
     if streamed:
-        call = service.stream(*asked, **options).__aenter__
+        call = direct.stream(*asked, **options).__aenter__
 
     with pytest.raises((APIKeyError, LLMServiceError)) as caught:
         await call()
@@ -645,7 +615,7 @@ COUNTS = {
 @pytest.mark.parametrize("name", COUNTS)
 async def test_a_recorded_count(
     name: str,
-    services: dict[Engine, LLMInfraService],
+    direct: LLMInfraService,
     server: ProviderServer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -655,7 +625,7 @@ async def test_a_recorded_count(
     model = COUNTS[name]["model"]
     monkeypatch.setattr(server, "_lookup", lambda asked: counted)
 
-    got = await services["direct"].count_tokens(HELLO, model, provider)
+    got = await direct.count_tokens(HELLO, model, provider)
 
     number = counted.get("input_tokens") or counted["totalTokens"]
     assert (got.tokens, got.source) == (number, "provider")
@@ -675,15 +645,13 @@ def _same(message: Mapping[str, Any]) -> dict[str, Any]:
     return kept | {"role": kept["role"].replace("system", "developer")}
 
 
-@each_engine
 @pytest.mark.parametrize(
     "name", [n for n, r in RECORDINGS.items() if n.startswith("openai/") and r.ok]
 )
 async def test_a_recorded_request(
     name: str,
-    engine: Engine,
     server: ProviderServer,
-    services: dict[Engine, LLMInfraService],
+    direct: LLMInfraService,
 ) -> None:
     """A request that a recorded client made is the same request when we make it."""
     recording = RECORDINGS[name]
@@ -693,7 +661,7 @@ async def test_a_recorded_request(
 
     # The loopback's answer has no form that was asked for.
     with contextlib.suppress(StructuredOutputError):
-        await services[engine].complete(
+        await direct.complete(
             wanted["messages"], recording.model, "openai", extra_body=more, **options
         )
 
@@ -855,24 +823,21 @@ LOOPS = [
 ]
 
 
-@each_engine
 @pytest.mark.parametrize(("first", "second"), LOOPS)
 async def test_a_recorded_loop(
     first: str,
     second: str,
-    engine: Engine,
     server: ProviderServer,
-    services: dict[Engine, LLMInfraService],
+    direct: LLMInfraService,
 ) -> None:
     """A tool's result goes back with all that the recorded client sent back."""
     one, two = RECORDINGS[first], RECORDINGS[second]
-    service = services[engine]
     server.reply(one.reply(), two.reply())
     messages = conversation(one)
     wanted = list(_TURNS[two.format](two.request["body"]))
     outputs = [what[-1] for _, kind, what in wanted if kind == "result"]
 
-    result = await ask(service, one, messages)
+    result = await ask(direct, one, messages)
     messages += result.to_messages()
     # One recorded client answered two calls with one message; each call gets it here.
     outputs += outputs[-1:] * (len(result.tool_calls) - len(outputs))
@@ -880,15 +845,9 @@ async def test_a_recorded_loop(
         call.to_message(output)
         for call, output in zip(result.tool_calls, outputs, strict=True)
     ]
-    last = await ask(service, two, messages)
+    last = await ask(direct, two, messages)
 
     sent = list(_TURNS[two.format](server.requests[-1].json))
-    if (one.format, engine) == ("ollama", "litellm"):
-        # LiteLLM has no place for the tool's name; Ollama goes by the results' order.
-        wanted = [
-            (role, kind, (None, what[1]) if role == "tool" else what)
-            for role, kind, what in wanted
-        ]
     answered = sum(role == "tool" for role, _, _ in wanted)
     wanted += [
         ("tool", "result", (call.id, outputs[-1]))

@@ -1,21 +1,21 @@
-"""What of a message reaches LiteLLM: the fields of a message, and no other."""
+"""Which fields of a message reach LiteLLM."""
 
 from typing import Any
 
 import pytest
 
-from dipeo_llm.adapters.factory import by_name
-from dipeo_llm.adapters.request import shape
+from dipeo_llm.adapters.factory import create_adapter
 from dipeo_llm.domain import ChatRequest, ChatResult, ToolCall
 
 EVERYWHERE = ["openai", "anthropic", "google", "ollama", "deepseek", "vertex", "groq"]
 
 
-def shaped(provider: str, *messages: dict[str, Any]) -> list[dict[str, Any]]:
-    """Shape a conversation that ends with some messages."""
+def prepare(provider: str, *messages: dict[str, Any]) -> list[dict[str, Any]]:
+    """Prepare a conversation that ends with some messages."""
     first = {"role": "user", "content": "Hello"}
+    adapter = create_adapter(provider, "a-model", "k", "http://127.0.0.1:9")
     request = ChatRequest(messages=[first, *messages])
-    return shape(by_name(provider), "a-model", request).messages[1:]
+    return adapter.prepare(request).messages[1:]
 
 
 @pytest.mark.parametrize("provider", EVERYWHERE)
@@ -27,7 +27,7 @@ def test_a_field_that_nobody_knows_reaches_no_provider(
     url = {"image_url": {"url": "http://evil.example/a.png"}}
     message = {"role": role, "content": "b", "tool_call_id": "a", "name": "f"}
 
-    (got,) = shaped(
+    (got,) = prepare(
         provider, {**message, "images": [url], "video": url, "file": url, "x": url}
     )
 
@@ -67,7 +67,7 @@ SAID: dict[str, Any] = {
 )
 def test_what_a_turn_needs_again_goes_along(provider: str, lacks: set[str]) -> None:
     """Signatures, thoughts and marks of the cache are no strangers."""
-    (got,) = shaped(provider, SAID)
+    (got,) = prepare(provider, SAID)
 
     assert got == {k: v for k, v in SAID.items() if k not in lacks}
 
@@ -95,4 +95,4 @@ def test_a_result_goes_back_whole(provider: str) -> None:
     if provider != "ollama":
         del expected["reasoning_content"]
 
-    assert shaped(provider, message) == [expected]
+    assert prepare(provider, message) == [expected]

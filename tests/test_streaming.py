@@ -28,27 +28,15 @@ from dipeo_llm import (
     ToolType,
 )
 from dipeo_llm.domain import StreamChunk
-from dipeo_llm.settings import Engine
 from dipeo_llm.streaming import ChatStream
-from tests.conftest import PROVIDERS
+from tests.conftest import HELLO, MODELS, PROVIDERS, Open, each_provider
 from tests.provider_server import Answer, Fault, ProviderServer, Raw, error
 
-ENGINES: tuple[Engine, ...] = ("direct", "litellm")
-MODELS = {
-    "openai": "gpt-4.1-nano",
-    "anthropic": "claude-sonnet-4-5",
-    "google": "gemini-2.5-flash",
-    "ollama": "qwen3:4b",
-}
-HELLO = [{"role": "user", "content": "Hello"}]
 TEXT = "Grüße 😀\n«ß»"
 CALLS: list[tuple[str, Any]] = [
     ("weather", {"city": "Köln"}),
     ("clock", {"zone": "UTC", "parts": [1, {"two": None}]}),
 ]
-
-each_engine = pytest.mark.parametrize("engine", ENGINES)
-each_provider = pytest.mark.parametrize("provider", PROVIDERS)
 
 
 def weather(city: str) -> None:
@@ -60,13 +48,10 @@ def clock(zone: str, parts: list[Any]) -> None:
 
 
 @pytest.fixture
-async def service(
-    keys: StaticAPIKeys, engine: Engine
-) -> AsyncIterator[LLMInfraService]:
-    """Open a service on the engine of the test; it tries once more at most."""
-    settings = Settings(engine=engine, max_retries=1, retry_wait=0.01, timeout=20)
-    async with LLMInfraService(keys, settings=settings) as opened:
-        yield opened
+async def service(opened: Open) -> AsyncIterator[LLMInfraService]:
+    """Open a service on the direct engine that makes two attempts at most."""
+    async with opened(engine="direct", max_retries=1) as made:
+        yield made
 
 
 def hello(service: LLMInfraService, provider: str, **options: Any) -> ChatStream:
@@ -125,7 +110,6 @@ SHORT: dict[str, str] = {
 }
 
 
-@each_engine
 @each_provider
 async def test_cut_at_every_byte(
     server: ProviderServer, service: LLMInfraService, provider: str
@@ -144,7 +128,6 @@ async def test_cut_at_every_byte(
     assert len(server.requests) == len(body) - 1
 
 
-@each_engine
 @each_provider
 async def test_every_byte_alone(
     server: ProviderServer, service: LLMInfraService, provider: str
@@ -162,7 +145,6 @@ async def test_every_byte_alone(
     assert calls_of(chunks) == CALLS
 
 
-@each_engine
 @each_provider
 @pytest.mark.parametrize("seed", range(2))
 async def test_cut_at_random(
@@ -229,7 +211,6 @@ LINES: dict[str, Callable[[bytes], bytes]] = {
 SSE_ONLY = {"comments", "no spaces", "ids", "a field of its own", "a mark of bytes"}
 
 
-@each_engine
 @pytest.mark.parametrize(
     ("provider", "lines"),
     [
@@ -287,7 +268,6 @@ ANSWERS: dict[str, tuple[Answer, dict[str, Any]]] = {
 }
 
 
-@each_engine
 @pytest.mark.parametrize(
     ("provider", "name"),
     [
@@ -329,7 +309,6 @@ BEFORE: dict[str, Callable[[str], Answer | Raw | Fault]] = {
 }  # fmt: skip
 
 
-@each_engine
 @each_provider
 @pytest.mark.parametrize("trouble", BEFORE)
 async def test_trouble_before_the_first_chunk(
@@ -346,7 +325,6 @@ async def test_trouble_before_the_first_chunk(
     assert len(server.requests) == 2
 
 
-@each_engine
 @each_provider
 async def test_trouble_that_stays(
     server: ProviderServer, service: LLMInfraService, provider: str
@@ -365,7 +343,6 @@ async def test_trouble_that_stays(
 AFTER = ("cut_after", "error_after", "garbage_after", "drop_end")
 
 
-@each_engine
 @each_provider
 @pytest.mark.parametrize("trouble", AFTER)
 async def test_trouble_after_the_first_chunk(
@@ -398,7 +375,6 @@ async def test_trouble_after_the_first_chunk(
         assert len(server.requests) == 1
 
 
-@each_engine
 @each_provider
 async def test_a_class_of_error_in_mid_stream(
     server: ProviderServer, service: LLMInfraService, provider: str
@@ -421,7 +397,6 @@ async def test_a_class_of_error_in_mid_stream(
 # --- Silence -------------------------------------------------------------------------
 
 
-@each_engine
 @each_provider
 async def test_silence_after_the_first_chunk(
     server: ProviderServer, service: LLMInfraService, provider: str
@@ -441,7 +416,6 @@ async def test_silence_after_the_first_chunk(
     assert len(server.requests) == 1
 
 
-@each_engine
 @each_provider
 async def test_no_first_chunk(
     server: ProviderServer, service: LLMInfraService, provider: str
@@ -457,7 +431,6 @@ async def test_no_first_chunk(
     assert len(server.requests) == 2
 
 
-@each_engine
 @each_provider
 async def test_a_slow_stream_is_no_silent_one(
     server: ProviderServer, service: LLMInfraService, provider: str
@@ -470,7 +443,6 @@ async def test_a_slow_stream_is_no_silent_one(
     assert result.text == "abcdefghij"
 
 
-@each_engine
 @each_provider
 async def test_a_read_that_was_cancelled_is_no_end(
     server: ProviderServer, service: LLMInfraService, provider: str
@@ -492,7 +464,6 @@ async def test_a_read_that_was_cancelled_is_no_end(
     assert (caught.value.service, caught.value.model) == (provider, MODELS[provider])
 
 
-@each_engine
 @each_provider
 async def test_another_task_may_close_a_stream_that_is_read(
     server: ProviderServer, service: LLMInfraService, provider: str
@@ -539,7 +510,6 @@ async def test_a_reader_that_is_cancelled_while_its_stream_is_closed_is_cancelle
     assert reader.cancelled()
 
 
-@each_engine
 @pytest.mark.parametrize("ending", [b"", b": still here\n\n"])
 async def test_a_stream_that_has_said_all_is_whole(
     server: ProviderServer, service: LLMInfraService, ending: bytes
@@ -577,7 +547,6 @@ async def test_comments_after_the_end_hold_nobody(
     assert result.text == "ß"
 
 
-@each_engine
 async def test_an_error_event_is_told_at_once(
     server: ProviderServer, service: LLMInfraService
 ) -> None:
@@ -596,7 +565,6 @@ async def test_an_error_event_is_told_at_once(
     assert len(server.requests) == 1
 
 
-@each_engine
 @each_provider
 async def test_a_deadline(
     server: ProviderServer, service: LLMInfraService, provider: str
@@ -613,7 +581,6 @@ async def test_a_deadline(
     assert caught.value.details["cause"] == "LLMTimeoutError"
 
 
-@each_engine
 @each_provider
 async def test_a_deadline_before_the_first_chunk(
     server: ProviderServer, service: LLMInfraService, provider: str
@@ -707,7 +674,6 @@ LEAVING = (
 )
 
 
-@each_engine
 @each_provider
 @pytest.mark.parametrize("leave", LEAVING)
 async def test_leaving_closes_the_connection(
@@ -733,7 +699,6 @@ async def test_leaving_closes_the_connection(
     assert result.text == "Hello from the loopback."
 
 
-@each_engine
 @each_provider
 async def test_a_stream_that_was_never_opened_sends_nothing(
     server: ProviderServer, service: LLMInfraService, provider: str
@@ -750,7 +715,6 @@ async def test_a_stream_that_was_never_opened_sends_nothing(
     assert server.requests == []
 
 
-@each_engine
 @each_provider
 async def test_a_stream_is_opened_once(
     server: ProviderServer, service: LLMInfraService, provider: str
@@ -769,7 +733,6 @@ async def test_a_stream_is_opened_once(
     assert len(server.requests) == 1
 
 
-@each_engine
 @each_provider
 async def test_a_person_streams(
     server: ProviderServer, service: LLMInfraService, provider: str
@@ -801,7 +764,6 @@ async def test_a_person_streams(
     assert "".join(chunk.text for chunk in chunks) == result.text
 
 
-@each_engine
 @each_provider
 async def test_the_result(
     server: ProviderServer, service: LLMInfraService, provider: str
@@ -821,7 +783,6 @@ async def test_the_result(
     assert len(server.requests) == 1
 
 
-@each_engine
 @each_provider
 async def test_no_result_of_what_was_left(
     server: ProviderServer, service: LLMInfraService, provider: str
@@ -836,7 +797,6 @@ async def test_no_result_of_what_was_left(
         await anext(stream)
 
 
-@each_engine
 async def test_the_result_is_in_its_form(
     server: ProviderServer, service: LLMInfraService
 ) -> None:
@@ -856,22 +816,18 @@ async def test_the_result_is_in_its_form(
     assert caught.value.text == '{"b": 1}'
 
 
-@each_engine
 @each_provider
 async def test_a_connection_is_used_again(
-    server: ProviderServer, service: LLMInfraService, provider: str, engine: Engine
+    server: ProviderServer, service: LLMInfraService, provider: str
 ) -> None:
     """A stream that was read to its end gives its connection back."""
     for _ in range(4):
         await read(hello(service, provider))
         await service.complete(HELLO, MODELS[provider], provider)
 
-    # On LiteLLM's engine OpenAI's SDK may hang up at [DONE], before the last byte.
-    hangs_up = (engine, provider) == ("litellm", "openai")
-    assert server.connections <= (5 if hangs_up else 1)
+    assert server.connections == 1
 
 
-@each_engine
 @each_provider
 async def test_many_streams_at_once(
     server: ProviderServer, service: LLMInfraService, provider: str
@@ -898,7 +854,6 @@ async def test_many_streams_at_once(
 # --- Memory --------------------------------------------------------------------------
 
 
-@each_engine
 @each_provider
 async def test_a_slow_reader_slows_the_provider(
     server: ProviderServer, service: LLMInfraService, provider: str
@@ -951,15 +906,11 @@ async def peak(
         assert seen == n + 1
 
 
-@pytest.mark.parametrize("engine", ["direct"])
 @each_provider
 async def test_memory_is_flat(
     server: ProviderServer, service: LLMInfraService, provider: str
 ) -> None:
-    """A stream of a hundred thousand chunks holds on to its text and to nothing else.
-
-    LiteLLM's own engine keeps every chunk until the end, for its logging.
-    """
+    """A stream of a hundred thousand chunks holds on to its text and to nothing else."""
     chunks = 100_000 if provider == "openai" else 20_000
     await read(hello(service, provider))
 

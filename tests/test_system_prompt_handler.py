@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -13,8 +14,13 @@ from typing import Any
 
 import pytest
 
-from dipeo_llm.domain import LLMService, PersonLLMConfig
+from dipeo_llm.domain import LLMService, Message, PersonLLMConfig
+from dipeo_llm.errors import InvalidRequestError
+from dipeo_llm.keys import StaticAPIKeys
+from dipeo_llm.service import LLMInfraService
+from dipeo_llm.settings import Settings
 from dipeo_llm.system_prompt_handler import SystemPromptHandler
+from tests.provider_server import ProviderServer
 
 
 def config(prompt_file: Any = None, system_prompt: str | None = "inline") -> Any:
@@ -335,7 +341,43 @@ def test_without_an_inline_prompt_the_warning_says_that_there_is_none(
     prompt = SystemPromptHandler(base).get_system_prompt(config("missing.txt", None))
 
     assert prompt is None
-    assert "there is no system prompt" in caplog.text
+    assert "speaks without a system prompt" in caplog.text
+
+
+@pytest.mark.parametrize("inline", [None, "Be brief."])
+@pytest.mark.parametrize("path", ["missing.txt", "../outside.txt"])
+def test_a_file_that_cannot_be_read_may_be_an_error(
+    base: Path, path: str, inline: str | None
+) -> None:
+    """A renamed file then fails the call, instead of changing who is speaking."""
+    handler = SystemPromptHandler(base, on_missing="error")
+
+    with pytest.raises(InvalidRequestError, match=re.escape(path)):
+        handler.get_system_prompt(config(path, inline))
+    assert handler.get_system_prompt(config(None, inline)) == inline
+
+
+def test_what_a_missing_file_means_is_one_of_two_words() -> None:
+    """A misspelt word is refused when the handler is made."""
+    with pytest.raises(ValueError, match="'fallback' or 'error'"):
+        SystemPromptHandler(on_missing="raise")  # type: ignore[arg-type]
+
+
+async def test_the_settings_say_what_a_missing_file_means(
+    base: Path, keys: StaticAPIKeys, server: ProviderServer
+) -> None:
+    """The service's own handler takes it from them, and sends nothing."""
+    settings = Settings(base_dir=base, missing_prompt="error")
+    person = PersonLLMConfig(
+        model="gpt-4o", api_key_id="openai", prompt_file="missing.txt"
+    )
+    said = [Message(from_person_id="a", to_person_id="b", content="Hello?")]
+
+    async with LLMInfraService(keys, settings=settings) as service:
+        with pytest.raises(InvalidRequestError, match=r"missing\.txt"):
+            await service.complete_with_person(said, "b", person)
+
+    assert server.requests == []
 
 
 def test_a_missing_base_directory_is_no_error(tmp_path: Path) -> None:

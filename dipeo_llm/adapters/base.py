@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import blake2b
 from typing import Any, ClassVar
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, urlencode, urlsplit
 
 from pydantic import SecretStr
 from pydantic_core import to_json
@@ -107,6 +107,7 @@ class BaseLLMAdapter:
     """Most characters of such a name."""
     most_stops: ClassVar[int | None] = None
     """Most texts of `stop`; None is no limit."""
+    highest_temperature: ClassVar[float] = 2.0
     headers: ClassVar[frozenset[str] | None] = http.STANDARD_HEADERS
     """Headers that may leave beside the key; None forwards what LiteLLM sets."""
 
@@ -126,12 +127,14 @@ class BaseLLMAdapter:
         self.model_name = model_name
         self.settings = settings or Settings()
         self.check_model()
+        url = self._find_base_url(base_url)
+        api_key = self._check_key(api_key, url)
         self.endpoint = Endpoint(
             service=self.provider.name,
-            base_url=self._find_base_url(base_url),
-            secret=self._check_key(api_key),
-            key_header=self.provider.key_header,
-            allowed_headers=self.headers,
+            base_url=url,
+            secret=api_key,
+            key_header=self._find_key_header(api_key),
+            allowed_headers=self._allow_headers(),
         )
         self._pool = pool if pool is not None else new_pool(self.settings)
         self._owns_pool = pool is None
@@ -246,11 +249,6 @@ class BaseLLMAdapter:
                     yield _rename_tool(chunk, names) if names else chunk
             for chunk in reader.close():
                 yield _rename_tool(chunk, names) if names else chunk
-        except Exception as exc:
-            # aiohttp's reader keeps the exception, and its traceback this attempt with
-            # the conversation; clear it to break the cycle.
-            exc.__traceback__ = None
-            raise
         finally:
             await pieces.aclose()
             attempt.response.close()
@@ -309,18 +307,41 @@ class BaseLLMAdapter:
         if form is not None:
             options["response_format"] = copy_json(form.response_format)
         self._limit_tokens(options)
-        self._check_stops(options.get("stop"))
+        self._check_options(options)
         rename_tools(prepared, self.tool_name, self.longest_tool_name)
         self.adjust_options(prepared)
         return prepared
 
-    def _check_stops(self, stop: Any) -> None:
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        """Refuse options that the provider refuses, whatever the model."""
+        name, stop = self.provider.name, options.get("stop")
         if self.most_stops and isinstance(stop, list) and len(stop) > self.most_stops:
-            raise InvalidRequestError(
-                f"`stop` has {len(stop)} texts; {self.provider.name} takes at most"
-                f" {self.most_stops}",
-                **self._fields(),
+            raise self.invalid(
+                f"`stop` has {len(stop)} texts; {name} takes at most {self.most_stops}"
             )
+        if options.get("temperature", 0) > self.highest_temperature:
+            raise self.invalid(
+                f"temperature={options['temperature']} is too high; {name} takes at"
+                f" most {self.highest_temperature:g}"
+            )
+        choice = options.get("tool_choice")
+        if isinstance(choice, dict):
+            wanted = (choice.get("function") or {}).get("name")
+            functions = (tool.get("function") or {} for tool in options["tools"])
+            if wanted not in {function.get("name") for function in functions}:
+                raise self.invalid(f"tool_choice names {wanted!r}, which is not a tool")
+
+    def invalid(self, what: str) -> InvalidRequestError:
+        """Make the error for a request that is refused before it is sent."""
+        return InvalidRequestError(what, **self._fields())
+
+    def output_limit(self) -> int | None:
+        """Return the most tokens of an answer by LiteLLM's table, None if unknown."""
+        info = litellm_tables.known_model_info(
+            self.provider.litellm, self.model_name, self.provider.name
+        )
+        limit = info.get("max_output_tokens")
+        return limit if isinstance(limit, int) and limit > 0 else None
 
     def _limit_tokens(self, options: dict[str, Any]) -> None:
         """Lower `max_tokens` to the model's limit, and log it once; drop fractions of 0.
@@ -333,11 +354,8 @@ class BaseLLMAdapter:
         asked = options.get("max_tokens")
         if asked is None:
             return
-        info = litellm_tables.known_model_info(
-            self.provider.litellm, self.model_name, self.provider.name
-        )
-        limit = info.get("max_output_tokens")
-        if isinstance(limit, int) and 0 < limit < asked:
+        limit = self.output_limit()
+        if limit is not None and limit < asked:
             options["max_tokens"] = limit
             key = (self.provider.name, self.model_name, "max_tokens over the limit")
             if key not in _seen_options:
@@ -479,11 +497,13 @@ class BaseLLMAdapter:
                 service=self.provider.name,
                 cost_usd=self._cost(attempt.litellm, usage, reading.usage),
                 request_id=failures.request_id(attempt.headers) or reading.id,
+                attempts=max(attempt.requests, 1),
                 queued=attempt.queued,
                 reasoning=reading.reasoning,
                 rate_limits=rate_limits(attempt.headers),
                 refusal=reading.refusal,
                 thinking_blocks=reading.thinking_blocks,
+                content_blocks=reading.content_blocks,
             )
 
     def _cost(
@@ -507,13 +527,6 @@ class BaseLLMAdapter:
             exc.service = exc.service or self.provider.name
             exc.model = exc.model or self.model_name
             raise
-        except TimeoutError as exc:
-            if not attempt.is_late:
-                raise self._from_transport(exc, attempt) from exc
-            raise LLMTimeoutError(
-                f"{self.provider.name} {attempt.timeout_message}",
-                **self._answer_fields(attempt),
-            ) from exc
         except MalformedStreamError as exc:
             attempt.body = bytearray(str(exc).encode())
             raise ServiceUnavailableError(
@@ -521,7 +534,11 @@ class BaseLLMAdapter:
                 **self._answer_fields(attempt),
             ) from None
         except Exception as exc:  # noqa: BLE001 - mapped
-            raise self._from_transport(exc, attempt) from _safe_cause(exc, attempt)
+            cause = _safe_cause(exc, attempt)
+            # aiohttp's reader keeps the exception, and its traceback this attempt with
+            # the conversation; clear it to break the cycle.
+            exc.__traceback__ = None
+            raise self._from_network(exc, attempt) from cause
 
     @contextmanager
     def _map_unreadable(self, attempt: Attempt) -> Iterator[None]:
@@ -557,7 +574,13 @@ class BaseLLMAdapter:
             **self._fields(),
         )
 
-    def _from_transport(self, exc: Exception, attempt: Attempt) -> Exception:
+    def _from_network(self, exc: Exception, attempt: Attempt) -> Exception:
+        """Make the error for a failure below HTTP, or for an answer that is late."""
+        if isinstance(exc, TimeoutError) and attempt.is_late:
+            return LLMTimeoutError(
+                f"{self.provider.name} {attempt.timeout_message}",
+                **self._answer_fields(attempt),
+            )
         return http.from_transport(
             exc,
             secret=self.endpoint.secret.get_secret_value(),
@@ -820,10 +843,13 @@ class BaseLLMAdapter:
         digest = blake2b(secret, digest_size=16, key=_PROCESS).digest()
         return self.provider.name, self.endpoint.base_url, digest
 
-    def _check_key(self, api_key: str | SecretStr | None) -> SecretStr:
+    def _check_key(
+        self, api_key: str | SecretStr | None, base_url: str | None
+    ) -> SecretStr:
         if not isinstance(api_key, SecretStr):
             api_key = SecretStr((api_key or "").strip())
-        if self.provider.needs_key and not api_key:
+        is_local = http.is_loopback(urlsplit(base_url or "").hostname or "")
+        if self.provider.needs_key and not api_key and not is_local:
             raise APIKeyNotFoundError(
                 f"{self.provider.name} needs a key", **self._fields()
             )
@@ -832,6 +858,15 @@ class BaseLLMAdapter:
                 "the key holds a character that no header can carry", **self._fields()
             )
         return api_key
+
+    def _allow_headers(self) -> frozenset[str] | None:
+        extra = {name for name, _ in self.provider.extra_headers}
+        return None if self.headers is None else self.headers | extra
+
+    def _find_key_header(self, api_key: SecretStr) -> str:
+        """Return the header of the key: a token, such as Azure's Entra, is a Bearer's."""
+        is_token = _TOKEN.match(api_key.get_secret_value())
+        return "authorization" if is_token else self.provider.key_header
 
     def check_model(self) -> None:
         """Refuse a model name that cannot be sent.
@@ -908,6 +943,8 @@ _UNREADABLE = (
     RecursionError,
 )
 """What reading JSON of an unknown shape may raise."""
+_TOKEN = re.compile(r"eyJ[\w-]+\.[\w-]+\.")
+"""A JSON Web Token (RFC 7519)."""
 _PROCESS = os.urandom(16)
 _seen_options: set[tuple[str, str, str]] = set()
 

@@ -5,8 +5,6 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pydantic_core import to_json
-
 from dipeo_llm.adapters.base import BaseLLMAdapter
 from dipeo_llm.adapters.events import StreamReader
 from dipeo_llm.adapters.provider import ModelList, Page, Probe, Provider, TokenCounter
@@ -38,6 +36,7 @@ from dipeo_llm.domain import (
     ToolType,
     WebSearchResult,
 )
+from dipeo_llm.litellm_tables import known_model_info
 from dipeo_llm.media import PDF, PICTURES, MediaRules
 
 ANTHROPIC = Provider(
@@ -56,6 +55,19 @@ ANTHROPIC = Provider(
 
 # LiteLLM asks older Claude models for JSON through a tool of this name.
 _JSON_TOOL = "json_tool_call"
+# Most tokens of an answer, for models that have left LiteLLM's table (1.110.2):
+# https://docs.anthropic.com/en/docs/about-claude/models/overview (2026-11-25).
+_MOST_TOKENS = (
+    (re.compile(r"claude-3-(?:haiku|opus|sonnet)|claude-(?:2|instant)"), 4096),
+    (re.compile(r"claude-3-5-"), 8192),
+    (re.compile(r"claude-opus-4(?:-[01])?(?:-\d{8}|-latest)?$"), 32_000),
+    (re.compile(r"claude-3-7-|claude-sonnet-4(?:-0)?(?:-\d{8}|-latest)?$"), 64_000),
+)
+# https://platform.claude.com/docs/en/agents-and-tools/tool-use/server-tools
+# (2026-11-25): a conversation with a server tool goes on with the blocks as they came.
+_SERVER_BLOCKS = frozenset({"server_tool_use", "web_search_tool_result"})
+_BLOCKS = "dipeo-llm-content-blocks-"
+_PROPERTY = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 _TAKES_BOTH = re.compile(r"claude-(?:instant|[23])\b")
 _MOST_KEPT = 512
 _plain_headers: dict[str, dict[str, str]] = {}
@@ -80,6 +92,8 @@ class ClaudeAdapter(BaseLLMAdapter):
     """Talks to a Claude model."""
 
     rows = (ANTHROPIC,)
+    # https://docs.anthropic.com/en/api/messages (2026-11-25)
+    highest_temperature = 1.0
     probe = Probe("claude-sonnet-4-5", ("messages", "max_tokens", "system", "tools"))
     # https://docs.anthropic.com/en/api/models-list (2026-11-23)
     model_list = ModelList("/v1/models", "data", "id", {"limit": 1000}, _next_page)
@@ -98,7 +112,15 @@ class ClaudeAdapter(BaseLLMAdapter):
 
     def prepare_messages(self, messages: list[Message]) -> list[Message]:
         """Put one system prompt in front; keep thinking blocks and cache marks."""
-        return put_system_first(messages, COMMON_FIELDS | {"thinking_blocks"})
+        prepared = put_system_first(messages, COMMON_FIELDS | {"thinking_blocks"})
+        for number, message in enumerate(prepared):
+            if _kept_blocks(message):
+                # LiteLLM knows no blocks of server tools: it gets a text, in whose place
+                # `_put_blocks` puts them.
+                message["content"] = f"{_BLOCKS}{number}"
+                message.pop("tool_calls", None)
+                message.pop("thinking_blocks", None)
+        return prepared
 
     def own_tool(self, tool: ToolConfig, options: dict[str, Any]) -> list[JSON]:
         """Return Anthropic's web search.
@@ -113,6 +135,11 @@ class ClaudeAdapter(BaseLLMAdapter):
         }
         return [{"type": "web_search_20250305", "name": "web_search", **config}]
 
+    def output_limit(self) -> int | None:
+        """Return the most tokens of an answer, None if unknown."""
+        known = (most for name, most in _MOST_TOKENS if name.match(self.model_name))
+        return super().output_limit() or next(known, None)
+
     def adjust_options(self, prepared: PreparedRequest) -> None:
         """Drop top_p beside temperature, and send some forms through a tool.
 
@@ -123,10 +150,52 @@ class ClaudeAdapter(BaseLLMAdapter):
         options = prepared.options
         if "temperature" in options and not _TAKES_BOTH.match(self.model_name):
             options.pop("top_p", None)
+        if "max_tokens" not in options and (limit := self.output_limit()):
+            # LiteLLM takes 128,000 for a model outside its table.
+            options["max_tokens"] = limit
+        stop = options.get("stop")
+        if any(
+            not text.strip()
+            for text in ([stop] if isinstance(stop, str) else stop or ())
+        ):
+            raise self.invalid("`stop` has an empty text; anthropic refuses it")
         form = options.get("response_format") or {}
         schema = (form.get("json_schema") or {}).get("schema")
-        if isinstance(schema, Mapping) and "$ref" in to_json(schema).decode():
+        self._check_properties("response_format", schema)
+        if isinstance(schema, Mapping) and not _is_closed(schema):
             self._ask_through_tool(options, dict(schema))
+        for tool in options.get("tools", ()):
+            if function := tool.get("function"):
+                self._check_properties(function["name"], function.get("parameters"))
+        self._check_prefill(prepared.messages)
+
+    def _check_properties(self, name: str, schema: Any) -> None:
+        """Refuse names of properties that Anthropic refuses."""
+        if isinstance(schema, list):
+            for item in schema:
+                self._check_properties(name, item)
+        if not isinstance(schema, Mapping):
+            return
+        properties = schema.get("properties")
+        for key in properties if isinstance(properties, Mapping) else ():
+            if not _PROPERTY.fullmatch(key):
+                raise self.invalid(
+                    f"{name!r} has a property {key!r}; anthropic takes letters, digits,"
+                    " '_', '.' and '-'"
+                )
+        for value in schema.values():
+            self._check_properties(name, value)
+
+    def _check_prefill(self, messages: list[Message]) -> None:
+        """Refuse a conversation that ends with the assistant, where the model does."""
+        info = known_model_info("anthropic", self.model_name, "anthropic")
+        is_refused = info.get("supports_assistant_prefill") is False
+        last = messages[-1] if messages else {}
+        if is_refused and last.get("role") == "assistant" and not _kept_blocks(last):
+            raise self.invalid(
+                f"{self.model_name} does not continue an assistant's message; end the"
+                " conversation with the user's"
+            )
 
     def _ask_through_tool(self, options: dict[str, Any], schema: JSON) -> None:
         """Ask for JSON through a forced tool, whose schema may refer to itself.
@@ -137,6 +206,13 @@ class ClaudeAdapter(BaseLLMAdapter):
         (2026-11-25).
         """
         del options["response_format"]
+        if schema.get("type") != "object":  # `_json_text` unwraps it
+            schema = {
+                "type": "object",
+                "properties": {"values": schema},
+                "required": ["values"],
+                "$defs": schema.pop("$defs", {}),
+            }
         function = {
             "name": _JSON_TOOL,
             "description": "Give the answer.",
@@ -161,6 +237,11 @@ class ClaudeAdapter(BaseLLMAdapter):
         )
 
         row, model = self.provider, self.model_name
+        blocks = {
+            message["content"]: _kept_blocks(message)
+            for message in prepared.messages
+            if _kept_blocks(message)
+        }
         options = map_options(litellm, row, model, prepared)
         options.pop("json_mode", None)
         _fit_thinking(options)
@@ -178,6 +259,7 @@ class ClaudeAdapter(BaseLLMAdapter):
             headers=headers, request_data=body, provider=row.litellm
         )
         body.pop("is_vertex_request", None)
+        _put_blocks(body, blocks)
         if stream:
             body["stream"] = True
         return Outgoing("/v1/messages", {**JSON_HEADERS, **headers}, body)
@@ -256,6 +338,9 @@ class ClaudeAdapter(BaseLLMAdapter):
                         )
                         for r in (found if isinstance(found, list) else ())
                     ]
+        blocks = body.get("content") or ()
+        if stop == "pause_turn" or any(b.get("type") in _SERVER_BLOCKS for b in blocks):
+            reading.content_blocks = list(blocks)
         if stop == "refusal":
             reading.refusal = reading.text or "the model declined"
         reading.reasoning = join_paragraphs(thoughts)
@@ -265,6 +350,55 @@ class ClaudeAdapter(BaseLLMAdapter):
     def stream_reader(self) -> StreamReader:
         """Return a reader of Anthropic's events."""
         return AnthropicStream()
+
+
+def _kept_blocks(message: Mapping[str, Any]) -> list[JSON]:
+    """Return the content blocks that a result of Claude's kept for the next request."""
+    own = message.get("provider_specific_fields")
+    blocks = own.get("content_blocks") if isinstance(own, Mapping) else None
+    return list(blocks or ())
+
+
+def _put_blocks(body: JSON, blocks: Mapping[str, list[JSON]]) -> None:
+    if not blocks:
+        return
+    for message in body["messages"]:
+        content = message["content"]
+        if message["role"] == "assistant" and isinstance(content, list):
+            message["content"] = [
+                block
+                for given in content
+                for block in blocks.get(given.get("text", ""), [given])
+            ]
+
+
+def _is_closed(schema: Any) -> bool:
+    """Say whether structured output can hold a schema without a change of its meaning.
+
+    It takes no reference to itself, no open object and no tuple; LiteLLM would close
+    the objects, and drop the rest. Source:
+    https://platform.claude.com/docs/en/build-with-claude/structured-outputs
+    (2026-11-25).
+    """
+    if isinstance(schema, list):
+        return all(map(_is_closed, schema))
+    if not isinstance(schema, Mapping):
+        return True
+    is_object = schema.get("type") == "object"
+    if (
+        "$ref" in schema
+        or "prefixItems" in schema
+        or schema.get("additionalProperties")
+    ):
+        return False
+    if is_object and not schema.get("properties"):
+        return False
+    return all(
+        all(map(_is_closed, value.values()))
+        if key == "properties" and isinstance(value, Mapping)
+        else key in {"enum", "const", "default", "examples"} or _is_closed(value)
+        for key, value in schema.items()
+    )
 
 
 def _fit_thinking(options: dict[str, Any]) -> None:

@@ -1,15 +1,17 @@
 """Which provider a model string names, and which adapter talks to it.
 
-Rows of data, in the order in which they are asked. Model names that no row claims are
-LiteLLM's to infer, which `litellm_tables` asks.
+The rows of the adapters are asked first, in order; then LiteLLM, which knows every other
+provider.
 """
 
 import re
+from functools import lru_cache
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
-from dipeo_llm import litellm_tables
+from dipeo_llm import litellm_providers, litellm_tables
 from dipeo_llm.adapters.base import BaseLLMAdapter
 from dipeo_llm.adapters.claude import ClaudeAdapter
 from dipeo_llm.adapters.gemini import GeminiAdapter
@@ -18,9 +20,12 @@ from dipeo_llm.adapters.ollama import OllamaAdapter
 from dipeo_llm.adapters.openai import ChatGPTAdapter
 from dipeo_llm.adapters.openai_responses import ResponsesAdapter
 from dipeo_llm.adapters.provider import Provider
-from dipeo_llm.client import Client
+from dipeo_llm.client import Client, is_loopback
 from dipeo_llm.domain import Capabilities
 from dipeo_llm.errors import InvalidRequestError
+from dipeo_llm.litellm_import import import_litellm
+from dipeo_llm.litellm_providers import ALIASES, REFUSED
+from dipeo_llm.litellm_tables import infer_provider
 from dipeo_llm.pool import Pool
 from dipeo_llm.settings import Settings
 
@@ -76,7 +81,8 @@ def create_adapter(
         InvalidRequestError: The provider's name or the base URL cannot be used.
     """
     row = provider if isinstance(provider, Provider) else by_name(provider)
-    adapter = _ADAPTER_OF.get(row.name, LiteLLMAdapter)
+    other = ChatGPTAdapter if row.speaks_openai else LiteLLMAdapter
+    adapter = _ADAPTER_OF.get(row.name, other)
     return adapter(row, model_name, api_key, base_url, settings=settings, pool=pool)
 
 
@@ -90,60 +96,150 @@ def capabilities(provider: Provider, model: str) -> Capabilities:
 def by_name(service: Any) -> Provider:
     """Find a provider by the name of a service: a string, or a member of a string enum.
 
-    A name that no row has is taken for LiteLLM's name of a provider, such as
-    `service="groq"`.
+    Imports LiteLLM, if nothing has yet, for a name that no row has: every chat provider
+    of LiteLLM has a row, made from what LiteLLM knows of it.
 
     Raises:
-        InvalidRequestError: *service* is not a name, or the provider is not reached.
+        InvalidRequestError: There is no such provider, or it is not reached; the
+            message names the nearest ones, or says why.
     """
+    name = _read_name(service)
+    return _BY_NAME.get(name) or _row_of(name)
+
+
+def _read_name(service: Any) -> str:
     name = str(getattr(service, "value", service)).strip().lower()
-    if not re.fullmatch(r"[a-z][a-z0-9_-]*", name):
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
         raise InvalidRequestError(f"{service!r} is not the name of a service")
-    return _BY_NAME.get(name) or Provider(name=name, litellm=name)
+    name = ALIASES.get(name, name)
+    if name in REFUSED and name not in _BY_NAME:
+        raise InvalidRequestError(f"{name} {REFUSED[name]}", service=name)
+    return name
+
+
+@lru_cache(maxsize=512)
+def _row_of(name: str) -> Provider:
+    """Make the row of a provider that only LiteLLM knows."""
+    litellm = import_litellm()
+    if name not in litellm_providers.all_names(litellm):
+        raise litellm_providers.unknown_provider(litellm, name, _BY_NAME)
+    facts = litellm_providers.describe(litellm, name)
+    if facts.refusal is not None:
+        raise InvalidRequestError(
+            f"{name} is not reached: {facts.refusal}", service=name
+        )
+    return Provider(
+        name=name,
+        litellm=name,
+        base_url=facts.address,
+        key_header=facts.key_header,
+        needs_key=facts.needs_key,
+        key_variables=facts.key_variables,
+        client=facts.client,
+        extra_headers=facts.headers,
+        speaks_openai=facts.speaks_openai,
+    )
+
+
+def is_local(base_url: str) -> bool:
+    """Say whether a base URL is a server on this machine, which needs no key."""
+    return is_loopback(urlsplit(base_url).hostname or "")
+
+
+def needs_key(provider: Provider, settings: Settings) -> bool:
+    """Say whether calls to a provider need a key, at the address that is set for it."""
+    names = (provider.name, provider.litellm, *provider.aliases)
+    url = next((settings.base_urls[n] for n in names if n in settings.base_urls), None)
+    return provider.needs_key and not (url and is_local(url))
 
 
 def of_key(api_key_id: Any) -> Provider | None:
-    """Find the provider that a key's id names.
+    """Find the provider that a key's id names; imports LiteLLM for one without a row.
 
     The id is a variable's name, or begins with a provider's: `OPENAI_API_KEY`, `openai`
     and `openai_key` are all OpenAI's.
     """
     text = str(api_key_id).strip()
+    if (row := own_of_key(text)) is not None:
+        return row
+    litellm = import_litellm()
+    plain = re.sub(r"\W", "_", text.lower())
+    names = litellm_providers.chat_providers(litellm)
+    if text.isupper():
+        for name in names:
+            if text in litellm_providers.describe(litellm, name).key_variables:
+                return by_name(name)
+    begins = [n for n in names if f"{plain}_".startswith(f"{n.replace('-', '_')}_")]
+    return by_name(max(begins, key=len)) if begins else None
+
+
+def own_of_key(api_key_id: str) -> Provider | None:
+    """Find the provider that a key's id names among the rows."""
     for row in PROVIDERS:
-        if text.upper() in row.key_variables:
+        if api_key_id.upper() in row.key_variables:
             return row
-    return _BY_NAME.get(re.split(r"[^a-z]", text.lower(), maxsplit=1)[0])
+    first = re.split(r"[^a-z]", api_key_id.lower(), maxsplit=1)[0]
+    return _BY_NAME.get(ALIASES.get(first, first))
 
 
-def resolve(model: str, service: Any = None) -> tuple[Provider | None, str]:
+def needs_litellm(model: str, service: Any = None) -> bool:
+    """Say whether `resolve` asks LiteLLM, whose import takes seconds."""
+    if service is not None and service != "":
+        return _read_name(service) not in _BY_NAME
+    return _resolve_by_rows(str(model or "").strip()) is None
+
+
+def resolve(model: str, service: Any = None) -> tuple[Provider, str]:
     """Find the provider of a model string, and the name without the provider's prefix.
 
     An explicit *service* wins over a prefix, and a prefix over the name: with
     `service="openai"`, `anthropic/claude-x` is the name of a model on an
-    OpenAI-compatible server, while `openai/gpt-4o` loses its prefix.
-
-    Returns:
-        The provider, or None where LiteLLM must be asked, and the bare name.
+    OpenAI-compatible server, while `openai/gpt-4o` loses its prefix. Imports LiteLLM, if
+    nothing has yet, where no row claims the name; see `needs_litellm`.
 
     Raises:
-        InvalidRequestError: The model's name is empty.
+        InvalidRequestError: The name is empty, or no provider is known for it.
     """
     name = str(model or "").strip()
     if not name:
         raise InvalidRequestError(f"{model!r} is not the name of a model")
     prefix, slash, rest = name.partition("/")
-    prefixed = _BY_NAME.get(prefix.lower()) if slash else None
-    if prefixed is not None and not rest:
+    if slash and not rest and _BY_NAME.get(prefix.lower()):
         raise InvalidRequestError(f"{model!r} has a provider but no model")
     if service is not None and service != "":
         provider = by_name(service)
-        return provider, rest if prefixed is provider else name
-    if prefixed is not None:
-        return prefixed, rest
+        names = {provider.name, provider.litellm, *provider.aliases}
+        return provider, rest if rest and prefix.lower() in names else name
+    found = _resolve_by_rows(name) or _resolve_by_litellm(name)
+    if found is None:
+        raise unknown_model(model)
+    return found
+
+
+def _resolve_by_rows(name: str) -> tuple[Provider, str] | None:
+    prefix, slash, rest = name.partition("/")
+    if slash and rest:
+        prefix = prefix.lower()
+        row = _BY_NAME.get(ALIASES.get(prefix, prefix))
+        if row is not None:
+            return row, rest
     for row in PROVIDERS:
         if row.claims.fullmatch(name):
             return row, name.removeprefix("models/")
-    return None, name
+    return None
+
+
+def _resolve_by_litellm(name: str) -> tuple[Provider, str] | None:
+    """Ask LiteLLM about a prefix, then about the name; then look for Ollama's spelling."""
+    prefix, slash, rest = name.partition("/")
+    prefix = prefix.lower()
+    if slash and rest:
+        known = {*REFUSED, *litellm_providers.all_names(import_litellm())}
+        if prefix in known:
+            return by_name(prefix), rest
+    inferred = infer_provider(name)
+    row = by_name(inferred) if inferred else find_local(name)
+    return (row, name.removeprefix(f"{row.litellm}/")) if row is not None else None
 
 
 def find_local(model: str) -> Provider | None:
@@ -158,8 +254,16 @@ def find_local(model: str) -> Provider | None:
 
 def unknown_model(model: str) -> InvalidRequestError:
     """Make the error for a name that cannot be placed: it says how to place it."""
+    served = sorted(
+        key for key in import_litellm().model_cost if key.endswith(f"/{model}")
+    )
+    known = [key for key in served if key.count("/") == model.count("/") + 1]
+    hint = (
+        f"did you mean {' or '.join(map(repr, known[:3]))}?"
+        if known
+        else "name it with service=… or a prefix, such as service='openai' or"
+        f" {f'openai/{model}'!r}"
+    )
     return InvalidRequestError(
-        f"no provider is known for model {model!r}: name it with service=… or a prefix,"
-        f" such as service='openai' or {f'openai/{model}'!r}",
-        model=model,
+        f"no provider is known for model {model!r}: {hint}", model=model
     )

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 from urllib.parse import quote
 
@@ -24,6 +24,7 @@ from dipeo_llm.adapters.request import (
     drop_cache_control,
     put_system_first,
 )
+from dipeo_llm.adapters.schemas import simplify
 from dipeo_llm.adapters.translation import JSON_HEADERS, Outgoing, map_options
 from dipeo_llm.domain import (
     ImageGenerationResult,
@@ -67,8 +68,22 @@ GOOGLE = Provider(
     media=_MEDIA,
 )
 
+# https://LOCATION-aiplatform.googleapis.com/v1/projects/PROJECT/locations/LOCATION
+# /publishers/google, with an access token of Google's for a key:
+# https://cloud.google.com/vertex-ai/generative-ai/docs/model-reference/inference
+# (2026-11-25).
+VERTEX = Provider(
+    name="vertex",
+    litellm="vertex_ai",
+    aliases=("vertex_ai", "vertexai", "vertex_ai_beta"),
+    media=replace(_MEDIA),
+)
+
 # The name stands in the URL's path.
 _NOT_IN_A_PATH = re.compile(r"[?#%\\\s]|(^|/)\.\.?(/|$)")
+# Gemini drops these keywords of a schema silently:
+# https://ai.google.dev/api/generate-content#FIELDS.response_json_schema (2026-11-25)
+_UNREAD = frozenset({"not", "if", "then", "else", "patternProperties", "contains"})
 _REFUSES_SYSTEM = re.compile("gemma-[1-3]")
 # https://ai.google.dev/gemini-api/docs/function-calling,
 # https://ai.google.dev/gemini-api/docs/structured-output (2026-11-25)
@@ -112,7 +127,7 @@ def _next_page(page: Page) -> dict[str, Any] | None:
 class GeminiAdapter(BaseLLMAdapter):
     """Talks to a Gemini or Gemma model in Google AI Studio."""
 
-    rows = (GOOGLE,)
+    rows = (GOOGLE, VERTEX)
     # https://ai.google.dev/api/caching#FunctionDeclaration (2026-11-25)
     tool_name = re.compile(r"[a-zA-Z_][a-zA-Z0-9_.:-]{0,63}")
     most_stops = 5
@@ -189,6 +204,7 @@ class GeminiAdapter(BaseLLMAdapter):
         model = self.model_name
         self.teach(litellm)
         schemas = _take_schemas(prepared.options)
+        doubles = _rename_doubles(prepared.messages)
         # The function lost its underscore in 1.108.
         transform: Callable[..., JSON] = (
             getattr(transformation, "_transform_request_body", None)
@@ -197,15 +213,26 @@ class GeminiAdapter(BaseLLMAdapter):
         body = transform(
             messages=prepared.messages,
             model=model,
-            optional_params=map_options(litellm, self.provider, model, prepared),
-            custom_llm_provider=self.provider.litellm,
+            optional_params=map_options(litellm, GOOGLE, model, prepared),
+            custom_llm_provider=GOOGLE.litellm,
             litellm_params={},
             cached_content=None,
         )
         _put_schemas(body, schemas)
+        _restore_doubles(body, doubles)
         verb = "streamGenerateContent?alt=sse" if stream else "generateContent"
         path = f"/models/{quote(model, safe='/')}:{verb}"
         return Outgoing(path, JSON_HEADERS, body)
+
+    def counting_adapter(self) -> BaseLLMAdapter | None:
+        """Return this adapter for Google AI Studio; Vertex counts in another form."""
+        return self if self.provider is GOOGLE else None
+
+    async def list_models(self, pages: int = 100) -> list[str]:
+        """Return the names of the models; Vertex has no list of them here."""
+        if self.provider is VERTEX:
+            raise self.invalid("vertex has no list of models that is known here")
+        return await super().list_models(pages)
 
     def count_body(self, body: JSON) -> JSON:
         """Return a whole request: system prompt and tools count only inside of one."""
@@ -279,6 +306,39 @@ class GeminiAdapter(BaseLLMAdapter):
         return GeminiStream()
 
 
+def _rename_doubles(messages: list[Message]) -> dict[str, str]:
+    """Rename repeated calls of one turn, in place; return the real names.
+
+    LiteLLM drops a call that has the name and arguments of another one
+    (check_if_part_exists_in_parts, 1.105 to 1.110), and keeps both results.
+    """
+    doubles: dict[str, str] = {}
+    for message in messages:
+        seen: set[tuple[str, str]] = set()
+        for call in message.get("tool_calls") or ():
+            function = call["function"]
+            key = (function["name"], function["arguments"])
+            if key in seen:
+                name = f"{function['name']}.{len(doubles)}.again"
+                doubles[name] = function["name"]
+                function["name"] = name
+            seen.add(key)
+    return doubles
+
+
+def _restore_doubles(body: JSON, doubles: Mapping[str, str]) -> None:
+    if not doubles:
+        return
+    for content in body.get("contents", ()):
+        for part in content.get("parts", ()):
+            for kind in ("function_call", "functionCall"):
+                if call := part.get(kind):
+                    call["name"] = doubles.get(call["name"], call["name"])
+            for kind in ("function_response", "functionResponse"):
+                if answer := part.get(kind):
+                    answer["name"] = doubles.get(answer["name"], answer["name"])
+
+
 @dataclass(slots=True)
 class _Schemas:
     """The JSON schemas of a request, which LiteLLM would rewrite with losses."""
@@ -318,42 +378,19 @@ def _put_schemas(body: JSON, schemas: _Schemas) -> None:
             declared.pop("parameters", None)
             schema = schemas.functions.get(declared["name"])
             if schema and schema.get("properties"):
-                declared["parametersJsonSchema"] = _spell_schema(schema)
+                declared["parametersJsonSchema"] = simplify(schema, unread=_UNREAD)
     if schemas.has_search:
         body["tools"].append({"googleSearch": {}})
-        body.setdefault("toolConfig", {})["includeServerSideToolInvocations"] = True
+        config = body.setdefault("toolConfig", {})
+        config["includeServerSideToolInvocations"] = True
+        calling = config.get("functionCallingConfig", {})
+        if calling.get("mode") == "AUTO":  # refused beside a search
+            calling["mode"] = "VALIDATED"
     config = body.get("generationConfig", {})
     if schemas.answer is not None:
         for name in ("responseSchema", "response_schema", "response_json_schema"):
             config.pop(name, None)
-        config["responseJsonSchema"] = _spell_schema(schemas.answer)
-
-
-def _spell_schema(schema: Any) -> Any:
-    """Write a schema with the keywords that Gemini reads, and the same meaning.
-
-    Gemini passes over `const`, `allOf` and others
-    (https://ai.google.dev/api/generate-content#FIELDS.response_json_schema, 2026-11-25).
-    """
-    if isinstance(schema, list):
-        return [_spell_schema(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    spelt: JSON = {}
-    for name, value in schema.items():
-        if name in {"properties", "$defs"} and isinstance(value, dict):
-            spelt[name] = {key: _spell_schema(inner) for key, inner in value.items()}
-        elif name == "const":
-            spelt["enum"] = [value]
-        elif name == "oneOf":
-            spelt["anyOf"] = _spell_schema(value)
-        elif name == "allOf" and isinstance(value, list) and len(value) == 1:
-            spelt |= _spell_schema(value[0])
-        elif name in {"enum", "required", "examples", "default"}:
-            spelt[name] = value
-        elif name not in {"discriminator", "strict"}:
-            spelt[name] = _spell_schema(value)
-    return spelt
+        config["responseJsonSchema"] = simplify(schemas.answer, unread=_UNREAD)
 
 
 def _parts(candidate: Mapping[str, Any]) -> list[JSON]:

@@ -6,9 +6,12 @@ of requests come from the wire.
 """
 
 import asyncio
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
+
+from pydantic import SecretStr
 
 from dipeo_llm import client as http
 from dipeo_llm import litellm_import
@@ -21,12 +24,11 @@ from dipeo_llm.adapters.reading import JSON, Reading
 from dipeo_llm.client import PLACEHOLDER, Client
 from dipeo_llm.domain import ChatResult
 from dipeo_llm.errors import (
+    APIKeyNotFoundError,
     CallError,
-    InvalidRequestError,
     LLMServiceError,
     ServiceUnavailableError,
 )
-from dipeo_llm.media import MediaRules
 from dipeo_llm.streaming import Items
 
 BEDROCK = Provider(
@@ -34,38 +36,21 @@ BEDROCK = Provider(
     litellm="bedrock",
     aliases=("aws",),
     derives_address=True,
+    needs_key=False,
     key_variables=("AWS_BEARER_TOKEN_BEDROCK",),
     claims=re.compile(
         r"(?:[a-z]{2,6}(?:-gov)?\.)?(?:anthropic|amazon|meta|cohere|mistral|ai21"
         r"|deepseek)\.[\w.:-]+"
     ),
 )
-VERTEX = Provider(
-    name="vertex",
-    litellm="vertex_ai",
-    aliases=("vertex_ai", "vertexai"),
-    derives_address=True,
-    media=MediaRules(reads_stored=True),
-)
-
-# What LiteLLM reaches through the client that it is given, tried with a call and a
-# stream each in tests/test_providers.py. LiteLLM would reach others with a client of its
-# own, outside the fence, or only with an SDK's client.
-_REACHED = frozenset(
-    {
-        "bedrock",
-        "vertex",
-        "azure_ai",
-        "databricks",
-        "fireworks_ai",
-        "groq",
-        "hosted_vllm",
-        "mistral",
-        "openrouter",
-        "together_ai",
-        "xai",
-    }
-)
+# AWS signs their requests, with a region and credentials of the environment.
+_OF_AWS = {
+    "bedrock": "bedrock-runtime",
+    "sagemaker_chat": "runtime.sagemaker",
+    "sagemaker_nova": "runtime.sagemaker",
+}
+_REGIONS = ("AWS_REGION_NAME", "AWS_REGION", "AWS_DEFAULT_REGION")
+_CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
 # Nobody here knows whether such a provider has the name in the URL's path.
 _NOT_IN_A_PATH = re.compile(r"[?#%\\\s]|(^|/)\.\.?(/|$)")
@@ -74,26 +59,39 @@ _NOT_IN_A_PATH = re.compile(r"[?#%\\\s]|(^|/)\.\.?(/|$)")
 class LiteLLMAdapter(BaseLLMAdapter):
     """Makes calls with `litellm.acompletion`."""
 
-    rows = (BEDROCK, VERTEX)
+    rows = (BEDROCK,)
     headers = None
 
     def check_model(self) -> None:
-        """Refuse a provider that is not reached, and a name that does not fit a URL.
-
-        Raises:
-            InvalidRequestError: The message says which providers are reached.
-        """
+        """Refuse a name that would be more than a name in a URL's path."""
         super().check_model()
-        name = self.provider.name
-        if name not in _REACHED:
-            raise InvalidRequestError(
-                f"{name} is not reached from here, only {', '.join(sorted(_REACHED))}."
-                " A server that speaks OpenAI's format is reached as service='openai',"
-                " with its base_url in the key's record",
-                service=name,
-            )
         if _NOT_IN_A_PATH.search(self.model_name):
             raise self._invalid_model()
+
+    def _find_base_url(self, given: str | None) -> str | None:
+        """Return the base URL; AWS's follows from the region."""
+        host = _OF_AWS.get(self.provider.name)
+        if host is None or given or self.provider.name in self.settings.base_urls:
+            return super()._find_base_url(given)
+        region = next((os.environ[r] for r in _REGIONS if os.environ.get(r)), None)
+        if region is None:
+            # LiteLLM would take us-west-2.
+            raise self.invalid(f"{self.provider.name} needs a region: set AWS_REGION")
+        return super()._find_base_url(f"https://{host}.{region}.amazonaws.com")
+
+    def _check_key(
+        self, api_key: str | SecretStr | None, base_url: str | None
+    ) -> SecretStr:
+        """Return the key; AWS signs without one, with credentials of the environment."""
+        key = super()._check_key(api_key, base_url)
+        is_signed = self.provider.name in _OF_AWS and not key
+        if is_signed and not all(os.environ.get(name) for name in _CREDENTIALS):
+            # boto would ask an address of the machine's network for some.
+            raise APIKeyNotFoundError(
+                f"{self.provider.name} needs a key, or {' and '.join(_CREDENTIALS)}",
+                **self._fields(),
+            )
+        return key
 
     async def exchange(self, attempt: CompletionAttempt, client: Client) -> ChatResult:
         """Let LiteLLM make the call, and read its result."""
@@ -108,7 +106,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
         LiteLLM takes a stream without its terminator for a whole one, so this engine
         cannot promise that a stream came to its end.
         """
-        reader = OpenAIStream()
+        reader = self.stream_reader()
         attempt.is_kept = False
         async with asyncio.timeout_at(attempt.due):
             response = await self._call(attempt, client)
@@ -141,7 +139,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
 
     def stream_reader(self) -> StreamReader:
         """Return a reader of LiteLLM's chunks."""
-        return OpenAIStream()
+        return LiteLLMStream()
 
     def sends(self, attempt: CompletionAttempt, option: str) -> bool:
         """Say whether LiteLLM's table has an option for the model."""
@@ -214,6 +212,11 @@ class LiteLLMAdapter(BaseLLMAdapter):
     def _arguments(self, attempt: CompletionAttempt, client: Client) -> JSON:
         litellm_import.without_reroutes()
         row, prepared = self.provider, attempt.prepared
+        if row.client is None:
+            raise self.invalid(
+                f"LiteLLM reaches {row.name} with a client of its own; use"
+                ' engine="auto" or "direct"'
+            )
         if row.system_role != "system":
             # LiteLLM turns "developer" into "system" for all but the o-series, and
             # "system" into "user" for some of those.
@@ -228,12 +231,13 @@ class LiteLLMAdapter(BaseLLMAdapter):
             "messages": prepared.messages,
             **prepared.options,
             "client": self._sdk_client(client, attempt),
-            "api_key": PLACEHOLDER,
             "timeout": attempt.request.timeout,
             "max_retries": 0,
             "num_retries": 0,
             "drop_params": True,
         }
+        if self.endpoint.secret or row.name not in _OF_AWS:
+            arguments["api_key"] = PLACEHOLDER
         if self.endpoint.base_url is not None:
             arguments["api_base"] = self.endpoint.base_url
         if attempt.is_stream:
@@ -242,7 +246,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
 
     def _sdk_client(self, client: Client, attempt: CompletionAttempt) -> Any:
         """Return what LiteLLM takes as `client=` for the provider, for one attempt."""
-        if self.provider.takes_openai_client:
+        if self.provider.client == "sdk":
             import openai
 
             # Its clients are httpx2's from version 3 on.
@@ -267,3 +271,11 @@ class LiteLLMAdapter(BaseLLMAdapter):
         handler = Handler(transport=over._transport)  # noqa: SLF001 - made by us
         handler.client = over
         return handler
+
+
+class LiteLLMStream(OpenAIStream):
+    """LiteLLM's chunks, which give one finish reason for all choices, at the end."""
+
+    @property
+    def is_ended(self) -> bool:
+        return self._done and any(c["finish_reason"] for c in self._choices.values())

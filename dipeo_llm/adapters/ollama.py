@@ -15,6 +15,7 @@ from dipeo_llm.adapters.reading import (
     read_tool_call,
 )
 from dipeo_llm.adapters.request import PreparedRequest
+from dipeo_llm.adapters.schemas import simplify
 from dipeo_llm.adapters.translation import (
     JSON_HEADERS,
     Outgoing,
@@ -24,6 +25,7 @@ from dipeo_llm.adapters.translation import (
 from dipeo_llm.domain import ChatRequest, StreamChunk, ToolCallDelta
 from dipeo_llm.litellm_tables import know_model
 from dipeo_llm.media import MediaRules
+from dipeo_llm.structured import inline_references
 
 # Families of Ollama's library (https://ollama.com/library, read 2026-11-23) that no
 # hosted provider of ours serves under the bare name. A size after the family is written
@@ -109,8 +111,20 @@ class OllamaAdapter(BaseLLMAdapter):
             in_levels and options.get("reasoning_effort") not in _LEVELS
         ):
             options.pop("reasoning_effort", None)
+        self._spell_tools(options.get("tools", []))
         if isinstance(options.get("stop"), str):
             options["stop"] = [options["stop"]]
+
+    def _spell_tools(self, tools: list[JSON]) -> None:
+        """Write the schemas of tools with the keywords that Ollama shows the model.
+
+        Source: https://github.com/ollama/ollama/blob/main/api/types.go (`ToolProperty`,
+        2026-11-25).
+        """
+        for tool in tools:
+            function = tool.get("function") or {}
+            if isinstance(schema := function.get("parameters"), dict):
+                function["parameters"] = simplify(inline_references(schema))
 
     def teach(self, litellm: Any) -> None:
         """Tell LiteLLM about a model that its table leaves out."""

@@ -7,6 +7,7 @@ request must go there.
 import json
 import re
 from collections.abc import Mapping
+from hashlib import blake2b
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -44,6 +45,7 @@ from dipeo_llm.domain import (
     WebSearchResult,
 )
 from dipeo_llm.errors import InvalidRequestError
+from dipeo_llm.litellm_providers import describe, translate_openai
 from dipeo_llm.litellm_tables import model_info
 from dipeo_llm.media import PDF, PICTURES, MediaRules
 
@@ -61,7 +63,7 @@ OPENAI = Provider(
     path="/v1",
     key_variables=("OPENAI_API_KEY",),
     system_role="developer",
-    takes_openai_client=True,
+    client="sdk",
     claims=re.compile(
         r"(?:ft:)?(?:gpt-(?!oss)[\w.-]+|chatgpt-[\w.-]+|o[1-9](?:-[\w.-]+)?"
         r"|codex-[\w.-]+|davinci-002|babbage-002)(?::.*)?"
@@ -84,6 +86,8 @@ _TAKES_NO_STOP = re.compile(r"(?:ft:)?o[34](?:-|$)")
 _REASONS = re.compile(r"(?:ft:)?o[1-9](?:-|:|$)")
 # Names without a version, which LiteLLM does not know (1.110.2), for models that reason:
 # https://platform.openai.com/docs/models (2026-11-25).
+# A row of LiteLLM's table without its limit (1.110.2).
+_CYBER = re.compile(r"gpt-5\.\d+-cyber")
 _LATEST = re.compile(r"(?:gpt-[a-z]+-|chat-)latest")
 # They search in every answer and take little else:
 # https://platform.openai.com/docs/guides/tools-web-search?api-mode=chat (2026-11-25).
@@ -151,6 +155,10 @@ class ChatGPTAdapter(BaseLLMAdapter):
         )
         for message in prepared:
             message.setdefault("content", None)
+            if isinstance(name := message.get("name"), str):
+                message["name"] = re.sub(r"[\s<|\\/>]+", "_", name)[:64]
+            if isinstance(call_id := message.get("tool_call_id"), str):
+                message["tool_call_id"] = _shorten(call_id)
             if message["role"] == "tool":
                 message.pop("name", None)
             calls = message.get("tool_calls")
@@ -164,6 +172,7 @@ class ChatGPTAdapter(BaseLLMAdapter):
     def _prepare_call(self, call: JSON) -> JSON:
         kept = {k: v for k, v in call.items() if k in {"id", "type", "function"}}
         own = call.get("provider_specific_fields")
+        kept["id"] = _shorten(str(call.get("id") or ""))
         signature = own.get("thought_signature") if isinstance(own, Mapping) else None
         if signature and not self.is_openai:
             kept["extra_content"] = {"google": {"thought_signature": signature}}
@@ -232,6 +241,11 @@ class ChatGPTAdapter(BaseLLMAdapter):
         if refused:
             raise InvalidRequestError(f"{model} {refused}", **self._fields())
 
+    def output_limit(self) -> int | None:
+        """Return the most tokens of an answer, None if unknown."""
+        is_cyber = self.provider is OPENAI and _CYBER.match(self.model_name)
+        return super().output_limit() or (128_000 if is_cyber else None)
+
     def other_endpoint(
         self, litellm: Any, prepared: PreparedRequest
     ) -> BaseLLMAdapter | None:
@@ -264,6 +278,19 @@ class ChatGPTAdapter(BaseLLMAdapter):
         self, litellm: Any, prepared: PreparedRequest, *, stream: bool
     ) -> Outgoing:
         """Translate with the configuration class that LiteLLM has for the provider."""
+        if self.provider is not OPENAI:
+            facts = describe(litellm, self.provider.litellm)
+            return Outgoing(
+                *translate_openai(
+                    litellm,
+                    facts,
+                    self.model_name,
+                    prepared.messages,
+                    prepared.options,
+                    stream,
+                    base_url=self.endpoint.base_url,
+                )
+            )
         model, messages = self.model_name, prepared.messages
         body = find_config(litellm, self.provider, model).transform_request(
             model=model,
@@ -303,6 +330,16 @@ class ChatGPTAdapter(BaseLLMAdapter):
     def stream_reader(self) -> StreamReader:
         """Return a reader of chat completion chunks."""
         return OpenAIStream()
+
+
+def _shorten(call_id: str) -> str:
+    """Shorten the id of a call, such as another provider's, to what OpenAI takes.
+
+    Source: "Expected a string with maximum length 64" of OpenAI's 400 (2026-11-25).
+    """
+    if 0 < len(call_id) <= 64:
+        return call_id
+    return f"call_{blake2b(call_id.encode(), digest_size=16).hexdigest()}"
 
 
 def _must_bridge(

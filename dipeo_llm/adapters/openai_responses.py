@@ -26,6 +26,8 @@ from dipeo_llm.domain import (
 )
 
 _NOT_OF_THE_BODY = frozenset({"litellm_logging_obj", "client", "stream"})
+# https://platform.openai.com/docs/api-reference/responses/create (2026-11-25)
+_FEWEST_TOKENS = 16
 _FINISH = {"max_output_tokens": "length", "content_filter": "content_filter"}
 
 
@@ -68,6 +70,8 @@ class ResponsesAdapter(BaseLLMAdapter):
             for name, value in made.items()
             if value is not None and name not in _NOT_OF_THE_BODY
         }
+        if body.get("max_output_tokens", _FEWEST_TOKENS) < _FEWEST_TOKENS:
+            body["max_output_tokens"] = _FEWEST_TOKENS
         for tool in body.get("tools", ()):
             # Without it, Responses takes every optional parameter for a required one.
             if tool.get("type") == "function" and tool.get("strict") is None:

@@ -6,7 +6,7 @@ Pure data: knows no LiteLLM, no network and no other provider.
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from dipeo_llm.media import MediaRules
 
@@ -34,8 +34,13 @@ class Provider:
     """Environment variables that hold the key; the first one that is set wins."""
     system_role: str = "system"
     """The role of a system prompt in the request's body."""
-    takes_openai_client: bool = False
-    """Whether `litellm.acompletion` takes an `AsyncOpenAI` as `client=` for it."""
+    client: Literal["sdk", "handler"] | None = "handler"
+    """What `litellm.acompletion` takes as `client=` for it: an `AsyncOpenAI` ("sdk") or
+    LiteLLM's `AsyncHTTPHandler`; None if it uses a client of its own."""
+    speaks_openai: bool = False
+    """Whether a provider without an adapter of its own speaks OpenAI's format."""
+    extra_headers: tuple[tuple[str, str], ...] = ()
+    """Headers that the provider requires beside its format's."""
     has_prices: bool = True
     """Whether its tokens have a price; False for models that run locally."""
     claims: re.Pattern[str] = re.compile(r"(?!)")

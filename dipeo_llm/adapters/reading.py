@@ -27,6 +27,8 @@ class Reading:
     reasoning: str | None = None
     thinking_blocks: list[JSON] = field(default_factory=list)
     """Anthropic's thinking blocks, which go back with a tool's result."""
+    content_blocks: list[JSON] = field(default_factory=list)
+    """Anthropic's whole content, where the work of its own tools is a part of it."""
     tool_calls: list[ToolCall] = field(default_factory=list)
     finish: str | None = None
     refusal: str | None = None

@@ -1,14 +1,13 @@
 """Sorts a caller's tools, and describes functions as OpenAI does. Pure."""
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+import reprlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from dipeo_llm.domain import ToolConfig, ToolType
 from dipeo_llm.errors import InvalidRequestError
+from dipeo_llm.functions import function_tool
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,47 +15,73 @@ class Tools:
     """The tools of a request, sorted by who runs them."""
 
     functions: list[dict[str, Any]] = field(default_factory=list)
-    """The caller's own, as OpenAI's function-tool dicts."""
+    """The caller's, as function-tool dicts in the format of OpenAI's chat API."""
     provided: list[ToolConfig] = field(default_factory=list)
-    """The provider's."""
+    """The provider's own."""
 
 
 def sort_tools(tools: Sequence[Any]) -> Tools:
-    """Sort what a caller gave as `tools`.
+    """Sort the tools of a request by who runs them.
 
     Args:
-        tools: OpenAI function-tool dicts, plain typed functions, `ToolConfig` objects,
-            or any object with their attributes.
+        tools: Functions and pydantic classes; function-tool dicts in the format of
+            OpenAI's chat or Responses API, Anthropic or MCP; `ToolConfig` objects, or
+            any objects with their attributes.
 
     Raises:
-        InvalidRequestError: One is none of these.
+        InvalidRequestError: One of them is none of these, or cannot be described.
     """
     found = Tools()
     for tool in tools:
         if isinstance(tool, Mapping):
-            kind = tool.get("type", "function")
-            if kind == "function":
-                found.functions.append(dict(tool))
-            elif kind in set(ToolType):
+            kind = getattr(tool.get("type"), "value", tool.get("type"))
+            if kind in set(ToolType):
+                config = {k: v for k, v in tool.items() if k != "type"}
                 found.provided.append(
-                    ToolConfig(
-                        type=ToolType(kind),
-                        config={k: v for k, v in tool.items() if k != "type"} or None,
-                    )
+                    ToolConfig(type=ToolType(kind), config=config or None)
                 )
+            elif kind in {"function", "custom", None}:
+                found.functions.append(_function_dict(tool))
             else:
-                raise InvalidRequestError(f"a tool of type {kind!r} is not known here")
-        elif isinstance(tool, ToolConfig) or hasattr(tool, "type"):
+                raise InvalidRequestError(
+                    f"a tool of type {kind!r} is unknown; a provider's own tool is"
+                    " ToolConfig(type=…) with one of "
+                    + ", ".join(repr(known.value) for known in ToolType)
+                )
+        elif hasattr(tool, "type") and not isinstance(tool, type):
             if getattr(tool, "enabled", True):
                 found.provided.append(_config(tool))
         elif callable(tool):
             found.functions.append(function_tool(tool))
         else:
             raise InvalidRequestError(
-                f"{tool!r} is no tool: give a function, an OpenAI function-tool dict"
-                " or a ToolConfig"
+                f"a tool must be a function, a function-tool dict or a ToolConfig; got"
+                f" {reprlib.repr(tool)}"
             )
     return found
+
+
+def _function_dict(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a function tool in the format of OpenAI's chat API."""
+    inner = tool.get("function", tool)
+    if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
+        raise InvalidRequestError(
+            "a function tool needs a name:"
+            ' {"type": "function", "function": {"name": …, "parameters": …}}'
+        )
+    if inner is not tool:
+        return dict(tool)
+    function = {key: tool[key] for key in _FUNCTION_KEYS if tool.get(key) is not None}
+    for key in _SCHEMA_KEYS:
+        if key in tool:
+            function["parameters"] = tool[key]
+    rest = {"cache_control": tool["cache_control"]} if "cache_control" in tool else {}
+    return {"type": "function", "function": function, **rest}
+
+
+_FUNCTION_KEYS = ("name", "description", "strict")
+# OpenAI's Responses API, Anthropic and MCP have these keys beside the name.
+_SCHEMA_KEYS = ("parameters", "input_schema", "inputSchema")
 
 
 def _config(tool: Any) -> ToolConfig:
@@ -68,44 +93,5 @@ def _config(tool: Any) -> ToolConfig:
     except ValueError:
         known = ", ".join(ToolType)
         raise InvalidRequestError(
-            f"{name!r} is no tool of a provider; there are {known}"
+            f"{name!r} is not a provider's own tool; known are {known}"
         ) from None
-
-
-def function_tool(function: Callable[..., Any]) -> dict[str, Any]:
-    """Describe a typed function as OpenAI does: name, docstring, parameters' schema.
-
-    Args:
-        function: Its annotations and defaults become the schema, through pydantic; its
-            docstring becomes the description.
-
-    Raises:
-        InvalidRequestError: A parameter cannot be described, such as `*args`.
-    """
-    name = getattr(function, "__name__", "")
-    if not name or name == "<lambda>":
-        raise InvalidRequestError(f"{function!r} has no name to call it by")
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind in {parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY}:
-            raise InvalidRequestError(
-                f"the tool {name!r} must take its arguments by name, not {parameter}"
-            )
-    try:
-        schema = _adapter(function).json_schema()
-    except Exception as exc:
-        raise InvalidRequestError(
-            f"the tool {name!r} cannot be described: {exc}"
-        ) from exc
-    schema.setdefault("properties", {})
-    return {
-        "type": "function",
-        "function": {
-            "name": name,
-            "description": inspect.getdoc(function) or "",
-            "parameters": schema,
-        },
-    }
-
-
-# pydantic types it for types, and takes functions as well.
-_adapter: Any = TypeAdapter

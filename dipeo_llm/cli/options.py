@@ -208,19 +208,11 @@ async def find_provider(model: str, service: str | None = None) -> str:
     Raises:
         InvalidRequestError: Nobody claims the name.
     """
-    row, _ = factory.resolve(model, service)
-    if row is not None:
-        return row.name
-    from dipeo_llm import EnvironmentAPIKeys, LLMInfraService
+    if factory.needs_litellm(model, service):
+        from dipeo_llm.litellm_import import load_litellm
 
-    async with LLMInfraService(EnvironmentAPIKeys()) as asked:
-        found = await asked.get_provider_for_model(model)
-    if found is None:
-        raise InvalidRequestError(
-            f"no provider is known for model {model!r}: name it with a prefix, such as"
-            f" openai/{model}, or with `chat --service`"
-        )
-    return found
+        await load_litellm()
+    return factory.resolve(model, service)[0].name
 
 
 def key_for(provider: str, key_id: str | None) -> str:
@@ -248,7 +240,7 @@ def is_model(argument: str) -> bool:
     """Tell whether an argument reads as a model's name, not as a prompt."""
     if re.fullmatch(r"[a-z][a-z0-9_-]*/\S+", argument):
         return True
-    return bool(argument.strip()) and factory.resolve(argument)[0] is not None
+    return bool(argument.strip()) and not factory.needs_litellm(argument)
 
 
 def run(work: Coroutine[Any, Any, _T], runner: "asyncio.Runner | None" = None) -> _T:
