@@ -193,6 +193,9 @@ def without_chance(result: ChatResult) -> dict[str, Any]:
         call["thought_signature"] = bool(call["thought_signature"])
     for block in told["thinking_blocks"]:
         block["signature"] = bool(block["signature"])
+    for block in told["content_blocks"]:
+        for name in ("id", "tool_use_id"):
+            block.pop(name, None)
     return told
 
 
@@ -282,9 +285,12 @@ async def test_same_as_a_whole_answer(
 ) -> None:
     """What `result()` gives is what `complete` gives for the same answer."""
     server.default, options = ANSWERS[name]
-    whole = await service.complete(HELLO, MODELS[provider], provider, **options)
+    model = MODELS[provider]
+    if (provider, name) == ("openai", "a search"):
+        model = "gpt-4.1-mini"  # gpt-4.1-nano does not search
+    whole = await service.complete(HELLO, model, provider, **options)
 
-    chunks, result = await read(hello(service, provider, **options))
+    chunks, result = await read(service.stream(HELLO, model, provider, **options))
 
     assert without_chance(result) == without_chance(whole)
     assert bool(result.request_id) == bool(whole.request_id)
