@@ -1,6 +1,7 @@
 """What most tests need: a clean environment, a loopback server, keys and a service."""
 
 import os
+import re
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -144,3 +145,8 @@ async def direct(opened: Open) -> AsyncIterator[LLMInfraService]:
     """Open a service on the direct engine that makes one attempt."""
     async with opened(engine="direct", max_retries=0) as made:
         yield made
+
+
+def name_of(value: object) -> str:
+    """Name a parameter in a test's id, which must be the same in every worker."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

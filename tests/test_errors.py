@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from dipeo_llm import errors
-from dipeo_llm.adapters.factory import create_adapter
-from dipeo_llm.adapters.factory import by_name, resolve, unknown_model
+from dipeo_llm.adapters.factory import by_name, create_adapter, resolve, unknown_model
 from dipeo_llm.errors import (
     APIKeyError,
     APIKeyNotFoundError,

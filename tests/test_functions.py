@@ -23,6 +23,7 @@ from dipeo_llm.service import LLMInfraService
 from tests.provider_server import Answer, ProviderServer
 
 HELLO = [{"role": "user", "content": "hello"}]
+from tests.conftest import name_of
 
 
 class Unit(Enum):
@@ -300,7 +301,7 @@ def _typed_dict(city: typing.TypedDict("Plain", {"a": int})) -> None: ...  # typ
             ),
         ),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_a_function_that_cannot_be_described_says_why(
     function: Callable[..., Any], said: str
@@ -380,7 +381,7 @@ def test_what_a_provider_adds_to_a_tool_is_kept() -> None:
         {"type": ToolType.WEB_SEARCH, "a": 1},
         SimpleNamespace(type="web_search", config={"a": 1}),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_a_providers_own_tool_is_sorted_out(tool: Any) -> None:
     """Ours, an application's own, or a dict: it is the provider's to run."""
@@ -400,7 +401,7 @@ def test_a_providers_own_tool_is_sorted_out(tool: Any) -> None:
         ({"type": "web_search_20250305", "name": "web_search"}, "ToolConfig"),
         (SimpleNamespace(type="telepathy"), "telepathy"),
     ],
-    ids=str,
+    ids=name_of,
 )
 async def test_what_is_not_a_tool_is_refused_before_it_is_sent(
     service: LLMInfraService, server: ProviderServer, tool: Any, said: str
@@ -415,7 +416,7 @@ async def test_what_is_not_a_tool_is_refused_before_it_is_sent(
 @pytest.mark.parametrize(
     "tools",
     [google, Place, OPENAI, functools.partial(google, unit="C"), (google,), {google}],
-    ids=str,
+    ids=name_of,
 )
 async def test_one_tool_needs_no_list(
     service: LLMInfraService, server: ProviderServer, tools: Any
@@ -428,7 +429,7 @@ async def test_one_tool_needs_no_list(
     assert len(server.requests[0].json["tools"]) == 1
 
 
-@pytest.mark.parametrize("tools", [3, "google", b"google"], ids=repr)
+@pytest.mark.parametrize("tools", [3, "google", b"google"], ids=name_of)
 async def test_what_is_not_a_list_of_tools_is_refused_before_it_is_sent(
     service: LLMInfraService, server: ProviderServer, tools: Any
 ) -> None:

@@ -39,6 +39,7 @@ T = TypeVar("T")
 # The subset that OpenAI documents for `strict: true`:
 # https://platform.openai.com/docs/guides/structured-outputs (read 2026-11-25).
 _DESCRIBED = {"title": {"type": "string"}, "description": {"type": "string"}}
+from tests.conftest import name_of
 
 
 def _node(kind: Any, **keywords: Any) -> dict[str, Any]:
@@ -257,7 +258,7 @@ def written(asked: Any, value: Any) -> Any:
     return {"value": data} if form is not None and form.is_wrapped else data
 
 
-@pytest.mark.parametrize(("asked", "value"), STRICT_TYPES, ids=str)
+@pytest.mark.parametrize(("asked", "value"), STRICT_TYPES, ids=name_of)
 def test_a_type_is_enforced_within_what_openai_documents(
     asked: Any, value: Any
 ) -> None:
@@ -272,7 +273,7 @@ def test_a_type_is_enforced_within_what_openai_documents(
     assert answer(asked, json.dumps(data)) == value
 
 
-@pytest.mark.parametrize(("asked", "value"), FREE_TYPES, ids=str)
+@pytest.mark.parametrize(("asked", "value"), FREE_TYPES, ids=name_of)
 def test_a_type_that_cannot_be_enforced_says_so(asked: Any, value: Any) -> None:
     """`strict` is false, and the schema still says what the type says."""
     described = sent(asked)
@@ -286,7 +287,7 @@ def test_a_type_that_cannot_be_enforced_says_so(asked: Any, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "asked", [t for t, _ in STRICT_TYPES if t is not NESTED], ids=str
+    "asked", [t for t, _ in STRICT_TYPES if t is not NESTED], ids=name_of
 )
 def test_every_object_is_closed_and_whole(asked: Any) -> None:
     """All properties are required, also those with a default."""
@@ -306,7 +307,7 @@ def test_every_object_is_closed_and_whole(asked: Any) -> None:
 @pytest.mark.parametrize(
     "asked",
     [Page[River], list[River], dict[str, int], River | Lake, Water, int, Any],
-    ids=str,
+    ids=name_of,
 )
 def test_a_name_is_one_that_openai_takes(asked: Any) -> None:
     """Whatever the type is called, its name has letters, digits, `_` and `-` only."""
@@ -345,7 +346,7 @@ def test_a_limit_that_is_not_enforced_is_described() -> None:
          True),
         ({"type": "json_object"}, False),
     ],
-    ids=repr,
+    ids=name_of,
 )  # fmt: skip
 def test_a_form_says_whether_it_refers_to_itself(
     asked: Any, is_recursive: bool
@@ -367,7 +368,7 @@ def test_a_form_says_whether_it_refers_to_itself(
         ({"type": "object", "properties": {"value": {}}}, '{"value": 1}', {"value": 1}),
         ({"properties": {"a": {}}}, '{"a": 1}', {"a": 1}),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_a_schema_of_the_callers_own_has_an_object_at_its_root(
     schema: Any, text: str, value: Any
@@ -406,7 +407,7 @@ def test_definitions_stay_at_the_root() -> None:
         '\n```JSON\n{\n"name": "Inn"\n}\n```',
         '\ufeff```json\n{"name": "Inn"}```',
     ],
-    ids=repr,
+    ids=name_of,
 )
 def test_json_may_stand_in_one_fenced_block(text: str) -> None:
     """White space, a byte order mark and one fenced block around it are taken off."""
@@ -423,7 +424,7 @@ def test_json_may_stand_in_one_fenced_block(text: str) -> None:
         '{"name": 5}',
         "[]",
     ],
-    ids=repr,
+    ids=name_of,
 )
 def test_anything_else_is_invalid_and_kept(text: str) -> None:
     """Two answers are none; the text is in the error."""
@@ -461,7 +462,7 @@ def test_an_answer_that_is_not_wrapped_is_taken_too() -> None:
             ),
         ),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_a_type_that_cannot_be_described_says_why(asked: Any, why: str) -> None:
     """The error has pydantic's reason, on one line."""
