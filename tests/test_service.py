@@ -584,7 +584,9 @@ async def test_an_unknown_keyword_is_a_type_error(
 ) -> None:
     """A misspelt option is named in a TypeError before anything is sent."""
     with pytest.raises(TypeError, match="'temprature'"):
-        await service.complete(HELLO, "gpt-4.1-nano", "openai", temprature=0.5)
+        await service.complete(  # type: ignore[call-overload]
+            HELLO, "gpt-4.1-nano", "openai", temprature=0.5
+        )
 
     assert server.requests == []
 
