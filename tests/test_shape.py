@@ -61,8 +61,6 @@ SAID: dict[str, Any] = {
         ("anthropic", {"reasoning_content"}),
         ("google", {"reasoning_content", "thinking_blocks"}),
         ("ollama", {"thinking_blocks"}),
-        ("vertex", {"thinking_blocks"}),
-        ("groq", {"thinking_blocks"}),
     ],
 )
 def test_what_a_turn_needs_again_goes_along(provider: str, lacks: set[str]) -> None:

@@ -187,7 +187,8 @@ def calls_of(chunks: Iterable[StreamChunk]) -> list[tuple[str, Any]]:
 
 def without_chance(result: ChatResult) -> dict[str, Any]:
     """Everything that a result says but the provider's ids and its raw answer."""
-    told = result.model_dump(exclude={"raw_response", "request_id"})
+    told = result.model_dump(exclude={"raw_response", "request_id", "content_blocks"})
+    told["blocks"] = [block["type"] for block in result.content_blocks]
     for call in told["tool_calls"]:
         del call["id"]
         call["thought_signature"] = bool(call["thought_signature"])
@@ -282,9 +283,12 @@ async def test_same_as_a_whole_answer(
 ) -> None:
     """What `result()` gives is what `complete` gives for the same answer."""
     server.default, options = ANSWERS[name]
-    whole = await service.complete(HELLO, MODELS[provider], provider, **options)
+    # OpenAI's nano models do not search.
+    searches = (provider, name) == ("openai", "a search")
+    model = "gpt-4.1-mini" if searches else MODELS[provider]
+    whole = await service.complete(HELLO, model, provider, **options)
 
-    chunks, result = await read(hello(service, provider, **options))
+    chunks, result = await read(service.stream(HELLO, model, provider, **options))
 
     assert without_chance(result) == without_chance(whole)
     assert bool(result.request_id) == bool(whole.request_id)
