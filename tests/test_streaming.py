@@ -329,21 +329,6 @@ async def test_trouble_before_the_first_chunk(
     assert len(server.requests) == 2
 
 
-@each_provider
-async def test_trouble_that_stays(
-    server: ProviderServer, service: LLMInfraService, provider: str
-) -> None:
-    """A stream that cannot be opened raises what `complete` would raise."""
-    server.default = error(provider, 503)
-
-    with pytest.raises(ServiceUnavailableError) as caught:
-        await hello(service, provider).__aenter__()
-
-    assert caught.value.attempts == 2
-    assert caught.value.status_code == 503
-    assert len(server.requests) == 2
-
-
 AFTER = ("cut_after", "error_after", "garbage_after", "drop_end")
 
 
@@ -399,25 +384,6 @@ async def test_a_class_of_error_in_mid_stream(
 
 
 # --- Silence -------------------------------------------------------------------------
-
-
-@each_provider
-async def test_silence_after_the_first_chunk(
-    server: ProviderServer, service: LLMInfraService, provider: str
-) -> None:
-    """A stream that falls silent for longer than `idle_timeout` is broken off."""
-    server.default = Answer("abcdef", pieces=6, stall_after=4)
-
-    async with hello(service, provider, idle_timeout=0.3) as stream:
-        with pytest.raises(StreamInterruptedError) as caught:
-            await stream.result()
-        await server.wait_closed_by_client()
-
-    assert caught.value.details["cause"] == "LLMTimeoutError"
-    assert "0.3 s" in str(caught.value)
-    assert "abcdef".startswith(caught.value.partial_text)
-    assert caught.value.partial_text
-    assert len(server.requests) == 1
 
 
 @each_provider
