@@ -146,9 +146,9 @@ class StreamReader(ABC):
             self._event(event, chunks)
         except (
             TypeError,
-            ValueError,
             AttributeError,
             LookupError,
+            ValueError,
             RecursionError,
         ) as exc:
             raise MalformedStreamError(f"an event of another shape: {exc!r}") from exc
