@@ -866,6 +866,7 @@ async def ask(
     """Ask as the recording's client did, for a whole answer or a stream."""
     asked = (messages, recording.model, recording.provider)
     if not recording.streamed:
-        return await service.complete(*asked, **asking(recording))
+        result: ChatResult = await service.complete(*asked, **asking(recording))
+        return result
     async with service.stream(*asked, **asking(recording)) as stream:
         return await stream.result()
