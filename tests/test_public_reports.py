@@ -257,7 +257,7 @@ async def test_pro_that_always_thinks_gets_the_smallest_budget(
 
 async def test_a_search_beside_a_function(asking: Requests) -> None:
     """Gemini 3 takes both; an older model's caller is told."""
-    both = {"tools": [weather, SEARCH]}
+    both: dict[str, Any] = {"tools": [weather, SEARCH]}
 
     found = await sent(asking, "google", "gemini-3.1-pro-preview", **both)
     refused = await asking.of("google", "gemini-2.5-flash", **both)

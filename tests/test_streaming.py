@@ -292,7 +292,6 @@ async def test_same_as_a_whole_answer(
 
     chunks, result = await read(service.stream(HELLO, model, provider, **options))
 
-    print(without_chance(whole)["content_blocks"])
     assert without_chance(result) == without_chance(whole)
     assert bool(result.request_id) == bool(whole.request_id)
     assert "".join(chunk.text for chunk in chunks) == result.text
@@ -733,7 +732,6 @@ async def test_a_person_streams(
     assert {k: v for k, v in one.items() if k not in differ} == {
         k: v for k, v in other.items() if k not in differ
     }
-    print(without_chance(whole)["content_blocks"])
     assert without_chance(result) == without_chance(whole)
     assert "".join(chunk.text for chunk in chunks) == result.text
 
