@@ -194,7 +194,6 @@ def without_chance(result: ChatResult) -> dict[str, Any]:
         call["thought_signature"] = bool(call["thought_signature"])
     for block in told["thinking_blocks"]:
         block["signature"] = bool(block["signature"])
-    told["content_blocks"] = [block["type"] for block in told["content_blocks"]]
     return told
 
 
