@@ -482,6 +482,7 @@ async def test_a_recorded_answer(
     direct: LLMInfraService,
 ) -> None:
     """A whole answer means what its bytes say."""
+    server.rules = False  # requests of other days
     recording = RECORDINGS[name]
     server.rules = name not in NOT_REPEATED
     server.reply(recording.reply())
@@ -504,6 +505,7 @@ async def test_a_recorded_stream(
     direct: LLMInfraService,
 ) -> None:
     """A stream's chunks and its result mean what its bytes say."""
+    server.rules = False  # requests of other days
     recording = RECORDINGS[name]
     server.reply(recording.reply())
 
@@ -850,6 +852,7 @@ async def test_a_recorded_loop(
     direct: LLMInfraService,
 ) -> None:
     """A tool's result goes back with all that the recorded client sent back."""
+    server.rules = False  # requests of other days
     one, two = RECORDINGS[first], RECORDINGS[second]
     server.reply(one.reply(), two.reply())
     messages = conversation(one)
