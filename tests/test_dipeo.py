@@ -398,13 +398,14 @@ async def test_a_form_of_the_caller_wins_over_the_phase(
 ) -> None:
     """The phase asks for a form only where the call has none."""
     server.reply(Answer(text='{"name": "Rhine"}'))
+    options: dict[str, Any] = {name: River}
 
     result = await service.complete(
         HELLO,
         "gpt-4.1-nano",
         "APIKEY_OPENAI",
         execution_phase=Phase.MEMORY_SELECTION,
-        **{name: River},
+        **options,
     )
 
     assert result.parsed == River(name="Rhine")
