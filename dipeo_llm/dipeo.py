@@ -240,7 +240,7 @@ class LLMInfraService(service.LLMInfraService):
             done.text = to_json(done.parsed.message_ids).decode()
         elif isinstance(done.parsed, DecisionOutput):
             done.text = done.parsed.model_dump_json()
-        return ChatResult[Any].model_construct(done.model_fields_set, **dict(done))
+        return ChatResult.model_construct(done.model_fields_set, **dict(done))
 
 
 _LEFT_OVER = {"preprocessed", "llm_service", "person_id"}
