@@ -8,7 +8,7 @@ imported.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, model_validator
 from pydantic_core import to_json
@@ -96,10 +96,10 @@ class LLMInfraService(service.LLMInfraService):
 
         Cancelling the call closes its connection.
         """
-        result: ChatResult[Any] = await super().complete(
+        result = await super().complete(
             messages, model, api_key_id, service_name=service_name, **options
         )
-        return result
+        return cast("ChatResult[Any]", result)  # made by `_finish` below
 
     async def complete_memory_selection(
         self,
