@@ -175,7 +175,7 @@ class LLMInfraService:
                 tool_choice, response_format, text_format, reasoning_effort,
                 options (an LLMRequestOptions), timeout (s, one attempt), deadline (s,
                 the whole call), extra_body, and the labels execution_phase,
-                execution_id and trace_id, which are never sent.
+                execution_id, trace_id, person_name and node_id, which are never sent.
 
         Raises:
             InvalidRequestError: There are no messages, or the model cannot be placed.
@@ -190,7 +190,7 @@ class LLMInfraService:
         call = self._check_call(options, model, api_key_id, messages)
         async with Deadline(call.request.deadline) as deadline:
             result = await self._answer(call, deadline)
-        return _finish(call.request, result, deadline)
+        return self._finish(call.request, result, deadline)
 
     @overload
     async def complete_with_person(
@@ -240,7 +240,7 @@ class LLMInfraService:
         async with Deadline(call.request.deadline) as deadline:
             call = await self._compose(call, person_messages, person_id, llm_config)
             result = await self._answer(call, deadline)
-        return _finish(call.request, result, deadline)
+        return self._finish(call.request, result, deadline)
 
     @overload
     def stream(
@@ -295,7 +295,7 @@ class LLMInfraService:
         call = self._check_call(options, model, api_key_id, messages)
         return ChatStream[Any](
             partial(self._open, call),
-            partial(_finish, call.request),
+            partial(self._finish, call.request),
             deadline=call.request.deadline,
         )
 
@@ -339,7 +339,7 @@ class LLMInfraService:
             partial(
                 self._open_with_person, call, person_messages, person_id, llm_config
             ),
-            partial(_finish, call.request),
+            partial(self._finish, call.request),
             deadline=call.request.deadline,
         )
 
@@ -627,6 +627,28 @@ class LLMInfraService:
         finally:
             deadline.last = None
 
+    def _finish(
+        self, request: ChatRequest, result: ChatResult[Any], deadline: Deadline
+    ) -> ChatResult[Any]:
+        """Complete a result with what the call knows, and parse a structured answer.
+
+        A turn that calls tools is not the answer yet, and is not parsed.
+        """
+        if deadline.requests is None:
+            # A request that met a stale connection was sent twice in its attempt.
+            deadline.requests = deadline.attempts - 1 + result.attempts
+        result.attempts = deadline.requests
+        form = request.response_format
+        if form is None or not form.is_json:
+            return result
+        if result.parsed is None and not result.tool_calls:
+            try:
+                result.parsed = parse(form, result)
+            except StructuredOutputError as exc:
+                exc.model, exc.attempts = deadline.model, deadline.attempts
+                raise
+        return result
+
     # Around a call.
 
     async def _find_key_adapter(
@@ -682,29 +704,6 @@ async def _open_stream(adapter: BaseLLMAdapter, request: ChatRequest) -> Opened:
     except BaseException:
         await items.aclose()
         raise
-
-
-def _finish(
-    request: ChatRequest, result: ChatResult[Any], deadline: Deadline
-) -> ChatResult[Any]:
-    """Complete a result with what the call knows, and parse a structured answer.
-
-    A turn that calls tools is not the answer yet, and is not parsed.
-    """
-    if deadline.requests is None:
-        # A request that met a stale connection was sent twice in its attempt.
-        deadline.requests = deadline.attempts - 1 + result.attempts
-    result.attempts = deadline.requests
-    form = request.response_format
-    if form is None or not form.is_json:
-        return result
-    if result.parsed is None and not result.tool_calls:
-        try:
-            result.parsed = parse(form, result)
-        except StructuredOutputError as exc:
-            exc.model, exc.attempts = deadline.model, deadline.attempts
-            raise
-    return result
 
 
 _SERVICE_NAMES = ("service", "provider", "service_name")
