@@ -158,7 +158,7 @@ async def test_attempts_are_recorded_with_their_waits(
 ) -> None:
     """Each with its error, its status, and the seconds before the next one."""
     server.reply(
-        error("openai", 429, SECRET, retry_delay=0.2), Fault("reset"), Answer()
+        Fault("reset"), error("openai", 429, SECRET, retry_delay=0.2), Answer()
     )
 
     async with recorded() as (service, records):
@@ -166,11 +166,12 @@ async def test_attempts_are_recorded_with_their_waits(
 
     [record] = records
     first, second, last = record.attempts
-    assert (first.error, first.status_code, first.wait) == ("RateLimitError", 429, 0.2)
-    assert (second.error, second.status_code) == ("ServiceUnavailableError", None)
-    assert 0.0 < (second.wait or 0.0) <= 0.02
+    assert (first.error, first.status_code) == ("ServiceUnavailableError", None)
+    assert 0.0 < (first.wait or 0.0) <= 0.02
+    assert (second.error, second.status_code) == ("RateLimitError", 429)
+    assert second.wait == 0.2
     assert (last.error, last.wait) == (None, None)
-    assert second.start >= first.start + first.duration + 0.2
+    assert last.start >= second.start + second.duration + 0.2
     assert record.status == "ok"
     assert record.requests == 3
     assert SECRET not in repr(record)
@@ -476,7 +477,7 @@ async def test_a_broken_stream_is_recorded(
     server: ProviderServer, recorded: OpenRecorded, provider: str
 ) -> None:
     """As the error that its reader gets."""
-    server.reply(Answer("x" * 40, cut_after=2))
+    server.reply(Answer("x" * 40, pieces=8, cut_after=6))
 
     async with recorded() as (service, records):
         with pytest.raises(StreamInterruptedError):
