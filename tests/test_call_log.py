@@ -161,7 +161,7 @@ async def test_the_last_failure_is_no_retry(
     server: ProviderServer, opened: Open, log: pytest.LogCaptureFixture
 ) -> None:
     """N retries are N warnings; questions besides calls are warned of too."""
-    server.reply(*[error("openai", 503)] * 6)
+    server.default = server.listing = error("openai", 503)
 
     async with opened(max_retries=2) as service:
         with pytest.raises(ServiceUnavailableError):
@@ -227,11 +227,15 @@ def test_a_program_without_logging_sees_a_sentence() -> None:
 async def test_the_hooks_of_stamina_are_the_applications() -> None:
     """They are neither called for a retry here nor changed."""
     called: list[Any] = []
-    stamina.instrumentation.set_on_retry_hooks([called.append])
+
+    def hook(details: stamina.instrumentation.RetryDetails) -> None:
+        called.append(details)
+
+    stamina.instrumentation.set_on_retry_hooks([hook])
     try:
         async with failing_once(RateLimitError("x"), retry_wait=0.0) as service:
             await service.complete(ASKED, "gpt-4.1-nano", "k")
-        assert stamina.instrumentation.get_on_retry_hooks() == (called.append,)
+        assert stamina.instrumentation.get_on_retry_hooks() == (hook,)
         assert called == []
 
         @stamina.retry(on=ValueError, attempts=2, wait_initial=0.0, wait_jitter=0.0)
