@@ -16,7 +16,7 @@ from pydantic_core import to_json
 from dipeo_llm import domain, service
 from dipeo_llm.domain import ChatRequest, ServiceName, T, TokenUsage
 from dipeo_llm.errors import InvalidRequestError
-from dipeo_llm.retry import Deadline
+from dipeo_llm.progress import CallProgress
 from dipeo_llm.structured import form_of
 
 
@@ -233,9 +233,12 @@ class LLMInfraService(service.LLMInfraService):
         return replace(request, response_format=form_of(form))
 
     def _finish(
-        self, request: ChatRequest, result: domain.ChatResult[Any], deadline: Deadline
+        self,
+        request: ChatRequest,
+        result: domain.ChatResult[Any],
+        progress: CallProgress,
     ) -> ChatResult[Any]:
-        done = super()._finish(request, result, deadline)
+        done = super()._finish(request, result, progress)
         if isinstance(done.parsed, MemorySelectionOutput):
             done.text = to_json(done.parsed.message_ids).decode()
         elif isinstance(done.parsed, DecisionOutput):
