@@ -29,8 +29,8 @@ from dipeo_llm.domain import (
     ToolCallDelta,
 )
 from dipeo_llm.errors import CacheMissError, SettingsError, StructuredOutputError
+from dipeo_llm.progress import CallProgress
 from dipeo_llm.redis_clients import RedisClients, RedisUnavailableError
-from dipeo_llm.retry import Deadline
 from dipeo_llm.streaming import Items, Opened
 from dipeo_llm.structured import Form, parse
 
@@ -347,8 +347,8 @@ class ResponseCache:
         self,
         adapter: BaseLLMAdapter,
         request: ChatRequest,
-        deadline: Deadline,
-        send: Callable[[Deadline], Awaitable[Result]],
+        progress: CallProgress,
+        send: Callable[[CallProgress], Awaitable[Result]],
     ) -> Result:
         """Answer a request from the cache, or by *send*, whose answer is then kept.
 
@@ -356,9 +356,9 @@ class ResponseCache:
             CacheMissError: The request says `cache="only"`, and there is no answer.
             Exception: As *send* does.
         """
-        entry = self._entry(adapter, request)
+        entry = self._entry(adapter, request, progress)
         if entry is None:
-            return await send(deadline)
+            return await send(progress)
         shares = request.coalesce and request.cache is None
         # Where another process may hold the answer, one caller looks for all.
         looks_first = not shares or self._turns is None
@@ -368,31 +368,35 @@ class ResponseCache:
             # Callers with another timeout must not get each other's timeout error.
             flight = (entry.key, request.timeout)
             return await self._flights.run(
-                flight, deadline, partial(self._fetch, entry, send)
+                flight, progress, partial(self._fetch, entry, send)
             )
-        return await self._send(entry, send, deadline)
+        return await self._send(entry, send, progress)
 
     async def open(
         self,
         adapter: BaseLLMAdapter,
         request: ChatRequest,
-        deadline: Deadline,
-        send: Callable[[Deadline], Awaitable[Opened]],
+        progress: CallProgress,
+        send: Callable[[CallProgress], Awaitable[Opened]],
     ) -> Opened:
         """Do as `answer` for a stream, which is kept when it was read to its end."""
-        entry = self._entry(adapter, request)
+        entry = self._entry(adapter, request, progress)
         if entry is None:
-            return await send(deadline)
+            return await send(progress)
         if (found := await self._find(entry, request)) is not None:
-            deadline.service, deadline.model = found.service, adapter.model_name
             items = replay(found)
         else:
-            items = _keep_stream(entry, await send(deadline))
+            items = _keep_stream(entry, await send(progress))
         # A generator that has not begun would not close the stream below it.
         return Opened(items, await anext(items))
 
-    def _entry(self, adapter: BaseLLMAdapter, request: ChatRequest) -> "_Entry | None":
+    def _entry(
+        self, adapter: BaseLLMAdapter, request: ChatRequest, progress: CallProgress
+    ) -> "_Entry | None":
         """Return the place of a request's answer; None if it has none."""
+        progress.place(
+            adapter.provider.name, adapter.model_name, adapter.endpoint.base_url
+        )
         if request.cache == "bypass":
             return None
         key = cache_key(adapter, request, shared=self._url.shared)
@@ -414,30 +418,30 @@ class ResponseCache:
     async def _fetch(
         self,
         entry: "_Entry",
-        send: Callable[[Deadline], Awaitable[Result]],
-        deadline: Deadline,
+        send: Callable[[CallProgress], Awaitable[Result]],
+        progress: CallProgress,
     ) -> Result:
         """Fetch an answer once, for all who wait for it."""
         if self._turns is None:
-            return await self._send(entry, send, deadline)
+            return await self._send(entry, send, progress)
         if (found := await entry.find()) is not None:
             return found
         if entry.is_failing:
-            return await send(deadline)
+            return await send(progress)
         async with self._turns.take(entry.key, entry.find_again) as turn:
             if turn.found is not None:
                 return turn.found
-            result = await send(deadline)
+            result = await send(progress)
             turn.is_kept = await entry.keep(result)
             return result
 
     async def _send(
         self,
         entry: "_Entry",
-        send: Callable[[Deadline], Awaitable[Result]],
-        deadline: Deadline,
+        send: Callable[[CallProgress], Awaitable[Result]],
+        progress: CallProgress,
     ) -> Result:
-        result = await send(deadline)
+        result = await send(progress)
         await entry.keep(result)
         return result
 

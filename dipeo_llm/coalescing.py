@@ -16,41 +16,40 @@ from weakref import WeakKeyDictionary
 
 from dipeo_llm.domain import ChatResult, TokenUsage
 from dipeo_llm.errors import CallError, ServiceUnavailableError
+from dipeo_llm.progress import CallProgress
 from dipeo_llm.redis_clients import RedisClients, RedisUnavailableError
-from dipeo_llm.retry import Deadline
 
 _log = logging.getLogger("dipeo_llm")
 
 Result = ChatResult[Any]
-Work = Callable[[Deadline], Awaitable[Result]]
+Work = Callable[[CallProgress], Awaitable[Result]]
 
 
 class _Flight:
     """One call that several callers wait for."""
 
-    def __init__(self, work: Work) -> None:
-        self.deadline = Deadline()
-        """The latest of the callers' deadlines."""
+    def __init__(self, first: CallProgress, work: Work) -> None:
+        self.progress = first.branch()
+        """What happens in the work. Its deadline is the latest of the callers'."""
         self.ends: list[float | None] = []
         self.is_taken = False
         """Whether a caller has taken the result as its own, with its cost."""
         # A running task is referenced by its flight, and the flight by its callers.
-        self.task = asyncio.ensure_future(work(self.deadline))
+        self.task = asyncio.ensure_future(work(self.progress))
         self.task.add_done_callback(_retrieve)
 
-    def join(self, deadline: Deadline) -> None:
-        self.ends.append(deadline.ends)
+    def join(self, caller: CallProgress) -> None:
+        self.ends.append(caller.ends)
         self._set_end()
 
-    def leave(self, deadline: Deadline) -> None:
-        self.ends.remove(deadline.ends)
+    def leave(self, caller: CallProgress) -> None:
+        self.ends.remove(caller.ends)
         self._set_end()
-        deadline.service, deadline.model = self.deadline.service, self.deadline.model
 
     def _set_end(self) -> None:
         known = [end for end in self.ends if end is not None]
         has_all = len(known) == len(self.ends)
-        self.deadline.ends = max(known, default=None) if has_all else None
+        self.progress.ends = max(known, default=None) if has_all else None
 
 
 def _retrieve(task: "asyncio.Future[Any]") -> None:
@@ -71,7 +70,7 @@ class Flights:
         """Return the number of calls in flight on this event loop."""
         return len(self._here())
 
-    async def run(self, identity: Hashable, deadline: Deadline, work: Work) -> Result:
+    async def run(self, identity: Hashable, caller: CallProgress, work: Work) -> Result:
         """Return the result of *work*, which runs once for all who ask meanwhile.
 
         A caller that is cancelled, or whose deadline ends, leaves the others alone; the
@@ -85,9 +84,9 @@ class Flights:
         flight = flights.get(identity)
         is_first = flight is None
         if flight is None:
-            flight = flights[identity] = _Flight(work)
+            flight = flights[identity] = _Flight(caller, work)
             flight.task.add_done_callback(lambda _: _forget(flights, identity, flight))
-        flight.join(deadline)
+        flight.join(caller)
         try:
             await asyncio.wait([flight.task])
         except asyncio.CancelledError:
@@ -97,10 +96,9 @@ class Flights:
                 await asyncio.wait([flight.task])
             raise
         finally:
-            flight.leave(deadline)
+            flight.leave(caller)
             if is_first:
-                deadline.attempts = flight.deadline.attempts
-                deadline.last = flight.deadline.last
+                caller.follow(flight.progress)
         if flight.task.cancelled():
             raise ServiceUnavailableError("the call that was shared was cancelled")
         if (error := flight.task.exception()) is not None:
@@ -109,7 +107,7 @@ class Flights:
         if flight.is_taken:
             return as_cached(result.model_copy(deep=True))
         flight.is_taken = True
-        deadline.attempts = flight.deadline.attempts
+        caller.follow(flight.progress)
         return result
 
     def _here(self) -> dict[Hashable, _Flight]:

@@ -333,6 +333,13 @@ class TokenUsage(BaseModel):
         self.total = self.total or self.input + self.output
         return self
 
+    def __add__(self, other: "TokenUsage") -> "TokenUsage":
+        """Return the tokens of both; `sum(usages, TokenUsage())` adds up many."""
+        if not isinstance(other, TokenUsage):
+            return NotImplemented
+        mine, others = vars(self), vars(other)
+        return TokenUsage(**{name: mine[name] + others[name] for name in mine})
+
 
 class RateLimits(BaseModel):
     """The rate limits that the provider reports for the key; None if it does not."""
@@ -405,9 +412,11 @@ class LLMRequestOptions(BaseModel):
     """False makes a call of its own where an identical one is in flight; None and True
     share its answer, if the service has a cache."""
     execution_phase: Any = None
-    """The application's own labels, like the two below; never sent."""
+    """The application's own labels, like the four below; never sent."""
     execution_id: Any = None
     trace_id: Any = None
+    person_name: Any = None
+    node_id: Any = None
 
 
 class CommonOptions(TypedDict, total=False):
@@ -435,6 +444,8 @@ class CommonOptions(TypedDict, total=False):
     execution_phase: Any
     execution_id: Any
     trace_id: Any
+    person_name: Any
+    node_id: Any
     options: Any
     """An LLMRequestOptions, a mapping, or any object with its attributes."""
     provider: ServiceName | None
@@ -604,6 +615,11 @@ SAMPLING = (
 )
 """The options that are sent to the provider unchanged, under OpenAI's names."""
 
+_LONGEST_LABEL = 256
+
+LABELS = ("execution_phase", "execution_id", "trace_id")
+"""The application's own labels of a call."""
+
 OPTIONS = frozenset({*LLMRequestOptions.model_fields, "options"})
 """Every keyword that a call takes besides messages, model, key and service."""
 
@@ -633,6 +649,8 @@ class ChatRequest:
     """As for `LLMRequestOptions`; only the service looks at it and at the next two."""
     sample: int | None = None
     coalesce: bool = True
+    labels: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Those of LABELS that were given; for the record of the call, never sent."""
 
 
 def request_from_options(
@@ -679,7 +697,13 @@ def request_from_options(
         cache=read["cache"],
         sample=read["sample"],
         coalesce=read["coalesce"] is not False,
+        labels={name: label(read[name]) for name in LABELS if read[name] is not None},
     )
+
+
+def label(value: Any) -> str:
+    """Return an application's label as text, at most 256 characters of it."""
+    return str(getattr(value, "value", value))[:_LONGEST_LABEL]
 
 
 def unknown_keyword(name: str, known: Iterable[str]) -> TypeError:

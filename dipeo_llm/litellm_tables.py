@@ -199,7 +199,7 @@ def cost(
                 + usage.cache_written * prices.written
                 + usage.output * prices.output
             )
-        counts = _litellm_usage(litellm, litellm_name, usage, raw_usage)
+        counts = _litellm_usage(litellm, usage, raw_usage)
         if _lacks_price(info, counts):
             return None
         tier = raw_usage.get("service_tier")
@@ -258,7 +258,7 @@ def _flat_prices(litellm: Any, litellm_name: str, model: str) -> _Prices | None:
         return None
 
     def price(**counts: int) -> float:
-        one = _litellm_usage(litellm, litellm_name, TokenUsage(**counts), {})
+        one = _litellm_usage(litellm, TokenUsage(**counts), {})
         return _litellm_cost(litellm, litellm_name, model, one)
 
     output = price(output=1)
@@ -316,14 +316,15 @@ def _has_own_price(details: dict[str, Any] | list[Any]) -> bool:
 
 
 def _litellm_usage(
-    litellm: Any, litellm_name: str, usage: TokenUsage, raw_usage: Mapping[str, Any]
+    litellm: Any, usage: TokenUsage, raw_usage: Mapping[str, Any]
 ) -> Any:
     """Return a record of usage as LiteLLM's `Usage`."""
     if "promptTokenCount" in raw_usage:
         return litellm.VertexGeminiConfig._calculate_usage(  # noqa: SLF001
             {"usageMetadata": raw_usage}
         )
-    if litellm_name == "anthropic" and "input_tokens" in raw_usage:
+    if "input_tokens" in raw_usage and "input_tokens_details" not in raw_usage:
+        # Anthropic's record; that of OpenAI's Responses endpoint has details.
         return litellm.AnthropicConfig().calculate_usage(raw_usage, None)
     input_details = raw_usage.get(
         "prompt_tokens_details", raw_usage.get("input_tokens_details")

@@ -5,10 +5,11 @@ below stand in the order in which a call runs through them.
 """
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, overload
 from weakref import WeakSet
 
 from dipeo_llm import media
@@ -27,6 +28,7 @@ from dipeo_llm.domain import (
     TokenCount,
     TokenUsage,
     Tool,
+    label,
     person_defaults,
     request_from_options,
 )
@@ -38,11 +40,14 @@ from dipeo_llm.errors import (
     StructuredOutputError,
 )
 from dipeo_llm.keys import Key, find_key
+from dipeo_llm.ledger import Usage
 from dipeo_llm.litellm_import import load_litellm
 from dipeo_llm.message_formatter import MessageFormatter, check_messages
 from dipeo_llm.ports import APIKeyPort, LLMDomainService
-from dipeo_llm.retry import Deadline, RetryPolicy
-from dipeo_llm.settings import Settings
+from dipeo_llm.progress import CallProgress
+from dipeo_llm.reports import CallHook, CallReporter
+from dipeo_llm.retry import RetryPolicy
+from dipeo_llm.settings import Settings, warn_about_environment
 from dipeo_llm.streaming import ChatStream, Opened
 from dipeo_llm.structured import form_of, parse
 from dipeo_llm.system_prompt_handler import SystemPromptHandler
@@ -67,6 +72,7 @@ class _Call:
     api_key_id: str | None
     service: Any
     """The name of the provider, None where the model string decides."""
+    person_id: str | None = None
 
 
 class LLMInfraService:
@@ -84,6 +90,9 @@ class LLMInfraService:
             base directory.
         adapter_factory: Makes the adapter of a call, such as
             a `dipeo_llm.testing.MockLLMAdapter()` in a test; None is `create_adapter`.
+        on_call: A function or a coroutine function, called once after each call with
+            its `CallRecord`, however the call ended. The call returns after it, or at
+            once if it was cancelled; `aclose` waits for it. Its exceptions are logged.
         cache: Where answers are cached: a URL, as `Settings.cache_url`, or
             a `ResponseCache` that several services share and the application closes.
             None is the settings' URL.
@@ -97,16 +106,19 @@ class LLMInfraService:
         settings: Settings | None = None,
         system_prompt_handler: SystemPromptHandler | None = None,
         adapter_factory: AdapterFactory | None = None,
+        on_call: CallHook | None = None,
         cache: "ResponseCache | str | None" = None,
     ) -> None:
         self.api_key_service = api_key_service
         self.llm_domain_service = llm_domain_service
         self.settings = settings if settings is not None else Settings.from_env()
+        warn_about_environment(self.settings, os.environ)
         self._prompts = system_prompt_handler or SystemPromptHandler(
-            self.settings.base_dir
+            self.settings.base_dir, on_missing=self.settings.missing_prompt
         )
         self._formatter = MessageFormatter()
         self._create_adapter = adapter_factory or factory.create_adapter
+        self._reporter = CallReporter(on_call)
         self._pool = new_pool(self.settings)
         self._owns_cache = cache is None or isinstance(cache, str)
         self.cache = self._open_cache(cache)
@@ -134,13 +146,15 @@ class LLMInfraService:
         """Close every open client. May be called twice.
 
         Calls in flight have `settings.close_grace` seconds to end; then their
-        connection is closed and they raise ServiceUnavailableError.
+        connection is closed and they raise ServiceUnavailableError. `on_call` has as
+        long, and is then cancelled.
         """
         self._closed = True
         grace = self.settings.close_grace
         await asyncio.gather(self._pool.aclose(grace), self._end_loading(grace))
         if self.cache is not None and self._owns_cache:
             await self.cache.aclose()
+        await self._reporter.aclose(grace)
 
     @overload
     async def complete(
@@ -186,7 +200,7 @@ class LLMInfraService:
                 tool_choice, response_format, text_format, reasoning_effort,
                 options (an LLMRequestOptions), timeout (s, one attempt), deadline (s,
                 the whole call), extra_body, and the labels execution_phase,
-                execution_id and trace_id, which are never sent.
+                execution_id, trace_id, person_name and node_id, which are never sent.
 
         Raises:
             InvalidRequestError: There are no messages, or the model cannot be placed.
@@ -199,9 +213,10 @@ class LLMInfraService:
         Cancelling the call closes its connection; the pooled client lives on.
         """
         call = self._check_call(options, model, api_key_id, messages)
-        async with Deadline(call.request.deadline) as deadline:
-            result = await self._answer(call, deadline)
-        return _finish(call.request, result, deadline)
+        progress = _begin(call)
+        async with self._reporter.watch(progress), progress:
+            result = await self._answer(call, progress)
+            return self._finish(call.request, result, progress)
 
     @overload
     async def complete_with_person(
@@ -247,11 +262,12 @@ class LLMInfraService:
 
         A prompt file is read in a thread. Cancelling is as for `complete`.
         """
-        call = self._check_person_call(options, llm_config)
-        async with Deadline(call.request.deadline) as deadline:
+        call = self._check_person_call(options, person_id, llm_config)
+        progress = _begin(call)
+        async with self._reporter.watch(progress), progress:
             call = await self._compose(call, person_messages, person_id, llm_config)
-            result = await self._answer(call, deadline)
-        return _finish(call.request, result, deadline)
+            result = await self._answer(call, progress)
+            return self._finish(call.request, result, progress)
 
     @overload
     def stream(
@@ -305,9 +321,10 @@ class LLMInfraService:
         """
         call = self._check_call(options, model, api_key_id, messages)
         return ChatStream[Any](
+            partial(_begin, call, is_stream=True),
             partial(self._open, call),
-            partial(_finish, call.request),
-            deadline=call.request.deadline,
+            partial(self._finish, call.request),
+            self._reporter,
         )
 
     @overload
@@ -345,13 +362,14 @@ class LLMInfraService:
 
         Arguments are as for `complete_with_person`, the rest as for `stream`.
         """
-        call = self._check_person_call(options, llm_config)
+        call = self._check_person_call(options, person_id, llm_config)
         return ChatStream(
+            partial(_begin, call, is_stream=True),
             partial(
                 self._open_with_person, call, person_messages, person_id, llm_config
             ),
-            partial(_finish, call.request),
-            deadline=call.request.deadline,
+            partial(self._finish, call.request),
+            self._reporter,
         )
 
     def complete_many(
@@ -409,8 +427,8 @@ class LLMInfraService:
         call = self._check_call(options, model, api_key_id, messages)
         adapter = await self._find_adapter(call)
         request = await self._prepare_media(call.request, adapter)
-        return await self._retry(
-            adapter, partial(adapter.count_tokens, request), Deadline()
+        return await self._retry_question(
+            adapter, partial(adapter.count_tokens, request)
         )
 
     def capabilities(self, model: str, *, service: Any = None) -> Capabilities:
@@ -439,7 +457,7 @@ class LLMInfraService:
         Every page of the provider's own list is read.
         """
         adapter = await self._find_key_adapter(api_key_id, None)
-        return await self._retry(adapter, adapter.list_models, Deadline())
+        return await self._retry_question(adapter, adapter.list_models)
 
     async def validate_api_key(
         self, api_key_id: str, provider: str | None = None
@@ -459,9 +477,7 @@ class LLMInfraService:
         """
         adapter = await self._find_key_adapter(api_key_id, provider)
         try:
-            await self._retry(
-                adapter, partial(adapter.list_models, pages=1), Deadline()
-            )
+            await self._retry_question(adapter, partial(adapter.list_models, pages=1))
         except APIKeyError:
             return False
         return True
@@ -485,6 +501,17 @@ class LLMInfraService:
             return (await self._place(model, None))[0].name
         except InvalidRequestError:
             return None
+
+    def usage(self, *, reset: bool = False) -> Usage:
+        """Return what the calls of this service have used so far.
+
+        Tokens and USD, in all and by person, model, provider and `execution_id`. A
+        stream counts when it has ended or was left.
+
+        Args:
+            reset: Whether to start again at zero; no call is lost in between.
+        """
+        return self._reporter.ledger.usage(reset=reset)
 
     def _reopen(self) -> None:
         if self._closed:
@@ -521,11 +548,19 @@ class LLMInfraService:
         request = replace(request, messages=check_messages(messages))
         return _Call(request, model, api_key_id, service)
 
-    def _check_person_call(self, options: dict[str, Any], llm_config: Any) -> _Call:
+    def _check_person_call(
+        self, options: dict[str, Any], person_id: Any, llm_config: Any
+    ) -> _Call:
         """Check what a caller gave for a person; `_compose` adds the messages."""
         service = _take_service(options) or getattr(llm_config, "service", None)
         request = self._check_options(options, person_defaults(llm_config))
-        return _Call(request, llm_config.model, llm_config.api_key_id, service)
+        return _Call(
+            request,
+            llm_config.model,
+            llm_config.api_key_id,
+            service,
+            label(person_id),
+        )
 
     def _check_options(
         self, options: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
@@ -562,14 +597,14 @@ class LLMInfraService:
         request = replace(call.request, messages=check_messages(messages))
         return replace(call, request=request)
 
-    async def _answer(self, call: _Call, deadline: Deadline) -> ChatResult[Any]:
+    async def _answer(self, call: _Call, progress: CallProgress) -> ChatResult[Any]:
         """Find the adapter, prepare the media, and answer from the cache or by a call."""
         adapter = await self._find_adapter(call)
         request = await self._prepare_media(call.request, adapter)
         send = partial(self._retry, adapter, partial(adapter.complete, request))
         if self.cache is None:
-            return await send(deadline)
-        return await self.cache.answer(adapter, request, deadline, send)
+            return await send(progress)
+        return await self.cache.answer(adapter, request, progress, send)
 
     async def _open_with_person(
         self,
@@ -577,20 +612,20 @@ class LLMInfraService:
         person_messages: Sequence[Any],
         person_id: Any,
         llm_config: Any,
-        deadline: Deadline,
+        progress: CallProgress,
     ) -> Opened:
         """Compose a person's conversation, which may read a file, and open a stream."""
         call = await self._compose(call, person_messages, person_id, llm_config)
-        return await self._open(call, deadline)
+        return await self._open(call, progress)
 
-    async def _open(self, call: _Call, deadline: Deadline) -> Opened:
+    async def _open(self, call: _Call, progress: CallProgress) -> Opened:
         """Do as `_answer` for a stream, until its first chunk is there."""
         adapter = await self._find_adapter(call)
         request = await self._prepare_media(call.request, adapter)
         send = partial(self._retry, adapter, partial(_open_stream, adapter, request))
         if self.cache is None:
-            return await send(deadline)
-        return await self.cache.open(adapter, request, deadline, send)
+            return await send(progress)
+        return await self.cache.open(adapter, request, progress, send)
 
     async def _find_adapter(self, call: _Call) -> BaseLLMAdapter:
         """Place the model, find the key, and make the adapter."""
@@ -598,22 +633,25 @@ class LLMInfraService:
         key = await self._find_key(call.api_key_id, provider)
         return self._make_adapter(provider, name, key)
 
+    async def _place(self, model: str, service: Any) -> tuple[Provider, str]:
+        """Find the provider of a model string, and the name without a prefix."""
+        if factory.needs_litellm(model, service):
+            await load_litellm()
+        return factory.resolve(model, service)
+
     async def _find_key(self, api_key_id: str | None, provider: Provider | None) -> Key:
         """Ask the application for the key of a provider, or of the key's own."""
         return await find_key(
             self.api_key_service,
             api_key_id,
             service=provider.name if provider else None,
-            needs_key=provider is None or factory.needs_key(provider, self.settings),
+            # An id that was given is looked up, also where no key is needed.
+            needs_key=provider is None
+            or (bool(api_key_id) and provider.needs_key)
+            or factory.needs_key(provider, self.settings),
             owner=lambda name: factory.by_name(name).name,
             is_local=factory.is_local,
         )
-
-    async def _place(self, model: str, service: Any) -> tuple[Provider, str]:
-        """Find the provider of a model string, and the name without a prefix."""
-        if factory.needs_litellm(model, service):
-            await load_litellm()
-        return factory.resolve(model, service)
 
     def _make_adapter(self, provider: Provider, name: str, key: Key) -> BaseLLMAdapter:
         return self._create_adapter(
@@ -648,43 +686,54 @@ class LLMInfraService:
         self,
         adapter: BaseLLMAdapter,
         attempt: Callable[[], Awaitable[_T]],
-        deadline: Deadline,
+        progress: CallProgress,
     ) -> _T:
         """Make attempts until one succeeds or another is not worth it.
 
         N retries are N + 1 attempts, and an attempt sends at most one request. The
-        deadline counts them; an error carries their number in `attempts`.
+        progress counts them; an error carries their number in `attempts`.
         """
-        deadline.service, deadline.model = adapter.provider.name, adapter.model_name
-        policy = RetryPolicy(self.settings, deadline)
-        # The first attempt is made outside stamina's loop, which costs more than all
-        # else here; its failure is then raised again as the loop's first. The loop would
-        # keep the last failure, and with it the conversation, in a cycle: so that one is
-        # raised outside of it.
-        deadline.attempts = 1
-        try:
-            return await attempt()
-        except DiPeOLLMError as exc:
-            if policy.is_last(exc):
-                raise
-        async for step in policy.steps():
-            with step:
-                if step.num == 1:
-                    raise cast("DiPeOLLMError", deadline.last)
-                deadline.attempts += 1
-                try:
-                    return await attempt()
-                except DiPeOLLMError as exc:
-                    if policy.is_last(exc):
-                        break
+        progress.place(
+            adapter.provider.name, adapter.model_name, adapter.endpoint.base_url
+        )
+        policy = RetryPolicy(self.settings, progress)
+        while True:
+            progress.begin_attempt()
+            try:
+                return await attempt()
+            except DiPeOLLMError as exc:
+                wait = policy.next_wait(exc)
+                if wait is None:
                     raise
-        del step
-        try:
-            raise cast("DiPeOLLMError", deadline.last)
-        finally:
-            deadline.last = None
+            await asyncio.sleep(wait)
+
+    def _finish(
+        self, request: ChatRequest, result: ChatResult[Any], progress: CallProgress
+    ) -> ChatResult[Any]:
+        """Complete a result with what the call knows, and parse a structured answer.
+
+        A turn that calls tools is not the answer yet, and is not parsed.
+        """
+        progress.answer(result)
+        form = request.response_format
+        if form is None or not form.is_json:
+            return result
+        if result.parsed is None and not result.tool_calls:
+            try:
+                result.parsed = parse(form, result)
+            except StructuredOutputError as exc:
+                exc.model, exc.attempts = progress.model, progress.attempts
+                raise
+        return result
 
     # Around a call.
+
+    async def _retry_question(
+        self, adapter: BaseLLMAdapter, attempt: Callable[[], Awaitable[_T]]
+    ) -> _T:
+        """Do as `_retry` for what is not a call: it has no deadline and no record."""
+        async with CallProgress() as progress:
+            return await self._retry(adapter, attempt, progress)
 
     async def _find_key_adapter(
         self, api_key_id: str, provider: str | None
@@ -741,28 +790,22 @@ async def _open_stream(adapter: BaseLLMAdapter, request: ChatRequest) -> Opened:
         raise
 
 
-def _finish(
-    request: ChatRequest, result: ChatResult[Any], deadline: Deadline
-) -> ChatResult[Any]:
-    """Complete a result with what the call knows, and parse a structured answer.
-
-    A turn that calls tools is not the answer yet, and is not parsed.
-    """
-    if deadline.requests is None:
-        # A request that met a stale connection was sent twice in its attempt.
-        requests = deadline.attempts - 1 + result.attempts
-        deadline.requests = 0 if result.cached else requests
-    result.attempts = deadline.requests
-    form = request.response_format
-    if form is None or not form.is_json:
-        return result
-    if result.parsed is None and not result.tool_calls:
-        try:
-            result.parsed = parse(form, result)
-        except StructuredOutputError as exc:
-            exc.model, exc.attempts = deadline.model, deadline.attempts
-            raise
-    return result
+def _begin(call: _Call, *, is_stream: bool = False) -> CallProgress:
+    """Start the clock of a call."""
+    request, form = call.request, call.request.response_format
+    options = dict(request.sampling)
+    if request.tools:
+        options["tools"] = len(request.tools)
+    if form is not None:
+        options["response_format"] = form.response_format.get("type")
+    return CallProgress(
+        request.deadline,
+        model=label(call.model),
+        person_id=call.person_id,
+        is_stream=is_stream,
+        options=options,
+        labels=request.labels,
+    )
 
 
 _SERVICE_NAMES = ("service", "provider", "service_name")

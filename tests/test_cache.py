@@ -37,6 +37,7 @@ from dipeo_llm import (
 )
 from dipeo_llm.cache import ResponseCache, cache_key, replay
 from dipeo_llm.cache_url import CacheURL
+from dipeo_llm.record import CallRecord
 from tests.conftest import HELLO, MODELS, each_provider, keys_for
 from tests.provider_server import PNG, Answer, ProviderServer, error
 
@@ -882,3 +883,51 @@ def test_the_page_lists_every_parameter_with_its_default() -> None:
             if isinstance(default, float)
             else str(default)
         )
+
+
+# A hit is a call.
+
+
+async def test_hits_and_shared_calls_are_recorded(server: ProviderServer) -> None:
+    """Each call has a record; those that sent nothing add nothing to the totals."""
+    records: list[CallRecord] = []
+    server.default = Answer(delay=0.05)
+    async with LLMInfraService(
+        keys_for(server), cache="memory://", on_call=records.append
+    ) as service:
+        await asyncio.gather(*(ask(service, trace_id="t") for _ in range(3)))
+        await ask(service)
+        await read(service.stream(HELLO, MODEL, "openai"))
+        with pytest.raises(CacheMissError):
+            await ask(service, "Other", cache="only")
+        totals = service.usage().total
+    assert [r.status for r in records] == ["ok"] * 5 + ["error"]
+    assert sorted(r.cached for r in records) == [False] * 2 + [True] * 4
+    assert sum(r.requests for r in records) == 1
+    assert sum(len(r.attempts) for r in records) == 1
+    assert sum(r.cost_usd or 0 for r in records) == totals.cost_usd > 0
+    assert sum(r.usage.total for r in records if r.usage) == totals.tokens.total == 17
+    assert {r.service for r in records} == {"openai"}
+    assert {r.server for r in records} == {server.origin}
+    assert records[-1].error == "CacheMissError"
+    assert records[-2].chunks > 1
+
+
+async def test_a_cancelled_first_caller_is_recorded(server: ProviderServer) -> None:
+    """Its record has the attempt, and the one who stays has it too, as its own."""
+    records: list[CallRecord] = []
+    server.default = Answer(delay=0.2)
+    async with LLMInfraService(
+        keys_for(server), cache="memory://", on_call=records.append
+    ) as service:
+        await service.initialize()
+        first = asyncio.create_task(ask(service))
+        await in_flight(server)
+        second = asyncio.create_task(ask(service))
+        await asyncio.sleep(0.02)
+        first.cancel()
+        await asyncio.wait([first, second])
+    assert [r.status for r in records] == ["cancelled", "ok"]
+    assert [len(r.attempts) for r in records] == [1, 1]
+    assert [a.error for r in records for a in r.attempts] == ["CancelledError", None]
+    assert records[1].cost_usd

@@ -1,4 +1,4 @@
-"""Looking after cassettes: what is in a folder, how old it is, and what must not be."""
+"""Checking and listing folders of cassettes."""
 
 import gzip
 import json
@@ -41,7 +41,7 @@ def write(
     method: str = "POST",
     message: str = "OK",
 ) -> None:
-    """Write a cassette as vcrpy would, without anybody's scrubbing."""
+    """Write a cassette as vcrpy would, without scrubbing."""
     response = {
         "status": {"code": 200, "message": message},
         "headers": headers or {},
@@ -108,7 +108,7 @@ PLANTS = {
 def test_what_must_not_be_kept_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str
 ) -> None:
-    """Wherever it is, the place is told, and the value is not."""
+    """The problem names the place and not the value."""
     monkeypatch.setenv("GROQ_API_KEY", "a-key-of-the-environment")
     write(tmp_path / "deep" / "down.yaml", **PLANTS[problem])  # type: ignore[arg-type]
 
@@ -122,7 +122,7 @@ def test_what_must_not_be_kept_is_found(
 
 
 def test_a_secret_in_binary_is_found(tmp_path: Path) -> None:
-    """YAML writes what is no text as Base64, which nobody can read."""
+    """YAML writes binary data as Base64."""
     write(tmp_path / "a.yaml", came=b"\xff\xfe " + KEY.encode())
     assert KEY not in (tmp_path / "a.yaml").read_text("utf-8")
 
@@ -130,7 +130,7 @@ def test_a_secret_in_binary_is_found(tmp_path: Path) -> None:
 
 
 def test_a_secret_in_gzip_is_found(tmp_path: Path) -> None:
-    """Whether a header tells of it or not."""
+    """With and without a header that says so."""
     packed = gzip.compress(KEY.encode())
     write(tmp_path / "a.yaml", sent=packed, came=packed)
     write(tmp_path / "b.yaml", came=packed, headers={"content-encoding": ["gzip"]})
@@ -142,8 +142,8 @@ def test_a_secret_in_gzip_is_found(tmp_path: Path) -> None:
     ]
 
 
-def test_json_is_looked_through(tmp_path: Path) -> None:
-    """As a cassette where it is one; what is none is no problem unless it has a key."""
+def test_json_is_searched(tmp_path: Path) -> None:
+    """Other JSON is only a problem if it has a key."""
     write(tmp_path / "a.yaml", came=f'data: {{"c": "{KEY[:9]}"}}\n\n' * 2)
     came = f'data: {{"c": "{KEY[:9]}"}}\n\ndata: {{"c": "{KEY[9:]}"}}\n\n'
     write(tmp_path / "b.yaml", came=came)
@@ -173,13 +173,13 @@ def test_a_clean_folder_has_no_problem(tmp_path: Path) -> None:
     assert check(tmp_path) == []
 
 
-def test_a_file_that_is_no_cassette_is_a_problem(tmp_path: Path) -> None:
-    """What cannot be read cannot be vouched for."""
+def test_an_invalid_cassette_is_a_problem(tmp_path: Path) -> None:
+    """A file that cannot be read may hold anything."""
     (tmp_path / "a.yml").write_text("- just\n- a list\n", encoding="utf-8")
 
     (problem,) = check(tmp_path)
 
-    assert "a.yml is no cassette" in str(problem)
+    assert "a.yml contains no cassette" in str(problem)
 
 
 def test_the_command_tells_a_script_by_its_exit_code(
@@ -203,7 +203,7 @@ def test_the_command_tells_a_script_by_its_exit_code(
 def test_one_problem_is_counted_as_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The verdict is a sentence, whatever the number."""
+    """The summary is a sentence for any number."""
     write(tmp_path / "a.yaml", sent=KEY)
 
     run("check", str(tmp_path))
@@ -223,7 +223,7 @@ def test_a_folder_that_is_not_there_is_an_error(
 
 
 def test_without_vcrpy_the_command_says_what_to_install(tmp_path: Path) -> None:
-    """Who installed the package alone learns what is missing, and is shown no traceback."""
+    """The message names the extra to install, and there is no traceback."""
     program = (
         "import sys; sys.modules['vcr'] = None; from dipeo_llm.cli import main;"
         " sys.exit(main(['cassettes', 'check', sys.argv[1]]))"
@@ -297,17 +297,17 @@ def test_the_table_shows_what_is_oldest_first(
 def test_a_file_that_cannot_be_listed_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One broken file does not come as a traceback."""
+    """One broken file is not a traceback."""
     (tmp_path / "a.yaml").write_text("{", encoding="utf-8")
 
     code = run("list", str(tmp_path))
 
     assert code == 1
-    assert "a.yaml is no cassette" in capsys.readouterr().err
+    assert "a.yaml contains no cassette" in capsys.readouterr().err
 
 
 def test_a_table_cannot_drive_the_terminal(tmp_path: Path) -> None:
-    """The name of a model is shown, not obeyed, whoever made it up."""
+    """Control characters in the name of a model are escaped."""
     sent = json.dumps({"model": "a\x1b]0;mine\x07b\x9b31m"})
     write(tmp_path / "a.yaml", sent=sent)
     screen, terminal = pty.openpty()
@@ -331,7 +331,7 @@ def test_a_table_cannot_drive_the_terminal(tmp_path: Path) -> None:
 def test_an_output_that_is_closed_is_a_failure_in_one_line(
     tmp_path: Path, action: str
 ) -> None:
-    """What could not be said is not a success."""
+    """A result that cannot be written is not a success."""
     write(tmp_path / "a.yaml", sent=KEY)
     command = 'exec "$0" -m dipeo_llm cassettes "$1" "$2" >&-'
 
@@ -345,7 +345,7 @@ def test_an_output_that_is_closed_is_a_failure_in_one_line(
     assert (ended.returncode, ended.stderr) == (1, "dipeo-llm: stdout is closed\n")
 
 
-def test_a_verdict_that_nobody_can_hear_is_told_by_the_exit_code(
+def test_the_exit_code_counts_with_stderr_closed(
     tmp_path: Path,
 ) -> None:
     """With stderr closed, a clean folder is still clean."""
@@ -362,7 +362,7 @@ def test_a_verdict_that_nobody_can_hear_is_told_by_the_exit_code(
 
 
 def test_the_projects_own_cassettes_can_be_listed() -> None:
-    """Each says where it is from and when; the table does not break on any."""
+    """Each has an origin and a date, and a row in the table."""
     listed = entries(OURS)
 
     assert len(listed) == len(list(OURS.glob("*.yaml")))

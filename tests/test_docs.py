@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 import re
 import shlex
-import tomllib
 from pathlib import Path
 
 import click
@@ -94,6 +93,10 @@ def as_asked(request: Received) -> Answer:
         return Answer(tool_calls=[("weather", {"city": "Bonn"})])
     if "web_search" in asked:
         return Answer(citations=[("https://example.test/", "The match")])
+    if "'message_ids'" in asked:
+        return Answer(text='{"message_ids": ["m2"]}')
+    if "'decision'" in asked:
+        return Answer(text='{"decision": true}')
     if "Rivers" in asked or "length_km" in asked:
         return Answer(text='{"rivers": [{"name": "Rhine", "length_km": 1233}]}')
     return Answer()
@@ -234,20 +237,39 @@ def test_the_nox_sessions_that_are_named_exist() -> None:
     assert {"demo", "tests"} <= named <= set(defined)
 
 
-def test_the_architecture_page_lists_the_modules_in_the_order_of_the_layers() -> None:
-    """The map shows the layers as they are checked, and no module that is gone."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-    (contract,) = project["tool"]["importlinter"]["contracts"]
-    rank = {
-        module: number
-        for number, layer in enumerate(contract["layers"])
-        for module in re.findall(r"dipeo_llm\.(\w+)", layer)
-    }
+def test_the_architecture_page_shows_every_module() -> None:
+    """The tree has no module that is gone, and lacks none."""
+    (tree,) = re.findall(
+        r"```text\ndipeo_llm/\n(.*?)```", TEXTS[ARCHITECTURE], re.DOTALL
+    )
+    shown, folder = set(), ""
+    for name in re.findall(r"^ +(\S+)", tree, re.MULTILINE):
+        if name.endswith("/"):
+            folder = name
+        else:
+            shown.add(f"{folder}{name}")
 
-    cells = table(ARCHITECTURE, "module")
-    listed = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
-    modules = {path.stem for path in (ROOT / "dipeo_llm").glob("*.py")}
-    assert set(rank) - set(listed) == set()
-    assert set(listed) - modules == set()
-    ranks = [rank[name] for name in listed if name in rank]
-    assert ranks == sorted(ranks)
+    package = ROOT / "dipeo_llm"
+    modules = {str(path.relative_to(package)) for path in package.rglob("*.py")}
+    assert shown == {name for name in modules if not name.endswith("__init__.py")}
+
+
+def test_the_path_of_a_call_names_methods_in_the_order_of_the_source() -> None:
+    """A reader who follows the table reads each module downwards."""
+    rows = re.findall(
+        r"^\| `([\w.]+)` \| `(\w+)` \|", TEXTS[ARCHITECTURE], re.MULTILINE
+    )
+    lines: dict[str, list[int]] = {}
+    for module, method in rows:
+        path = ROOT / "dipeo_llm" / f"{module.replace('.', '/')}.py"
+        found = [
+            node.lineno
+            for node in ast.walk(ast.parse(path.read_text("utf-8")))
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            and node.name == method
+        ]
+        assert found, f"{module}.{method}"
+        lines.setdefault(module, []).append(max(found))
+
+    assert len(rows) > 15
+    assert lines["service"] == sorted(lines["service"])

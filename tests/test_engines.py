@@ -198,6 +198,7 @@ SCENARIOS: dict[str, Scenario] = {
         answer=Answer('{"name": "B"}'),
     ),
     "some JSON": Scenario(
+        [{"role": "user", "content": "Write JSON."}],
         options={"response_format": {"type": "json_object"}},
         answer=Answer('{"name": "B"}'),
     ),
@@ -257,6 +258,7 @@ async def test_same_request(
     name: str, provider: str, stream: bool, server: ProviderServer, opened: Open
 ) -> None:
     """The two engines put the same request on the wire."""
+    server.rules = False  # "json_object" without the word
     server.default = SCENARIOS[name].answer
     for engine in ("direct", "litellm"):
         async with opened(engine=engine, max_retries=0) as service:

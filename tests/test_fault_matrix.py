@@ -23,6 +23,7 @@ import pytest
 
 from dipeo_llm import (
     APIKeyError,
+    ChatResult,
     DiPeOLLMError,
     InvalidRequestError,
     LLMInfraService,
@@ -234,7 +235,7 @@ MATRIX = (
     Row("cut after some chunks", lambda p: Answer(cut_after=4, pieces=9), None, INTERRUPTED),
     Row("error event", lambda p: Answer(error_after=4, pieces=9), None, INTERRUPTED),
     Row("malformed event", lambda p: Answer(garbage_after=4, pieces=9), None, INTERRUPTED),
-    Row("no end mark", lambda p: Answer(drop_end=True), None, INTERRUPTED),
+    Row("no terminator", lambda p: Answer(drop_end=True), None, INTERRUPTED),
     Row("silence after some chunks", lambda p: Answer(stall_after=4, pieces=9), None, INTERRUPTED, timeout=SHORT),
 )  # fmt: skip
 
@@ -301,7 +302,8 @@ async def ask(service: LLMInfraService, cell: Cell) -> str:
         "deadline": DEADLINE,
     }
     if not cell.streamed:
-        return (await service.complete(**asked)).text
+        result: ChatResult = await service.complete(**asked)
+        return result.text
     async with service.stream(**asked) as stream:
         async for _ in stream:
             pass

@@ -22,8 +22,8 @@ from typing import Any, overload
 
 import pytest
 
-from dipeo_llm.adapters import events as answers
 from dipeo_llm.adapters import failures
+from dipeo_llm.adapters.events import EventLines
 from dipeo_llm.domain import ChatResult
 from dipeo_llm.errors import (
     DiPeOLLMError,
@@ -34,7 +34,7 @@ from dipeo_llm.errors import (
 from dipeo_llm.keys import StaticAPIKeys
 from dipeo_llm.litellm_import import load_litellm
 from dipeo_llm.service import LLMInfraService
-from dipeo_llm.settings import Engine, Settings
+from dipeo_llm.settings import Settings
 from dipeo_llm.testing import cassette_file
 from dipeo_llm.testing.cassette_file import CassetteError
 from tests import provider_server
@@ -45,7 +45,6 @@ MIB = 1024 * 1024
 # Far above what a call takes, far below what is sent.
 LITTLE = 128 * MIB
 
-each_engine = pytest.mark.parametrize("engine", ["direct", "litellm"])
 each_way = pytest.mark.parametrize("stream", [False, True], ids=["call", "stream"])
 
 
@@ -120,11 +119,7 @@ def stream_type(provider: str) -> dict[str, str]:
 # --- without end -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("engine", "endless"),
-    # LiteLLM takes a minute of CPU over a million empty lines, before the limit.
-    [("direct", b"x"), ("direct", b"\n"), ("litellm", b"x")],
-)
+@pytest.mark.parametrize("endless", [b"x", b"\n"])
 @each_way
 @each_provider
 async def test_a_body_of_a_gigabyte_is_left_early(
@@ -132,7 +127,6 @@ async def test_a_body_of_a_gigabyte_is_left_early(
     keys: StaticAPIKeys,
     provider: str,
     stream: bool,
-    engine: Engine,
     endless: bytes,
 ) -> None:
     """At the limit the connection closes; the call is not tried again."""
@@ -146,7 +140,7 @@ async def test_a_body_of_a_gigabyte_is_left_early(
     tracemalloc.start()
 
     with pytest.raises(LLMServiceError) as caught:
-        await ask(keys, provider, stream=stream, engine=engine, max_response_bytes=MIB)
+        await ask(keys, provider, stream=stream, max_response_bytes=MIB)
 
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -196,7 +190,7 @@ async def test_a_stream_that_only_says_it_is_there_ends_in_time(
 @pytest.mark.parametrize("sse", [True, False])
 def test_a_line_that_does_not_end_is_read_in_one_pass(sse: bool) -> None:
     """Each byte is looked at once, however small the pieces that it comes in."""
-    lines = answers.EventLines(sse=sse)
+    lines = EventLines(sse=sse)
     piece = b"x" * 1024
     began = time.process_time()
 
@@ -408,20 +402,18 @@ HEADS: dict[str, dict[str, str]] = {
 }
 
 
-@each_engine
 @each_way
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 async def test_a_head_of_any_size_is_a_result_or_an_error_of_ours(
     server: ProviderServer,
     keys: StaticAPIKeys,
-    engine: Engine,
     stream: bool,
     head: dict[str, str],
 ) -> None:
     """What is too long for HTTP is no answer."""
     server.default = Answer(headers=head)
     try:
-        result = await ask(keys, "openai", stream=stream, engine=engine, max_retries=0)
+        result = await ask(keys, "openai", stream=stream, max_retries=0)
     except ServiceUnavailableError as error:
         said = str(error)
     else:

@@ -24,7 +24,7 @@ from dipeo_llm.errors import (
 from dipeo_llm.keys import StaticAPIKeys
 from dipeo_llm.service import LLMInfraService
 from dipeo_llm.settings import Engine, Settings
-from tests.conftest import HELLO, MODELS, PROVIDERS
+from tests.conftest import HELLO, MODELS, PROVIDERS, each_provider
 from tests.provider_server import Answer, ProviderServer, error
 
 # What LiteLLM and the SDK under it keep running, for the loop or the process.
@@ -63,31 +63,18 @@ class RotatingKeys:
 # --- one client --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 async def test_a_thousand_first_calls_share_one_client(
-    server: ProviderServer, keys: StaticAPIKeys, engine: Engine
+    server: ProviderServer, keys: StaticAPIKeys
 ) -> None:
     """However many calls come at once, there is one client with its few connections."""
-    settings = Settings(max_connections=20, engine=engine)
-    calls = 1_000 if engine == "direct" else 200
-    async with LLMInfraService(keys, settings=settings) as service:
-        results = await asyncio.gather(*(call(service) for _ in range(calls)))
+    async with LLMInfraService(keys, settings=Settings(max_connections=20)) as service:
+        results = await asyncio.gather(*(call(service) for _ in range(1_000)))
 
         assert len(service._pool) == 1
-    assert [result.text for result in results] == ["Hello from the loopback."] * calls
-    assert len(server.requests) == calls
+    assert [result.text for result in results] == ["Hello from the loopback."] * 1_000
+    assert len(server.requests) == 1_000
     assert server.connections <= 20
     assert server.max_in_flight <= 20
-
-
-async def test_calls_one_after_another_share_a_connection(
-    service: LLMInfraService, server: ProviderServer
-) -> None:
-    """A connection is kept for the next call."""
-    for _ in range(5):
-        await call(service)
-
-    assert server.connections == 1
 
 
 async def test_a_first_call_may_be_cancelled_at_any_moment(
@@ -182,7 +169,7 @@ async def test_a_client_that_expires_under_a_call_closes_after_it(
     await service.aclose()
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@each_provider
 async def test_a_client_that_expires_under_a_stream_closes_after_it(
     server: ProviderServer, keys: StaticAPIKeys, provider: str
 ) -> None:
@@ -242,15 +229,13 @@ async def test_idle_clients_beyond_the_limit_close(
 # --- max_concurrency -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("provider", PROVIDERS)
+@each_provider
 async def test_no_more_requests_are_in_flight_than_allowed(
-    server: ProviderServer, keys: StaticAPIKeys, provider: str, engine: Engine
+    server: ProviderServer, keys: StaticAPIKeys, provider: str
 ) -> None:
     """Twelve calls at once, three at a time, and all are answered."""
     server.default = Answer(delay=0.05)
-    settings = Settings(max_concurrency=3, engine=engine)
-    async with LLMInfraService(keys, settings=settings) as service:
+    async with LLMInfraService(keys, settings=Settings(max_concurrency=3)) as service:
         await asyncio.gather(*(call(service, provider=provider) for _ in range(12)))
 
     assert server.max_in_flight == 3
@@ -437,20 +422,16 @@ async def test_calls_that_end_within_the_grace_are_answered(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("retries", [0, 3])
-@pytest.mark.parametrize("provider", PROVIDERS)
+@each_provider
 async def test_calls_past_the_grace_end_with_an_error_that_says_why(
     server: ProviderServer,
     keys: StaticAPIKeys,
     engine: Engine,
-    retries: int,
     provider: str,
 ) -> None:
     """They neither hang nor blame the provider, and are not tried again."""
     server.default = Answer(delay=60)
-    settings = Settings(
-        close_grace=0.05, max_retries=retries, retry_wait=0.01, engine=engine
-    )
+    settings = Settings(close_grace=0.05, retry_wait=0.01, engine=engine)
     service = LLMInfraService(keys, settings=settings)
     running = call(service, provider=provider)
     await until(lambda: server.in_flight == 1)
@@ -467,16 +448,15 @@ async def test_calls_past_the_grace_end_with_an_error_that_says_why(
     await until(lambda: server.open_connections == 0)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
     "settings", [Settings(max_connections=1), Settings(max_concurrency=1)]
 )
 async def test_calls_that_queue_for_a_connection_end_like_the_others(
-    server: ProviderServer, keys: StaticAPIKeys, engine: Engine, settings: Settings
+    server: ProviderServer, keys: StaticAPIKeys, settings: Settings
 ) -> None:
     """What waits its turn when the service closes gets the error, not a cancellation."""
     server.default = Answer(delay=60)
-    settings = replace(settings, close_grace=0.05, engine=engine)
+    settings = replace(settings, close_grace=0.05)
     service = LLMInfraService(keys, settings=settings)
     await service.initialize()
     running = [call(service) for _ in range(3)]

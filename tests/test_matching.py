@@ -1,4 +1,4 @@
-"""Requests compared by what they mean, and the words for where they differ."""
+"""Requests compared by what they mean, and the description of a difference."""
 
 import json
 from typing import Any
@@ -46,7 +46,7 @@ def request(**body: Any) -> dict[str, Any]:
 def test_what_does_not_change_the_meaning_does_not_count(
     one: dict[str, Any], other: dict[str, Any]
 ) -> None:
-    """Order of fields, labels of the caller and fresh ids make no other request."""
+    """Order of fields, labels of the caller and fresh ids do not count."""
     assert differences(request(**one), request(**other)) == []
 
 
@@ -70,7 +70,7 @@ def test_what_does_not_change_the_meaning_does_not_count(
 def test_what_changes_the_meaning_is_named(
     one: dict[str, Any], other: dict[str, Any], path: str
 ) -> None:
-    """Each difference is told by the path of its field."""
+    """Each difference has the path of its field."""
     different = differences(request(**one), request(**other))
 
     assert [difference.path for difference in different] == [path]
@@ -82,6 +82,7 @@ def test_what_changes_the_meaning_is_named(
         ("https://api.openai.com/v1/responses", "path"),
         ("https://api.anthropic.com/v1/chat/completions", "host"),
         (f"{URL}?alt=sse", "query"),
+        (f"{URL}?a=1&a=2", "query"),
     ],
 )
 def test_another_address_is_another_request(uri: str, path: str) -> None:
@@ -89,6 +90,58 @@ def test_another_address_is_another_request(uri: str, path: str) -> None:
     different = differences(as_data("POST", URL, b""), as_data("POST", uri, b""))
 
     assert [difference.path for difference in different] == [path]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "paths"),
+    [
+        ("a=1&a=2", "a=1&a=2", []),
+        ("a=1&b=2", "b=2&a=1", []),
+        ("a=1&a=2", "a=3&a=2", ["query.a[0]"]),
+        ("a=1&a=2", "a=2", ["query.a"]),
+        ("key=one&a=1", "a=1", []),
+        ("a=1&sig=one", "a=1&sig=two", []),
+    ],
+)
+def test_every_value_of_a_query_counts(one: str, other: str, paths: list[str]) -> None:
+    """Also of a repeated parameter; only one that carries a key does not."""
+    different = differences(
+        as_data("GET", f"{URL}?{one}", b""), as_data("GET", f"{URL}?{other}", b"")
+    )
+
+    assert [difference.path for difference in different] == paths
+
+
+FORM = "application/x-www-form-urlencoded"
+
+
+def upload(boundary: str, content: str) -> dict[str, Any]:
+    """Make the data of an upload."""
+    body = (
+        f'--{boundary}\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhisper-1'
+        f'\r\n--{boundary}\r\nContent-Disposition: form-data; name="file"; '
+        'filename="a.wav"\r\nContent-Type: audio/wav\r\n\r\n'
+        f"{content}\r\n--{boundary}--\r\n"
+    )
+    kind = f"multipart/form-data; boundary={boundary}"
+    return as_data("POST", URL, body.encode(), content_type=kind)
+
+
+def test_an_upload_is_compared_by_its_parts() -> None:
+    """The boundary is new each time; a file is a field."""
+    assert differences(upload("one", "la"), upload("two", "la")) == []
+    assert differences(upload("one", "la"), upload("two", "li")) == [
+        Difference("body.file.content", "la", "li")
+    ]
+
+
+def test_a_form_is_compared_by_its_fields() -> None:
+    """In any order; the values of a repeated field in theirs."""
+    one = as_data("POST", URL, b"a=1&b=x+y&a=2", content_type=FORM)
+    other = as_data("POST", URL, b"b=x%20y&a=1&a=2", content_type=FORM)
+
+    assert one["body"] == {"a": ["1", "2"], "b": "x y"}
+    assert differences(one, other) == []
 
 
 @pytest.mark.parametrize(
@@ -112,12 +165,12 @@ def test_another_address_is_another_request(uri: str, path: str) -> None:
     ],
 )
 def test_hosts_are_compared_by_kind(netloc: str, kind: str) -> None:
-    """The free port of the day, an account and a region are no other host."""
+    """A free port, an account and a region do not count."""
     assert host_class(netloc) == kind
 
 
 def test_fields_can_be_left_out() -> None:
-    """A caller names fields that differ in each run, nested ones with dots."""
+    """A caller lists fields that differ in each run, nested ones with dots."""
     body = b'{"seed": 1, "options": {"seed": 2, "top_k": 3}}'
 
     data = as_data("POST", URL, body, ["seed", "options.seed", "not.there"])
@@ -125,16 +178,16 @@ def test_fields_can_be_left_out() -> None:
     assert data["body"] == {"options": {"top_k": 3}}
 
 
-def test_a_body_that_is_no_json_is_compared_as_text() -> None:
-    """An upload can be matched too."""
+def test_a_binary_body_is_compared_as_text() -> None:
+    """Bytes that are not UTF-8 are compared too."""
     one, other = as_data("POST", URL, b"\xffabc"), as_data("POST", URL, b"\xffabd")
 
     assert differences(one, one) == []
     assert [d.path for d in differences(one, other)] == ["body"]
 
 
-def test_an_item_put_in_is_one_difference() -> None:
-    """A message in the middle of a conversation does not make all that follow new."""
+def test_an_inserted_item_is_one_difference() -> None:
+    """The messages after a new one are still the same."""
     was = [{"content": "a"}, {"content": "b"}, {"content": "c"}]
     now = [{"content": "a"}, {"content": "NEW"}, {"content": "b"}, {"content": "c"}]
 
@@ -142,7 +195,7 @@ def test_an_item_put_in_is_one_difference() -> None:
 
 
 def test_the_nearest_request_is_the_one_with_the_fewest_differences() -> None:
-    """Of equals, it is the one whose text is most alike; an address weighs most."""
+    """Among equals the most similar text wins; an address weighs most."""
     asked = request(model="a", messages=["Say hello to Ann."])
     elsewhere = as_data(
         "POST", f"{URL}/x", b'{"model":"a","messages":["Say hello to A."]}'
@@ -157,8 +210,8 @@ def test_the_nearest_request_is_the_one_with_the_fewest_differences() -> None:
     assert nearest(asked, candidates) == 3
 
 
-def test_long_texts_are_shown_where_they_part() -> None:
-    """The reader does not search two pages for one word."""
+def test_long_texts_are_shown_around_their_first_difference() -> None:
+    """Nobody has to search two pages for one word."""
     text = "word " * 100
     different = differences({"m": f"{text}old{text}"}, {"m": f"{text}new{text}"})
 
@@ -172,7 +225,7 @@ def test_long_texts_are_shown_where_they_part() -> None:
 
 
 def test_many_differences_are_cut() -> None:
-    """A wholly different request does not fill the screen."""
+    """A completely different request does not fill the screen."""
     different = differences({}, {f"field{i}": i for i in range(20)})
 
     assert explain(different, most=3).splitlines()[-1] == "  … and 17 more"
@@ -197,5 +250,5 @@ def test_many_differences_are_cut() -> None:
     ],
 )
 def test_a_request_fits_in_one_line(body: dict[str, Any], line: str) -> None:
-    """Any provider's request is told by its address, model and last words."""
+    """A request of any provider has its address, model and last message."""
     assert summary(request(**body)) == line

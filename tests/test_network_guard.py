@@ -1,4 +1,4 @@
-"""A closed network: no word goes out by any function of Python's sockets."""
+"""A closed network: no function of Python's sockets reaches out."""
 
 import socket
 from collections.abc import Callable, Iterator
@@ -35,7 +35,7 @@ WAYS: dict[str, Callable[[socket.socket, Any], Any]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_nothing_goes_out(udp: socket.socket, way: str) -> None:
-    """Whatever is sent or looked up, to whatever kind of address."""
+    """Every way to send and to look up is refused."""
     with (
         block_network(),
         pytest.raises(NetworkBlockedError, match=r"^refused to .* 192\.0\.2\.1"),
@@ -45,7 +45,7 @@ def test_nothing_goes_out(udp: socket.socket, way: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_this_machine_is_closed_too_if_asked(udp: socket.socket, way: str) -> None:
-    """Without loopback nothing goes anywhere."""
+    """Without loopback no address is reached."""
     with (
         block_network(allow_loopback=False),
         pytest.raises(NetworkBlockedError, match=r"^refused to .* 127\.0\.0\.1"),
@@ -55,13 +55,28 @@ def test_this_machine_is_closed_too_if_asked(udp: socket.socket, way: str) -> No
 
 @pytest.mark.parametrize("way", WAYS)
 def test_this_machine_is_open(udp: socket.socket, way: str) -> None:
-    """Each function does its work on loopback."""
+    """Each function works on loopback."""
     with block_network():
         WAYS[way](udp, HERE)
 
 
+def test_a_host_may_be_reached_by_its_name_and_its_addresses(
+    udp: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name is looked up, and the address that was found is open too."""
+    found = [(socket.AF_INET, socket.SOCK_DGRAM, 17, "", HERE)]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    with block_network(allow_loopback=False, allow_hosts=["db.*"]):
+        with pytest.raises(NetworkBlockedError):
+            udp.connect(HERE)
+        socket.getaddrinfo("db.internal", 9)
+        udp.connect(HERE)
+        with pytest.raises(NetworkBlockedError):
+            socket.getaddrinfo("other.internal", 9)
+
+
 def test_a_socket_that_is_connected_sends(udp: socket.socket) -> None:
-    """A message without an address goes where the socket was let."""
+    """A message without an address goes to the connected address."""
     with (
         block_network(),
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as here,
@@ -75,7 +90,7 @@ def test_a_socket_that_is_connected_sends(udp: socket.socket) -> None:
 
 
 def test_everything_is_as_before_afterwards() -> None:
-    """No function is left in another's place."""
+    """Every function is put back."""
     names = [name for name in WAYS if hasattr(socket, name)]
     before = dict(vars(socket.socket)), [getattr(socket, name) for name in names]
 

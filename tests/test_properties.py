@@ -16,9 +16,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dipeo_llm.adapters import events as answers
+from dipeo_llm import create_adapter
 from dipeo_llm.adapters import failures
+from dipeo_llm.adapters.base import BaseLLMAdapter
 from dipeo_llm.adapters.events import MalformedStreamError
+from dipeo_llm.adapters.reading import read_tool_call
 from dipeo_llm.adapters.usage import rate_limits, token_usage
 from dipeo_llm.domain import ChatResult, StreamChunk
 from dipeo_llm.errors import APIKeyError, DiPeOLLMError, LLMServiceError
@@ -27,17 +29,11 @@ from dipeo_llm.message_formatter import MessageFormatter, has_content
 from dipeo_llm.service import LLMInfraService
 from dipeo_llm.settings import Settings
 from dipeo_llm.system_prompt_handler import SystemPromptHandler
-from tests import provider_server
-from tests.conftest import HELLO, PROVIDERS
+from tests import conftest, provider_server
+from tests.conftest import HELLO, each_provider
 from tests.provider_server import Answer, ProviderServer, Raw, Received
 
-MODELS = {
-    "openai": "gpt-4.1-nano",
-    "responses": "gpt-4.1-nano",
-    "anthropic": "claude-sonnet-4-5",
-    "google": "gemini-2.5-flash",
-    "ollama": "llama3.2",
-}
+MODELS = {**conftest.MODELS, "responses": "gpt-4.1-nano"}
 SECRET = "sk-canary-4xQ9vT7bN2"
 
 # A byte of UTF-8 may be cut off its neighbours, and a separator may look like an end.
@@ -228,7 +224,7 @@ def test_any_limits_are_read_or_passed_over(found: dict[str, str]) -> None:
 @st.composite
 def streams(draw: st.DrawFn) -> tuple[str, bytes]:
     """Draw a provider's stream, as bytes after the framing of HTTP."""
-    api = draw(st.sampled_from(sorted(answers.STREAMS)))
+    api = draw(st.sampled_from(sorted(MODELS)))
     arguments = draw(st.dictionaries(words, words, max_size=2))
     answer = Answer(
         text=draw(words.filter(bool)),
@@ -250,12 +246,19 @@ def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
     return [data[a:b] for a, b in itertools.pairwise(places)]
 
 
+def adapter_of(api: str) -> BaseLLMAdapter:
+    """Return the adapter that reads a format."""
+    provider = "openai" if api == "responses" else api
+    adapter = create_adapter(provider, MODELS[api], "k")
+    return adapter.sibling(api) if api == "responses" else adapter
+
+
 def read(api: str, data: list[bytes]) -> tuple[list[StreamChunk], Any, bool]:
     """Read a stream: its chunks, what it is as a whole, and whether it has ended."""
-    reader = answers.STREAMS[api]()
+    reader = adapter_of(api).stream_reader()
     chunks = [chunk for piece in data for chunk in reader.feed(piece)]
     chunks += reader.close()
-    return chunks, reader.body(), reader.ended
+    return chunks, reader.body(), reader.is_ended
 
 
 thousandths = st.lists(st.integers(0, 1000), max_size=12)
@@ -284,7 +287,7 @@ def test_a_stream_that_breaks_off_is_a_beginning_of_the_whole(
     """Nothing is made up, and it is either seen to be broken or lacks nothing."""
     api, data = stream
     whole, body, _ = read(api, [data])
-    reader = answers.STREAMS[api]()
+    reader = adapter_of(api).stream_reader()
 
     chunks = reader.feed(data[: len(data) * cut // 1000])
     try:
@@ -292,8 +295,9 @@ def test_a_stream_that_breaks_off_is_a_beginning_of_the_whole(
     except MalformedStreamError:
         pass
     else:
-        if reader.ended:
-            assert answers.read(api, reader.body()).text == answers.read(api, body).text
+        if reader.is_ended:
+            meant = adapter_of(api).read
+            assert meant(reader.body()).text == meant(body).text
 
     assert chunks == whole[: len(chunks)]
 
@@ -307,7 +311,7 @@ def test_any_arguments_make_a_tool_call(
     call_id: str | None, name: str | None, arguments: Any
 ) -> None:
     """What is no JSON object is kept as text."""
-    call = answers.tool_call(call_id, name, arguments)
+    call = read_tool_call(call_id, name, arguments)
 
     assert call.arguments is None or isinstance(call.arguments, dict)
     assert isinstance(call.arguments_text, str)
@@ -392,7 +396,7 @@ def breaking(place: int, by: Any) -> Any:
     return reply
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@each_provider
 @settings(
     max_examples=150,
     deadline=None,

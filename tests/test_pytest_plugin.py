@@ -1,172 +1,21 @@
 """The pytest plugin, as the test suite of somebody's project sees it."""
 
-import asyncio
-import importlib
 import json
 import re
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from dipeo_llm.litellm_import import import_litellm
 from dipeo_llm.testing.cassette_folder import check
 from dipeo_llm.testing.matching import VOLATILE
+from tests.cassette_project import Project
 from tests.provider_server import Answer, ProviderServer
 
-pytest_plugins = ["pytester"]
+pytest_plugins = ["pytester", "tests.cassette_project"]
 
 GUIDE = Path(__file__).parent.parent / "docs" / "testing.md"
-
-APP = '''\
-"""Somebody's program."""
-
-TOOLS = []
-MODEL = "gpt-4.1-nano"
-
-
-async def greet(service, name):
-    messages = [{"role": "user", "content": f"Greet {name}."}]
-    options = {"tools": TOOLS} if TOOLS else {}
-    result = await service.complete(messages, MODEL, "openai", **options)
-    return result.text
-
-
-async def greet_all(service, names):
-    return [await greet(service, name) for name in names]
-'''
-
-CONFTEST = """\
-import pytest
-from dipeo_llm import EnvironmentAPIKeys, LLMInfraService
-
-
-@pytest.fixture
-async def service():
-    async with LLMInfraService(EnvironmentAPIKeys()) as opened:
-        yield opened
-"""
-
-TESTS = """\
-import app
-import pytest
-
-NAMES = ["Ann", "Bob"]
-
-
-@pytest.mark.llm_cassette
-async def test_greets(service):
-    assert await app.greet(service, "Ann") == "Hello from the loopback."
-
-
-async def test_greets_all(service, llm_cassette):
-    assert len(await app.greet_all(service, NAMES)) == len(NAMES)
-    assert len(llm_cassette.requests) == len(NAMES)
-
-
-def test_adds():
-    assert 1 + 1 == 2
-"""
-
-INI = """\
-[pytest]
-asyncio_mode = auto
-asyncio_default_fixture_loop_scope = function
-strict_markers = true
-addopts = -p no:randomly
-"""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _loaded() -> None:
-    """Import what a run inside of this process would import and forget again.
-
-    LiteLLM brings importlib_metadata, which takes the place of the standard finder of
-    plugins; forgotten, it leaves none.
-    """
-    import_litellm()
-    for module in ("testing.cassettes", "service", "testing.mock"):
-        importlib.import_module(f"dipeo_llm.{module}")
-
-
-class Project:
-    """A project of its own, and the server that its tests are recorded from."""
-
-    def __init__(self, pytester: pytest.Pytester) -> None:
-        self.pytester = pytester
-        pytester.makeini(INI)
-        pytester.makepyfile(app=APP, conftest=CONFTEST, test_app=TESTS)
-
-    @property
-    def folder(self) -> Path:
-        """Its root."""
-        return self.pytester.path
-
-    def cassette(self, name: str) -> Path:
-        """Return the path of a cassette."""
-        return self.folder / "cassettes" / f"{name}.yaml"
-
-    def change(self, file: str, old: str, new: str) -> None:
-        """Edit a file."""
-        path = self.folder / file
-        text = path.read_text("utf-8")
-        assert old in text
-        path.write_text(text.replace(old, new), encoding="utf-8")
-
-    def run(self, *arguments: str) -> pytest.RunResult:
-        """Run its tests in this process."""
-        return self.pytester.runpytest_inprocess("-p", "no:xdist", *arguments)
-
-
-@pytest.fixture
-def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Project:
-    """Make the project; no server answers, and no key is known."""
-    monkeypatch.delenv("CI", raising=False)
-    # Files that are edited within a second would otherwise be run as they were.
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    # Nobody listens there.
-    monkeypatch.setenv("DIPEO_LLM_OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
-    return Project(pytester)
-
-
-@pytest.fixture
-def alive(
-    project: Project, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[ProviderServer]:
-    """Run a server, in a thread of its own, that the project's calls reach."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    server = ProviderServer()
-
-    def wait_for(step: "asyncio.Future[None] | object") -> None:
-        asyncio.run_coroutine_threadsafe(step, loop).result(20)  # type: ignore[arg-type]
-
-    wait_for(server.__aenter__())
-    with monkeypatch.context() as patch:
-        patch.setenv("DIPEO_LLM_OPENAI_BASE_URL", server.base_url("openai"))
-        patch.setenv("OPENAI_API_KEY", "sk-real-key-of-somebody-0123")
-        yield server
-    wait_for(server.__aexit__())
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(20)
-    loop.close()
-
-
-@pytest.fixture
-def recorded(
-    project: Project, alive: ProviderServer, monkeypatch: pytest.MonkeyPatch
-) -> Project:
-    """Record the project's tests; then it is without key and server again."""
-    project.run("--llm-record=once").assert_outcomes(passed=3)
-    assert len(alive.requests) == 3
-    monkeypatch.delenv("OPENAI_API_KEY")
-    monkeypatch.setenv("DIPEO_LLM_OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
-    return project
-
 
 # --- from nothing to green -----------------------------------------------------------
 
@@ -211,7 +60,7 @@ def test_a_recording_holds_no_key(recorded: Project) -> None:
 
 
 def test_a_recording_replays_in_another_process(recorded: Project) -> None:
-    """What a continuous integration does: another process, with CI set."""
+    """CI runs the tests in another process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CI", "true")
         result = recorded.pytester.runpytest_subprocess(
@@ -290,8 +139,8 @@ DRIFTS = {
 
 
 @pytest.mark.parametrize("drift", DRIFTS)
-def test_a_drift_is_told_for_what_it_is(recorded: Project, drift: str) -> None:
-    """Each change of the program gives the message that names it, in a short report."""
+def test_a_drift_is_explained(recorded: Project, drift: str) -> None:
+    """Each change of the program gives a short report that names it."""
     (file, old, new), lines = DRIFTS[drift]
     recorded.change(file, old, new)
 
@@ -307,7 +156,7 @@ def test_a_drift_is_told_for_what_it_is(recorded: Project, drift: str) -> None:
 def test_new_brings_a_cassette_up_to_date(
     recorded: Project, alive: ProviderServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the new call is made, the old one goes; the next replay is green."""
+    """Only the new call is made, the old one is dropped, and the next replay is green."""
     recorded.change("test_app.py", '["Ann", "Bob"]', '["Ann", "Eve"]')
     with monkeypatch.context() as patch:
         patch.setenv("DIPEO_LLM_OPENAI_BASE_URL", alive.base_url("openai"))
@@ -322,7 +171,7 @@ def test_new_brings_a_cassette_up_to_date(
 
 
 def test_a_failing_test_keeps_its_own_failure(recorded: Project) -> None:
-    """An assertion that fails is not hidden by what was not used after it."""
+    """Unused exchanges do not hide an assertion that fails."""
     recorded.change(
         "test_app.py",
         "greet_all(service, NAMES)) == len(NAMES)",
@@ -337,7 +186,7 @@ def test_a_failing_test_keeps_its_own_failure(recorded: Project) -> None:
 
 
 def test_a_swallowed_drift_fails_the_test(recorded: Project) -> None:
-    """A program that goes on after anything cannot be green by that."""
+    """A program that catches every error is not green."""
     recorded.pytester.makepyfile(
         test_app="""
         import asyncio
@@ -356,7 +205,7 @@ def test_a_swallowed_drift_fails_the_test(recorded: Project) -> None:
 
 
 def test_a_test_that_fails_after_a_swallowed_drift_shows_it(recorded: Project) -> None:
-    """The cause stands below the failure that it led to."""
+    """The report shows the cause after the failure."""
     recorded.pytester.makepyfile(
         test_app="""
         import asyncio
@@ -384,7 +233,7 @@ def test_a_test_that_fails_after_a_swallowed_drift_shows_it(recorded: Project) -
 def test_every_test_has_a_file_of_its_own(
     project: Project, alive: ProviderServer
 ) -> None:
-    """Classes, parameters, folders and names that no file system takes."""
+    """Classes, parameters, folders and names that are invalid in a file system."""
     (project.folder / "test_app.py").unlink()
     folder = project.folder / "tests" / "unit"
     folder.mkdir(parents=True)
@@ -428,7 +277,7 @@ async def test_named_too(service):
 
 
 def test_the_folder_is_an_ini_option(project: Project, alive: ProviderServer) -> None:
-    """Cassettes may live wherever the project keeps such things."""
+    """Cassettes may be in any folder of the project."""
     project.change("tox.ini", "[pytest]\n", "[pytest]\nllm_cassette_dir = data/llm\n")
 
     project.run("--llm-record=once").assert_outcomes(passed=3)
@@ -438,7 +287,7 @@ def test_the_folder_is_an_ini_option(project: Project, alive: ProviderServer) ->
 
 
 def test_a_name_cannot_leave_the_folder(project: Project) -> None:
-    """A name with dots does not write over something else."""
+    """A name with dots does not overwrite another file."""
     project.change("test_app.py", "llm_cassette\n", 'llm_cassette("../evil")\n')
 
     result = project.run("-k", "test_greets and not all")
@@ -448,7 +297,7 @@ def test_a_name_cannot_leave_the_folder(project: Project) -> None:
 
 
 def test_a_misspelt_option_of_the_marker_is_an_error(project: Project) -> None:
-    """A keyword that means nothing is not passed over."""
+    """An unknown keyword is not ignored."""
     project.change("test_app.py", "llm_cassette\n", "llm_cassette(alow_unused=True)\n")
 
     result = project.run("-k", "test_greets and not all")
@@ -460,7 +309,7 @@ def test_a_misspelt_option_of_the_marker_is_an_error(project: Project) -> None:
 def test_a_file_with_a_secret_is_not_saved(
     project: Project, alive: ProviderServer
 ) -> None:
-    """The run fails, and there is no file to be committed by mistake."""
+    """The run fails, and no file can be committed by mistake."""
     key = "sk-real-key-of-somebody-0123"
     alive.default = Answer(text=f"your key is {key}", pieces=6)
     project.change("app.py", "service.complete(", "stream(service, ")
@@ -489,8 +338,8 @@ def test_a_file_with_a_secret_is_not_saved(
 # --- age -----------------------------------------------------------------------------
 
 
-def test_an_old_cassette_is_warned_of(recorded: Project) -> None:
-    """Only where an age is asked for, and only for those that are older."""
+def test_there_is_a_warning_about_an_old_cassette(recorded: Project) -> None:
+    """Only if the run sets an age, and only for older cassettes."""
     path = recorded.cassette("test_app/test_greets")
     text = re.sub(r"at: '\d{4}", "at: '2020", path.read_text("utf-8"))
     path.write_text(text, encoding="utf-8")
@@ -550,7 +399,7 @@ def test_the_network_can_be_closed_by_a_fixture(project: Project) -> None:
 
 
 def test_a_replay_closes_the_network(recorded: Project) -> None:
-    """What goes around the cassette, to anywhere but this machine, fails."""
+    """A connection that bypasses the cassette fails."""
     recorded.pytester.makepyfile(
         test_app="""
         import socket
@@ -571,7 +420,7 @@ def test_a_replay_closes_the_network(recorded: Project) -> None:
 
 
 def test_options_and_fixtures_explain_themselves(project: Project) -> None:
-    """`pytest --help`, `--fixtures` and `--markers` tell what there is."""
+    """`pytest --help`, `--fixtures` and `--markers` list everything."""
     texts = [
         project.run(f"--{topic}").stdout.str()
         for topic in ("help", "fixtures", "markers")
@@ -590,7 +439,7 @@ def test_options_and_fixtures_explain_themselves(project: Project) -> None:
 def test_the_guide_leads_from_nothing_to_green(
     project: Project, alive: ProviderServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who copies the files of docs/testing.md gets what it says, by its commands."""
+    """The files and commands of docs/testing.md do what the page says."""
     guide = GUIDE.read_text("utf-8")
     for file in project.folder.glob("*.*"):
         file.unlink()
@@ -620,7 +469,7 @@ def test_the_guide_leads_from_nothing_to_green(
     assert head.splitlines()[2:3] == again
 
 
-def test_the_guide_tells_every_field_that_makes_no_difference() -> None:
+def test_the_guide_lists_every_field_that_makes_no_difference() -> None:
     """The list in the guide is the list in the code."""
     guide = GUIDE.read_text("utf-8")
     (line,) = re.findall(r"^- the top-level fields (.*);$", guide, re.MULTILINE)
@@ -650,7 +499,7 @@ def _modules_of_an_empty_run(folder: Path, *arguments: str) -> set[str]:
 
 
 def test_a_run_that_does_not_use_it_loads_nothing(tmp_path: Path) -> None:
-    """Two small modules more, and none of what stands behind the fixtures."""
+    """It loads two small modules, and nothing that the fixtures need."""
     (tmp_path / "test_empty.py").write_text(
         "def test_nothing(): pass\n", encoding="utf-8"
     )
@@ -662,7 +511,7 @@ def test_a_run_that_does_not_use_it_loads_nothing(tmp_path: Path) -> None:
 
 
 def test_importing_it_takes_next_to_nothing_beside_pytest() -> None:
-    """The time is a small part of that of pytest's own import."""
+    """The import takes a small part of the time of pytest's own."""
     code = """
 import time
 start = time.perf_counter(); import pytest

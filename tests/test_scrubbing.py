@@ -1,4 +1,4 @@
-"""Keys and what else must not be kept, found wherever they stand."""
+"""Keys, and other secrets, found and removed wherever they are."""
 
 import base64
 import json
@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dipeo_llm.testing.cassette_file import Exchange, scrubbed
-from dipeo_llm.testing.interception import Request
+from dipeo_llm.key_shapes import is_like_key, pattern_of
+from dipeo_llm.testing.cassette_file import Exchange, scrub
+from dipeo_llm.testing.exchange import Answer, Request
 from dipeo_llm.testing.scrubbing import (
     PLACEHOLDER,
     Secrets,
     is_secret_header,
-    told_over_events,
+    join_events,
 )
 
 KEY = 'my"own/key+of=this\\run'
@@ -28,6 +29,9 @@ KEY = 'my"own/key+of=this\\run'
         "sk-ant-api03-abcdefghijklmnop-1234_AA",
         "AIzaSyA1234567890abcdefghijklmnopqrstuv",
         "gsk_abcdefghij0123456789",
+        "nvapi-abcdefghij-0123456789_AB",
+        "key-0123456789abcdef0123456789abcdef",
+        "xoxb-1234567890-abcdef",
         "AKIAIOSFODNN7EXAMPLE",
         "ghp_abcdefghijklmnopqrstuvwxyz0123456789",
         "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.abcdefghijkl",
@@ -46,7 +50,7 @@ KEY = 'my"own/key+of=this\\run'
     ],
 )
 def test_what_looks_like_a_secret_is_taken_out(text: str) -> None:
-    """No list of keys is needed for what everybody can see to be one."""
+    """A secret of a known shape needs no list of keys."""
     secrets = Secrets()
 
     clean = secrets.scrub(f"before {text} after")
@@ -69,11 +73,13 @@ def test_what_looks_like_a_secret_is_taken_out(text: str) -> None:
         "https://host:8080/a@b",
         "call_abcdefghij0123456789 chatcmpl-abcdefghij0123456789",
         "sk-short",
+        '<div class="sk-toggleable__content" id="sk-estimator-id-123">',
+        "key-value-pairs-of-a-long-configuration",
         f'"api_key": "{PLACEHOLDER}"',
     ],
 )
 def test_what_only_sounds_like_a_secret_stays(text: str) -> None:
-    """A prompt is not spoilt by a word."""
+    """Ordinary words stay in a prompt."""
     assert Secrets().find(text) == []
     assert Secrets().scrub(text) == text
 
@@ -96,7 +102,7 @@ def test_what_only_sounds_like_a_secret_stays(text: str) -> None:
     ],
 )
 def test_a_known_key_is_taken_out_wherever_it_stands(text: str) -> None:
-    """In text, in JSON, in JSON inside of JSON and in a URL."""
+    """In text, in JSON, in JSON inside JSON and in a URL."""
     secrets = Secrets([KEY])
 
     clean = secrets.scrub(text)
@@ -108,7 +114,7 @@ def test_a_known_key_is_taken_out_wherever_it_stands(text: str) -> None:
 
 @pytest.mark.parametrize("before", ["", "u:", "user:"])
 def test_a_known_key_in_base64_is_found_and_left(before: str) -> None:
-    """It cannot be taken out without breaking what it is part of: so it is reported."""
+    """It cannot be removed without breaking the data around it, so it is reported."""
     secrets = Secrets([KEY])
     text = base64.b64encode(f"{before}{KEY}:after".encode()).decode()
 
@@ -118,17 +124,71 @@ def test_a_known_key_in_base64_is_found_and_left(before: str) -> None:
     assert secrets.scrub(text) == text
 
 
-@pytest.mark.parametrize("value", ["", "short", " sk-1 ", PLACEHOLDER])
-def test_what_is_too_short_for_a_key_is_not_searched_for(value: str) -> None:
-    """A local server's key "x" does not take every x out of a text."""
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "short",
+        " sk-1 ",
+        "lm-studio",
+        "not-needed",
+        "no_key_required",
+        "anonymous",
+        PLACEHOLDER,
+    ],
+)
+def test_a_value_that_any_text_may_hold_is_replaced_only_where_a_key_stands(
+    value: str,
+) -> None:
+    """A local server's dummy key does not take every such word out of a prompt."""
     secrets = Secrets([value])
+    secrets.learn_from_headers({"authorization": f"Bearer {value}"})
+    text = f"I use {value} here"
 
     assert len(secrets) == 0
-    assert secrets.scrub(f"a text with {value} in it") == f"a text with {value} in it"
+    assert secrets.scrub(text) == text
+    if value:
+        url = secrets.scrub(f"https://host/?key={value.strip()}")
+        assert url == f"https://host/?key={PLACEHOLDER}"
+        field = secrets.scrub(json.dumps({"api_key": value}))
+        assert json.loads(field) == {"api_key": PLACEHOLDER}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("sk-1", True),
+        ("nvapi-x", True),
+        ("AKIAIOSFODNN7EXAMPLE", True),
+        ("0123456789abcdef0123456789abcdef", True),
+        ("x" * 65, True),
+        ("openai", False),
+        ("anthropic-team-a", False),
+        ("task-key", False),
+    ],
+)
+def test_a_key_in_place_of_its_id_is_recognised(text: str, expected: bool) -> None:
+    """A message then does not repeat it."""
+    assert is_like_key(text) is expected
+
+
+def test_a_pattern_finds_every_spelling_and_short_keys_as_words() -> None:
+    """A key of one letter does not take that letter out of every word."""
+    pattern = pattern_of({KEY, "a"})
+    assert pattern is not None
+    texts = [KEY, json.dumps(KEY), quote(KEY, safe=""), "a, a-b and ab"]
+
+    assert [pattern.sub("*", text) for text in texts] == [
+        "*",
+        '"*"',
+        "*",
+        "*, a-b and ab",
+    ]
+    assert pattern_of(set()) is pattern_of({""}) is None
 
 
 def test_keys_are_learned_from_headers_and_environment() -> None:
-    """The value counts without its scheme; what is no key is no secret."""
+    """The value counts without its scheme; other values are not secrets."""
     secrets = Secrets()
     secrets.learn_from_headers(
         {
@@ -165,8 +225,8 @@ def test_keys_are_learned_from_headers_and_environment() -> None:
         ("retry-after", False),
     ],
 )
-def test_headers_that_tell_on_somebody_are_known(name: str, secret: bool) -> None:
-    """Keys, cookies, organisations and request ids, by any provider's name for them."""
+def test_headers_with_secrets_are_known(name: str, secret: bool) -> None:
+    """Keys, cookies, organisations and request ids, by any provider's name."""
     assert is_secret_header(name) is secret
 
 
@@ -175,7 +235,7 @@ KEPT_OF_AN_ANSWER = {"Content-Type": ["text/plain"], "retry-after": ["7"]}
 
 
 def kept(secrets: Secrets) -> Exchange:
-    """Scrub an exchange that has more than may be kept."""
+    """Scrub an exchange that holds more than may be kept."""
     request = Request(
         "POST",
         f"https://host/{quote(KEY, safe='')}/x?key=short&alt=sse",
@@ -188,32 +248,31 @@ def kept(secrets: Secrets) -> Exchange:
         "x-new": ["c"],
         "x-request-id": ["d"],
     }
-    status = {"code": 200, "message": "OK"}
-    answer = {"status": status, "headers": headers, "body": {"string": b"{}"}}
-    return scrubbed(Exchange(request, answer), secrets)
+    answer = Answer(200, "OK", headers, [(b"{}", 0)], failure=None)
+    return scrub(Exchange(request, answer), secrets)
 
 
 def test_of_a_requests_headers_only_the_harmless_are_kept() -> None:
-    """One that nobody has heard of may hold a key."""
+    """An unknown header may hold a key."""
     assert dict(kept(Secrets()).request.headers) == KEPT_OF_A_REQUEST
 
 
 def test_of_an_answers_headers_only_the_harmless_are_kept() -> None:
-    """Of a request's id it is told that there was one."""
-    headers = kept(Secrets()).answer["headers"]
+    """A request id stays by its name only."""
+    headers = kept(Secrets()).answer.headers
 
     assert headers == {**KEPT_OF_AN_ANSWER, "x-request-id": [PLACEHOLDER]}
 
 
 def test_the_address_is_scrubbed() -> None:
-    """Of a key in the path, and of one in the query."""
+    """A key in the path and a key in the query are removed."""
     uri = kept(Secrets([KEY])).request.uri
 
     assert uri == f"https://host/{PLACEHOLDER}/x?key={PLACEHOLDER}&alt=sse"
 
 
 def test_overlapping_secrets_become_one() -> None:
-    """A key in a field that is secret by itself leaves one placeholder."""
+    """A key inside a secret field leaves one placeholder."""
     secrets = Secrets(["abcdefghij", "my-sk-abcdefgh"])
 
     clean = secrets.scrub(
@@ -224,7 +283,7 @@ def test_overlapping_secrets_become_one() -> None:
 
 
 def test_the_text_of_other_languages_is_not_touched() -> None:
-    """A key between characters of several bytes takes none of them with it."""
+    """A key between characters of several bytes is cut out exactly."""
     secrets = Secrets(["clé-sécrète"])
 
     clean = secrets.scrub("é sk-abcdefghijklmnop1234é 日本 clé-sécrète 日本")
@@ -258,8 +317,8 @@ def test_pieces_stay_pieces_of_the_clean_body(
             assert clean[:new] == Secrets([KEY]).scrub_pieces(body[:cut], ())[0]
 
 
-def test_what_a_stream_tells_bit_by_bit_is_joined() -> None:
-    """A key that a model repeats in pieces can be found."""
+def test_the_text_of_a_streams_events_is_joined() -> None:
+    """A key that a model repeats in pieces is found."""
     events = [
         {"choices": [{"delta": {"content": piece}}], "id": "x"}
         for piece in ("my ", "sk-abcd", "efghijkl", "mnop1234")
@@ -268,5 +327,5 @@ def test_what_a_stream_tells_bit_by_bit_is_joined() -> None:
     lines = "".join(f"{json.dumps(event)}\n" for event in events)
 
     for body in (f"{sse}data: [DONE]\n\n", lines):
-        assert "my sk-abcdefghijklmnop1234" in told_over_events(body)
+        assert "my sk-abcdefghijklmnop1234" in join_events(body)
         assert Secrets().find(body) == []

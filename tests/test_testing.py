@@ -1,4 +1,4 @@
-"""The doubles for people's own tests: a scripted model, assertions, a closed network."""
+"""The doubles for an application's tests: a scripted model, assertions, a closed network."""
 
 import asyncio
 import socket
@@ -70,7 +70,7 @@ async def test_a_mock_without_a_script_answers_all_the_same() -> None:
 
 
 async def test_a_result_looks_like_a_real_one() -> None:
-    """Code that reads tokens, model, service or the end finds them."""
+    """It has tokens, a model, a service and a finish reason."""
     async with on(MockLLMAdapter("Hello there, you.")) as service:
         result = await service.complete(HELLO, "anthropic/claude-x", "anthropic")
 
@@ -85,7 +85,7 @@ async def test_a_result_looks_like_a_real_one() -> None:
 
 
 async def test_the_default_answers_when_the_script_has_run_out() -> None:
-    """The first calls are scripted, any number may follow."""
+    """Any number of calls may follow the scripted ones."""
     mock = MockLLMAdapter("first", default="again")
     async with on(mock) as service:
         texts = [(await service.complete(HELLO, MODEL, "openai")).text for _ in "123"]
@@ -109,7 +109,7 @@ async def test_a_script_that_has_run_out_says_what_was_asked() -> None:
 
 
 async def test_replies_can_be_added_later() -> None:
-    """A fixture makes the mock, each test says what it answers."""
+    """A fixture makes the mock, and each test adds its replies."""
     mock = MockLLMAdapter("one")
     mock.add("two", "three")
     async with on(mock) as service:
@@ -231,10 +231,10 @@ async def test_a_result_in_the_script_is_not_changed() -> None:
     assert scripted.service is None
 
 
-async def test_what_is_no_reply_is_refused() -> None:
-    """A mistake in a script is told as one."""
+async def test_an_invalid_reply_is_refused() -> None:
+    """A mistake in a script is a TypeError."""
     async with on(MockLLMAdapter(17)) as service:  # type: ignore[arg-type]
-        with pytest.raises(TypeError, match="int is no reply: script a str, a Reply"):
+        with pytest.raises(TypeError, match="int is not a reply"):
             await service.complete(HELLO, MODEL, "openai")
 
 
@@ -259,7 +259,7 @@ async def test_a_stream_comes_in_the_scripted_pieces() -> None:
 
 
 async def test_a_text_streams_word_by_word() -> None:
-    """A script that says nothing of pieces still streams in several."""
+    """A text without pieces still streams in several."""
     async with (
         on(MockLLMAdapter("one two  three")) as service,
         service.stream(HELLO, MODEL, "openai") as stream,
@@ -270,7 +270,7 @@ async def test_a_text_streams_word_by_word() -> None:
 
 
 async def test_a_stream_can_break_off() -> None:
-    """An error behind pieces is a connection lost in the middle."""
+    """An error after pieces is a connection that is lost in the middle."""
     mock = MockLLMAdapter(
         Reply(pieces=["He", "llo"], error=ServiceUnavailableError("cut"))
     )
@@ -309,7 +309,7 @@ async def test_a_silent_stream_meets_the_idle_timeout() -> None:
 
 
 async def test_requests_are_recorded_with_provider_and_model() -> None:
-    """A test can look at what its program asked, of whom, and how."""
+    """A test can see the provider, the model and the options of a request."""
     mock = MockLLMAdapter()
     async with on(mock) as service:
         await service.complete(HELLO, MODEL, "openai", temperature=0)
@@ -354,7 +354,7 @@ async def test_parallel_calls_get_one_reply_each() -> None:
 
 
 async def test_a_mock_has_no_connection_to_ask_for_models() -> None:
-    """What a mock cannot answer does not go to the provider behind its back."""
+    """Such a question does not reach the provider."""
     async with on(MockLLMAdapter()) as service:
         with pytest.raises(
             (ScriptError, LLMServiceError), match="only answers complete"
@@ -367,7 +367,7 @@ async def test_a_mock_has_no_connection_to_ask_for_models() -> None:
 
 @pytest.fixture
 async def asked() -> MockLLMAdapter:
-    """A mock that was asked twice."""
+    """Return a mock that received two requests."""
     mock = MockLLMAdapter()
     async with on(mock) as service:
         await service.complete(HELLO, MODEL, "openai", temperature=0, max_tokens=9)
@@ -393,13 +393,13 @@ async def asked() -> MockLLMAdapter:
 def test_a_request_that_was_made_satisfies(
     asked: MockLLMAdapter, expected: dict[str, Any]
 ) -> None:
-    """Any fields can be named, in any combination, with a number of times or not."""
+    """Any fields may be given, with or without a number of times."""
     assert_request(asked, **expected)
     assert_request(asked.requests, **expected)
 
 
 def test_one_request_can_be_looked_at(asked: MockLLMAdapter) -> None:
-    """A request of the list is enough."""
+    """The argument may be one request of the list."""
     assert_request(asked.requests[1], messages=[{"role": "user", "content": ...}])
 
 
@@ -443,24 +443,24 @@ def test_one_request_can_be_looked_at(asked: MockLLMAdapter) -> None:
         ),
     ],
 )
-def test_a_request_that_was_not_made_is_told_field_by_field(
+def test_a_missing_request_is_explained_field_by_field(
     asked: MockLLMAdapter, expected: dict[str, Any], message: str
 ) -> None:
-    """The failure shows the nearest request and nothing that fits."""
+    """The failure shows the nearest request, and only its different fields."""
     with pytest.raises(AssertionError) as caught:
         assert_request(asked, **expected)
 
     assert str(caught.value) == message
 
 
-def test_no_request_at_all_is_told() -> None:
-    """A program that never called the model is told as such."""
+def test_a_program_without_requests_is_explained() -> None:
+    """The message says that there was no request."""
     with pytest.raises(AssertionError, match=r"^no request was made with model='x'$"):
         assert_request(MockLLMAdapter(), model="x")
 
 
-def test_the_only_request_is_not_counted() -> None:
-    """With a single request the message says so."""
+def test_a_single_request_has_no_number() -> None:
+    """The message does not count a single request."""
     only = MockRequest("openai", MODEL, ChatRequest(messages=HELLO))
 
     with pytest.raises(AssertionError, match="\nthe request differs in:\n  model\n"):
@@ -500,7 +500,7 @@ async def _get(url: str) -> None:
     ],
 )
 def test_nothing_leaves_a_closed_network(reach: Callable[[], None]) -> None:
-    """Names are not looked up and addresses not connected to, by any way in Python."""
+    """No way in Python looks a name up or connects to an address."""
     with (
         block_network(),
         pytest.raises(NetworkBlockedError, match=r"refused to .*(openai|192\.0\.2\.1)"),
@@ -529,7 +529,7 @@ async def test_this_machine_can_be_closed_too(server: ProviderServer) -> None:
 
 
 def test_the_network_is_as_before_afterwards() -> None:
-    """What was in place is put back, even after an error, and blocks may nest."""
+    """Blocks may nest, and put everything back, even after an error."""
 
     def block_and_fail() -> None:
         with block_network(), block_network(allow_loopback=False):
@@ -545,7 +545,7 @@ def test_the_network_is_as_before_afterwards() -> None:
 
 
 async def test_a_blocked_call_of_the_service_tells_why() -> None:
-    """A test that reaches for a provider reads that the network is closed."""
+    """The error says that the network is closed."""
     async with LLMInfraService(KEYS, settings=Settings(max_retries=0)) as service:
         with (
             block_network(),

@@ -29,25 +29,43 @@ from dipeo_llm.litellm_tables import infer_provider
 from dipeo_llm.pool import Pool
 from dipeo_llm.settings import Settings
 
-ADAPTERS: tuple[type[BaseLLMAdapter], ...] = (
+ADAPTERS: list[type[BaseLLMAdapter]] = [
     ChatGPTAdapter,
     ClaudeAdapter,
     GeminiAdapter,
     OllamaAdapter,
     LiteLLMAdapter,
-)
+]
 """One line for each format, in the order in which its rows claim model names."""
 ENDPOINTS: dict[str, type[BaseLLMAdapter]] = {
     "litellm": LiteLLMAdapter,
     "responses": ResponsesAdapter,
 }
 """Other ways to reach a provider, for `BaseLLMAdapter.sibling`."""
-PROVIDERS = tuple(row for adapter in ADAPTERS for row in adapter.rows)
+PROVIDERS = [row for adapter in ADAPTERS for row in adapter.rows]
 
 _ADAPTER_OF = {row.name: adapter for adapter in ADAPTERS for row in adapter.rows}
 _BY_NAME = {
     name: row for row in PROVIDERS for name in (row.name, row.litellm, *row.aliases)
 }
+
+
+def register(adapter: type[BaseLLMAdapter]) -> None:
+    """Add the adapter of a format from outside the package, for the whole process.
+
+    Its rows claim model names after those of this package.
+
+    Raises:
+        ValueError: A provider of that name is known already.
+    """
+    names = {n: row for row in adapter.rows for n in (row.name, *row.aliases)}
+    if taken := names.keys() & _BY_NAME.keys():
+        raise ValueError(f"{', '.join(sorted(taken))}: the name is taken")
+    ADAPTERS.append(adapter)
+    PROVIDERS.extend(adapter.rows)
+    _ADAPTER_OF.update({row.name: adapter for row in adapter.rows})
+    _BY_NAME.update(names)
+
 
 # Ollama writes a model as `name:tag`, and a GGUF file on a hub as `hf.co/user/repo`. Asked
 # only after every row and LiteLLM have declined.

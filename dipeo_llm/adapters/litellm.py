@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from dipeo_llm import client as http
 from dipeo_llm import litellm_import
 from dipeo_llm.adapters.attempt import CompletionAttempt
-from dipeo_llm.adapters.base import BaseLLMAdapter
+from dipeo_llm.adapters.base import BaseLLMAdapter, rename_tool
 from dipeo_llm.adapters.events import StreamReader
 from dipeo_llm.adapters.openai import OpenAIStream, read_chat_completion
 from dipeo_llm.adapters.provider import Provider
@@ -107,11 +107,13 @@ class LiteLLMAdapter(BaseLLMAdapter):
         cannot promise that a stream came to its end.
         """
         reader = self.stream_reader()
+        names = attempt.prepared.tool_names
         attempt.is_kept = False
-        async with asyncio.timeout_at(attempt.due):
-            response = await self._call(attempt, client)
-        chunks = aiter(response)
+        response = None
         try:
+            async with asyncio.timeout_at(attempt.due):
+                response = await self._call(attempt, client)
+            chunks = aiter(response)
             while True:
                 async with asyncio.timeout_at(attempt.due):
                     try:
@@ -122,12 +124,13 @@ class LiteLLMAdapter(BaseLLMAdapter):
                     break
                 self._check_sent(attempt)
                 for item in reader.read_event(chunk.model_dump()):
-                    yield item
+                    yield rename_tool(item, names) if names else item
         finally:
             # LiteLLM leaves some streams open that are left early.
             if attempt.response is not None:
                 attempt.response.close()
-            await response.aclose()
+            if response is not None:
+                await response.aclose()
         reader.read_done()
         body = self._check_stream(attempt, reader)
         self._log_left_out(attempt)
@@ -135,7 +138,11 @@ class LiteLLMAdapter(BaseLLMAdapter):
 
     def read(self, body: Mapping[str, Any]) -> Reading:
         """Read LiteLLM's result, which has the shape of a chat completion."""
-        return read_chat_completion(body)
+        reading = read_chat_completion(body)
+        if reading.model is not None:
+            # LiteLLM writes its own name of the provider in front of Ollama's models.
+            reading.model = reading.model.removeprefix(f"{self.provider.litellm}/")
+        return reading
 
     def stream_reader(self) -> StreamReader:
         """Return a reader of LiteLLM's chunks."""

@@ -1,7 +1,7 @@
 """Doubles for a provider, for the tests of applications.
 
 `MockLLMAdapter` answers from a script, `use_cassette` from a recording of a real
-exchange; `assert_request` checks what was asked, and `block_network` fails a test that
+exchange. `assert_request` checks the requests, and `block_network` fails a test that
 opens any other connection. Only the cassettes need `dipeo-llm[testing]`.
 """
 
@@ -55,7 +55,7 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        # Only the cassettes import vcrpy and pytest.
+        # Lazily, because the cassettes import vcrpy and pytest.
         module = import_module(f"{__name__}.{_MODULES.get(name, 'cassettes')}")
         return globals().setdefault(name, getattr(module, name))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

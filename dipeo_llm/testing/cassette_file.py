@@ -1,32 +1,27 @@
 """The file of a cassette: vcrpy's format, without secrets, with a head for people.
 
-An answer may hold two things that vcrpy does not know, and leaves alone: `recorded`
-(when, and by what) and a stream's `pieces`.
+A response may hold three fields that vcrpy does not know, and ignores: `recorded` (when,
+by what, for which tests), a stream's `pieces`, and the `failure` of a connection. A
+connection that gave no answer has the status 599 for vcrpy.
 """
 
 import contextlib
 import itertools
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 from vcr.request import Request as VcrRequest
 from vcr.serialize import deserialize, serialize
 from vcr.serializers import jsonserializer, yamlserializer
 
-from dipeo_llm.testing.interception import (
-    Answer,
-    Request,
-    pieces_of,
-    unpack,
-    with_pieces,
-)
+from dipeo_llm.testing.exchange import Answer, Failure, Piece, Request
+from dipeo_llm.testing.interception import from_vcrpy, unpack, unpack_of_vcrpy
 from dipeo_llm.testing.scrubbing import (
     ID_HEADERS,
     PLACEHOLDER,
@@ -34,7 +29,7 @@ from dipeo_llm.testing.scrubbing import (
     RESPONSE_HEADERS,
     Secrets,
     is_secret_header,
-    told_over_events,
+    join_events,
 )
 
 if TYPE_CHECKING:
@@ -44,12 +39,15 @@ if TYPE_CHECKING:
 else:
     _Outcome = pytest.fail.Exception
 
+NO_ANSWER: Final = 599
+"""The status in the file where there is none."""
+
 
 class CassetteError(_Outcome):
-    """A test and its cassette do not go together.
+    """A test and its cassette do not fit together.
 
-    Like every outcome of pytest it is no `Exception`: nothing between the request and
-    the test takes it for an error of the provider, retries it or swallows it.
+    Like every outcome of pytest it is not an `Exception`: no code between the request
+    and the test takes it for an error of the provider, retries it or swallows it.
     """
 
     def __init__(self, message: str) -> None:
@@ -65,10 +63,12 @@ class Exchange:
     used: bool = False
     recorded_at: datetime | None = None
     recorded_by: str = ""
+    tests: tuple[str, ...] = ()
+    """The tests that made the request, where several share the file."""
 
 
 def read(path: Path) -> list[Exchange]:
-    """Return the exchanges of a file of ours or of vcrpy's.
+    """Return the exchanges of a file, written by this package or by vcrpy.
 
     Raises:
         CassetteError: It cannot be read.
@@ -77,58 +77,109 @@ def read(path: Path) -> list[Exchange]:
         serializer = jsonserializer if path.suffix == ".json" else yamlserializer
         found = deserialize(path.read_text(encoding="utf-8"), serializer)
         pairs = list(zip(found[0], found[1], strict=True))
-        return [_exchange(request, answer) for request, answer in pairs]
+        return [_exchange(request, response) for request, response in pairs]
     except Exception as exc:
-        raise CassetteError(f"{shown(path)} is no cassette: {exc!r}") from exc
+        raise CassetteError(f"{show_path(path)} contains no cassette: {exc!r}") from exc
 
 
-def _exchange(request: Any, answer: Answer) -> Exchange:
-    recorded = answer.pop("recorded", None) or {}
-    answer["headers"] = {
-        name: values if isinstance(values, list) else [values]
-        for name, values in answer["headers"].items()
-    }
-    body = request.body
-    if not isinstance(body, bytes | None):
-        body = json.dumps(body).encode() if isinstance(body, dict) else b"".join(body)
-    asked = Request(request.method, request.uri, dict(request.headers), body or b"")
+def _exchange(request: Any, response: dict[str, Any]) -> Exchange:
+    recorded = response.get("recorded") or {}
     return Exchange(
-        asked,
-        _unpacked(answer),
-        recorded_at=when(recorded.get("at")),
+        from_vcrpy(request),
+        answer_from(response),
+        recorded_at=parse_time(recorded.get("at")),
         recorded_by=recorded.get("by") or "",
+        tests=tuple(recorded.get("tests") or ()),
     )
 
 
-def _unpacked(answer: Answer) -> Answer:
-    """Take off the compression that vcrpy by itself leaves on."""
-    names = [n for n in answer["headers"] if n.lower() == "content-encoding"]
-    for name in names:
-        (encoding, *_) = answer["headers"].pop(name)
-        try:
-            return with_pieces(answer, unpack(encoding, pieces_of(answer)))
-        except Exception:  # noqa: BLE001 - aiohttp had taken it off, and left the header
-            return answer
+def answer_from(response: dict[str, Any]) -> Answer:
+    """Read a response of vcrpy's form."""
+    if "status_code" in response:  # vcrpy's form for httpx before version 6
+        content = response.get("content") or b""
+        response = {
+            "status": {"code": response["status_code"], "message": ""},
+            "headers": response["headers"],
+            "body": {
+                "string": content.encode() if isinstance(content, str) else content
+            },
+        }
+    failure = response.get("failure")
+    answer = Answer(failure=Failure(**failure) if failure else None)
+    status = response["status"]
+    headers = response["headers"].items()
+    pairs = [
+        (name, value)
+        for name, values in headers
+        for value in (values if isinstance(values, list) else [values])
+    ]
+    answer.begin(status["code"], status.get("message"), pairs)
+    if failure and answer.status == NO_ANSWER:
+        answer.status, answer.reason = None, ""
+    body = response["body"].get("string") or b""
+    answer.pieces = _pieces(body, response.get("pieces") or "")
+    answer.unpack = unpack_of_vcrpy(answer)
+    answer.settle()
     return answer
 
 
-def scrubbed(exchange: Exchange, secrets: Secrets) -> Exchange:
+def _pieces(body: bytes, lengths: str) -> list[Piece]:
+    """Cut a body as it arrived; one that was edited by hand since is one piece."""
+    pieces: list[Piece] = []
+    end = 0
+    for entry in lengths.split():
+        length, _, after = entry.partition("@")
+        pieces.append((body[end : end + int(length)], int(after)))
+        end += int(length)
+    return pieces if end == len(body) else [(body, 0)]
+
+
+def response_of(answer: Answer) -> dict[str, Any]:
+    """Write a response in vcrpy's form, the body as bytes."""
+    failure = answer.failure
+    why = (failure.message or failure.type or failure.kind) if failure else ""
+    no_answer = {"code": NO_ANSWER, "message": why}
+    response: dict[str, Any] = {
+        "status": no_answer
+        if answer.status is None
+        else {"code": answer.status, "message": answer.reason},
+        "headers": answer.headers,
+        "body": {"string": answer.body},
+    }
+    if len(answer.pieces) > 1:
+        response["pieces"] = " ".join(f"{len(p)}@{after}" for p, after in answer.pieces)
+    if failure is not None:
+        response["failure"] = {k: v for k, v in asdict(failure).items() if v}
+    return response
+
+
+def scrub(exchange: Exchange, secrets: Secrets) -> Exchange:
     """Return what may be kept of an exchange."""
     request, answer = exchange.request, exchange.answer
-    pieces = pieces_of(answer)
-    cuts = [sum(len(p) for p, _ in pieces[:i]) for i in range(1, len(pieces) + 1)]
-    body, moved = secrets.scrub_pieces(b"".join(p for p, _ in pieces), cuts)
-    starts = [0, *moved]
-    cut = [
-        (body[a:b], pieces[i][1]) for i, (a, b) in enumerate(itertools.pairwise(starts))
-    ]
-    headers = {
-        name: [PLACEHOLDER]
-        if name.lower() in ID_HEADERS
-        else [*map(secrets.scrub, values)]
-        for name, values in answer["headers"].items()
-        if name.lower() in ID_HEADERS or RESPONSE_HEADERS.fullmatch(name.lower())
-    }
+    cuts = list(itertools.accumulate(len(piece) for piece, _ in answer.pieces))
+    body, moved = secrets.scrub_pieces(answer.body, cuts)
+    failure = answer.failure
+    kept = Answer(
+        answer.status,
+        answer.reason,
+        {
+            name: [PLACEHOLDER]
+            if name.lower() in ID_HEADERS
+            else [*map(secrets.scrub, values)]
+            for name, values in answer.headers.items()
+            if name.lower() in ID_HEADERS or RESPONSE_HEADERS.fullmatch(name.lower())
+        },
+        [
+            (body[start:end], after)
+            for (start, end), (_, after) in zip(
+                itertools.pairwise([0, *moved]), answer.pieces, strict=True
+            )
+        ],
+        failure
+        and Failure(
+            failure.kind, failure.type, secrets.scrub(failure.message), failure.errno
+        ),
+    )
     asked = Request(
         request.method,
         secrets.scrub(request.uri),
@@ -139,24 +190,25 @@ def scrubbed(exchange: Exchange, secrets: Secrets) -> Exchange:
         },
         secrets.scrub_pieces(request.body, ())[0],
     )
-    kept = with_pieces({**answer, "headers": headers}, cut)
-    return Exchange(asked, kept, True, exchange.recorded_at, exchange.recorded_by)
+    return Exchange(
+        asked, kept, True, exchange.recorded_at, exchange.recorded_by, exchange.tests
+    )
 
 
 def secrets_in(exchange: Exchange, secrets: Secrets) -> list[str]:
     """Say where an exchange holds a secret, without its value."""
     request, answer = exchange.request, exchange.answer
-    sent = _plain(request.body)
-    came = _plain(answer["body"].get("string") or b"")
+    sent, received = _plain(request.body), _plain(answer.body)
     values = [(f"request header {k}", v) for k, v in request.headers.items()]
-    values += [(f"header {k}", v) for k, vs in answer["headers"].items() for v in vs]
+    values += [(f"header {k}", v) for k, vs in answer.headers.items() for v in vs]
     places = [
         ("method", request.method),
         ("URL", request.uri),
         ("request", sent),
         *values,
-        ("status", str(answer["status"].get("message"))),
-        ("answer", came),
+        ("status", answer.reason),
+        ("failure", answer.failure.message if answer.failure else ""),
+        ("answer", received),
         ("recorded", exchange.recorded_by),
     ]
     found = [f"{where}: {f.what}" for where, text in places for f in secrets.find(text)]
@@ -167,12 +219,12 @@ def secrets_in(exchange: Exchange, secrets: Secrets) -> list[str]:
     ]
     found += [
         f"{where}: it is compressed, and cannot be looked into"
-        for where, text in (("request", sent), ("answer", came))
+        for where, text in (("request", sent), ("answer", received))
         if text.startswith(_PACKED)
     ]
     found += [
         f"answer, over several events: {f.what}"
-        for text in told_over_events(came)
+        for text in join_events(received)
         for f in secrets.find(text)
     ]
     return [
@@ -182,47 +234,53 @@ def secrets_in(exchange: Exchange, secrets: Secrets) -> list[str]:
 
 
 def _plain(body: bytes) -> str:
-    """Return a body as text, without a compression of which no header tells."""
+    """Return a body as text, also if it is compressed and no header says so."""
     for encoding, magic in _MAGIC.items():
         if body.startswith(magic):
             with contextlib.suppress(Exception):
-                body = b"".join(piece for piece, _ in unpack(encoding, [(body, 0)]))
+                body = b"".join(p for p, _ in unpack("httpx", encoding, [(body, 0)]))
     return body.decode(errors="backslashreplace")
 
 
 # RFC 1952, 2.3.1, and RFC 8878, 3.1.1. httpx reads zstd where zstandard is installed.
-_MAGIC = {"gzip": b"\x1f\x8b\x08", "zstd": b"\x28\xb5\x2f\xfd"}
-_PACKED = tuple(magic.decode(errors="backslashreplace") for magic in _MAGIC.values())
+_MAGIC: Final = {"gzip": b"\x1f\x8b\x08", "zstd": b"\x28\xb5\x2f\xfd"}
+_PACKED: Final = tuple(
+    magic.decode(errors="backslashreplace") for magic in _MAGIC.values()
+)
 
 
 def as_text(kept: Sequence[Exchange]) -> str:
     """Write exchanges as vcrpy does."""
     responses = []
     for exchange in kept:
-        response = {**exchange.answer, "body": dict(exchange.answer["body"])}
+        response = response_of(exchange.answer)
         if exchange.recorded_at:
             at = exchange.recorded_at.strftime("%Y-%m-%dT%H:%M:%SZ")
             response["recorded"] = {"at": at, "by": exchange.recorded_by}
+            if exchange.tests:
+                response["recorded"]["tests"] = list(exchange.tests)
         responses.append(response)
-    requests = [
-        VcrRequest(
-            e.request.method, e.request.uri, e.request.body or None, e.request.headers
-        )
-        for e in kept
-    ]
+    requests = [vcrpy_request(exchange.request) for exchange in kept]
     text: str = serialize(
         {"requests": requests, "responses": responses}, yamlserializer
     )
     return text
 
 
+def vcrpy_request(request: Request) -> Any:
+    """Return a request as vcrpy has it."""
+    return VcrRequest(
+        request.method, request.uri, request.body or None, dict(request.headers)
+    )
+
+
 def holds_something(path: Path) -> bool:
-    """Say whether there is a cassette; an empty file is none."""
+    """Say whether there is a cassette; an empty file is not one."""
     return path.is_file() and path.stat().st_size > 0
 
 
-def shown(path: Path) -> str:
-    """Return a path as people know it: from where they are."""
+def show_path(path: Path) -> str:
+    """Return a path relative to the working directory, if it is below it."""
     path = path.absolute()
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
@@ -233,8 +291,8 @@ def host_of(uri: str) -> str:
     return re.sub(r"^\w+://(?:[^/@]*@)?([^/?#]*).*", r"\1", uri)
 
 
-def when(value: Any) -> datetime | None:
-    """Read a time; YAML makes one of it by itself unless it is quoted."""
+def parse_time(value: Any) -> datetime | None:
+    """Read a time; YAML has already read it unless it is quoted."""
     try:
         at = (
             value if isinstance(value, datetime) else datetime.fromisoformat(str(value))
@@ -245,18 +303,14 @@ def when(value: Any) -> datetime | None:
 
 
 def comments_of(path: Path) -> list[str]:
-    """Return the lines of comment that a file begins with."""
-    lines: list[str] = []
+    """Return the lines of comment at the beginning of a file."""
     with path.open(encoding="utf-8") as file:
-        for line in file:
-            if not line.startswith("#"):
-                break
-            lines.append(line.rstrip())
-    return lines
+        lines = itertools.takewhile(lambda line: line.startswith("#"), file)
+        return [line.rstrip() for line in lines]
 
 
 def origin_of(path: Path) -> str | None:
-    """Return where the file that is there says it was recorded from."""
+    """Return where an existing file says it was recorded from."""
     comments = comments_of(path) if holds_something(path) else []
     found = re.search(r"^# Recorded from: (.+)$", "\n".join(comments), re.MULTILINE)
     return found[1] if found else None

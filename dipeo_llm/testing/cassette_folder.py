@@ -11,12 +11,12 @@ from dipeo_llm.testing.cassette_file import (
     comments_of,
     host_of,
     origin_of,
+    parse_time,
     read,
     secrets_in,
-    shown,
-    when,
+    show_path,
 )
-from dipeo_llm.testing.interception import Request
+from dipeo_llm.testing.exchange import Request
 from dipeo_llm.testing.scrubbing import Secrets
 
 
@@ -28,12 +28,12 @@ class Problem:
     what: str
 
     def __str__(self) -> str:
-        return f"{shown(self.path)}: {self.what}"
+        return f"{show_path(self.path)}: {self.what}"
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What a cassette says about itself."""
+    """The data of a cassette that a table shows."""
 
     path: Path
     exchanges: int
@@ -46,7 +46,7 @@ class Entry:
 
 
 def files(folder: str | os.PathLike[str]) -> list[Path]:
-    """Return the cassettes of a folder and of those in it, sorted.
+    """Return the cassettes of a folder and its subfolders, sorted.
 
     Raises:
         FileNotFoundError: There is no such folder.
@@ -60,11 +60,11 @@ def files(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def check(folder: str | os.PathLike[str]) -> list[Problem]:
-    """Look for secrets in every cassette of a folder, and for files that are none.
+    """Look for secrets in every cassette of a folder, and for invalid cassettes.
 
-    Values of the environment's keys count, and whatever looks like a key, a token, a
-    cookie, or the id of a request or an organisation. No problem shows a value. JSON is
-    looked through too, be it vcrpy's or anything else.
+    A secret is the value of a key in the environment, or text that looks like a key, a
+    token, a cookie, or the id of a request or an organisation. No problem shows a value.
+    JSON files are searched too, whether vcrpy wrote them or not.
 
     Raises:
         FileNotFoundError: There is no such folder.
@@ -83,14 +83,15 @@ def _secrets_of(path: Path, secrets: Secrets) -> list[str]:
     found: list[str] = []
     try:
         for number, exchange in enumerate(read(path), 1):
-            said = secrets_in(exchange, secrets)
-            found += [f"exchange {number}, {what}" for what in said]
+            found += [
+                f"exchange {number}, {what}" for what in secrets_in(exchange, secrets)
+            ]
     except CassetteError as exc:
         if path.suffix != ".json":
             return [str(exc)]
     if found:
         return found
-    # Nor elsewhere: in a comment, or in a field that nobody knows.
+    # A secret may also be in a comment, or in a field of an unknown name.
     text = path.read_text(encoding="utf-8", errors="backslashreplace")
     return [
         f"line {text.encode()[: finding.start].count(10) + 1}: {finding.what}"
@@ -99,11 +100,11 @@ def _secrets_of(path: Path, secrets: Secrets) -> list[str]:
 
 
 def entries(folder: str | os.PathLike[str]) -> list[Entry]:
-    """Return what each cassette of a folder says about itself.
+    """Return the data of each cassette of a folder.
 
     Raises:
         FileNotFoundError: There is no such folder.
-        CassetteError: A file is no cassette.
+        CassetteError: A file contains no cassette.
     """
     return [_entry(path) for path in files(folder)]
 
@@ -121,7 +122,7 @@ def _entry(path: Path) -> Entry:
         tuple(dict.fromkeys(host_of(e.request.uri) for e in exchanges)),
         origin_of(path) or "",
         by or (on[2] if on else ""),
-        min(dates) if dates else when(on[1]) if on else None,
+        min(dates) if dates else parse_time(on[1]) if on else None,
     )
 
 
@@ -136,7 +137,7 @@ def list_table(folder: str | os.PathLike[str]) -> str:
 
     Raises:
         FileNotFoundError: There is no such folder.
-        CassetteError: A file is no cassette.
+        CassetteError: A file contains no cassette.
     """
     root = Path(folder)
     now = datetime.now(UTC)
@@ -158,7 +159,7 @@ def list_table(folder: str | os.PathLike[str]) -> str:
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    # A name that somebody recorded may hold a line's end.
+    # A recorded name may contain a line break.
     rows = [tuple(" ".join(cell.split()) for cell in row) for row in rows]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
     return "".join(f"{line}\n" for line in lines)

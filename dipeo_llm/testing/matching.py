@@ -1,29 +1,34 @@
 """Compares requests by what they mean, and says field by field where they differ.
 
-Pure. A request is a method, a class of host, a path, a query and a JSON body compared
-as data; what may differ without a different meaning is listed here and nowhere else.
+Pure. A request is a method, a kind of host, a path, a query and a body. JSON, forms and
+multipart bodies are compared as data. Everything that may differ without changing the
+meaning is listed in this module.
 """
 
 import difflib
+import email.parser
+import email.policy
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import parse_qsl, urlsplit
 
 from dipeo_llm.client import is_loopback
+from dipeo_llm.key_shapes import KEY_PARAMETERS
 
 VOLATILE: Final = frozenset(
     {"user", "metadata", "safety_identifier", "prompt_cache_key"}
 )
 """Top-level fields of a body that label a request and do not change its answer.
 
-Beside them, null is as good as absent, `"stream": false` likewise, and the ids of tool
-calls, which are new in each run, count by the order in which they occur.
+Null equals an absent field, and so does `"stream": false`. The ids of tool calls, which
+are new in each run, count by the order in which they occur. Parameters of the URL that
+carry a key are left out, and so is the boundary of a multipart body.
 """
 
-# The part of a host's name that tells an account or a region, not a service.
+# The part of a host's name that identifies an account or a region, not a service.
 _HOST_CLASSES: Final = (
     (
         re.compile(r"[^.]+(\.openai\.azure\.com|\.cognitiveservices\.azure\.com)"),
@@ -53,21 +58,26 @@ class Difference:
     path: str
     """Such as `messages[0].content`."""
     expected: Any
-    """NOTHING where the field is new."""
+    """NOTHING if the field is new."""
     actual: Any
-    """NOTHING where the field is gone."""
+    """NOTHING if the field is gone."""
 
 
 def as_data(
-    method: str, uri: str, body: bytes | None, ignore: Sequence[str] = ()
+    method: str,
+    uri: str,
+    body: bytes | None,
+    ignore: Sequence[str] = (),
+    content_type: str = "",
 ) -> dict[str, Any]:
     """Return what a request means, as data to compare.
 
     Args:
         method: GET, POST, …
         uri: The whole address.
-        body: What was sent.
+        body: The bytes that are sent.
         ignore: Further fields of the body to leave out, with dots for nested ones.
+        content_type: The Content-Type header; says how to read the body.
     """
     parts = urlsplit(uri)
     data: dict[str, Any] = {
@@ -75,15 +85,56 @@ def as_data(
         "host": host_class(parts.netloc),
         "path": parts.path or "/",
     }
-    if parts.query:
-        data["query"] = dict(parse_qsl(parts.query, keep_blank_values=True))
+    query = [
+        (name, value)
+        for name, value in parse_qsl(parts.query, keep_blank_values=True)
+        if not re.fullmatch(KEY_PARAMETERS, name)
+    ]
+    if query:
+        data["query"] = _grouped(query)
     if body:
-        data["body"] = _meaning(_json(body), ignore)
+        data["body"] = _meaning(fields_of(body, content_type), ignore)
     return data
 
 
+def fields_of(body: bytes, content_type: str = "") -> Any:
+    """Read a body: JSON, a form's or a multipart body's fields, or else text."""
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind == "application/x-www-form-urlencoded":
+        return _grouped(
+            parse_qsl(body.decode(errors="replace"), keep_blank_values=True)
+        )
+    if kind.startswith("multipart/"):
+        return _grouped(_parts(body, content_type))
+    try:
+        return json.loads(body)
+    except ValueError:
+        return body.decode(errors="backslashreplace")
+
+
+def _parts(body: bytes, content_type: str) -> Iterator[tuple[str, Any]]:
+    """Yield the fields of a multipart body (RFC 7578)."""
+    head = f"Content-Type: {content_type}\r\n\r\n".encode()
+    parser = email.parser.BytesParser(policy=email.policy.HTTP)
+    for part in parser.parsebytes(head + body).iter_parts():
+        raw: Any = part.get_payload(decode=True) or b""
+        content = raw.decode(errors="backslashreplace")
+        file = part.get_filename()
+        field = {"filename": file, "type": part.get_content_type(), "content": content}
+        name = part.get_param("name", "part", "content-disposition")
+        yield str(name), content if file is None else field
+
+
+def _grouped(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return fields by name; one that is repeated has the list of its values."""
+    found: dict[str, list[Any]] = {}
+    for name, value in pairs:
+        found.setdefault(name, []).append(value)
+    return {k: values[0] if len(values) == 1 else values for k, values in found.items()}
+
+
 def host_class(netloc: str) -> str:
-    """Name the kind of host: loopback whatever the port, a cloud whatever the region."""
+    """Return the kind of a host: loopback on any port, a cloud in any region."""
     parts = urlsplit(f"//{netloc}")
     host = parts.hostname or ""
     if is_loopback(host):
@@ -95,15 +146,15 @@ def host_class(netloc: str) -> str:
 
 
 def differences(expected: Any, actual: Any, path: str = "") -> list[Difference]:
-    """List the fields in which two values differ, those inside each other included.
+    """List the fields in which two values differ, nested ones included.
 
-    `...` as an expected value stands for any that is there.
+    `...` as an expected value stands for any value that is there.
     """
     return list(_differences(expected, actual, path))
 
 
 def nearest(actual: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]) -> int:
-    """Return the index of the candidate that differs least; the first of equals."""
+    """Return the index of the candidate that differs least, the first one of several."""
 
     def distance(candidate: Mapping[str, Any]) -> tuple[int, float]:
         different = differences(candidate, actual)
@@ -120,7 +171,7 @@ def explain(
     names: tuple[str, str] = ("recorded", "now"),
     most: int = 12,
 ) -> str:
-    """Write differences for people to read, two lines for each field."""
+    """Write differences for people to read: the field, then its two values."""
     width = max(map(len, names)) + 1
     lines: list[str] = []
     for difference in different[:most]:
@@ -136,19 +187,12 @@ def explain(
 
 
 def summary(data: Mapping[str, Any]) -> str:
-    """Describe a request in one line: where to, which model, and the last words."""
+    """Describe a request in one line: address, model, and the last message."""
     body = data.get("body")
     model = body.get("model") if isinstance(body, dict) else None
-    said = _last_words(body) if isinstance(body, dict) else ""
+    text = _last_message(body) if isinstance(body, dict) else ""
     line = f"{data['method']} {data['host']}{data['path']}"
-    return line + (f", model {model}" if model else "") + (f": {said}" if said else "")
-
-
-def _json(body: bytes) -> Any:
-    try:
-        return json.loads(body)
-    except ValueError:
-        return body.decode(errors="backslashreplace")
+    return line + (f", model {model}" if model else "") + (f": {text}" if text else "")
 
 
 def _meaning(body: Any, ignore: Sequence[str]) -> Any:
@@ -168,7 +212,7 @@ def _meaning(body: Any, ignore: Sequence[str]) -> Any:
 
 
 def _numbered(value: Any, seen: dict[str, str]) -> Any:
-    """Copy JSON, with the ids of tool calls replaced by their place."""
+    """Copy JSON, with the ids of tool calls replaced by their order."""
     if isinstance(value, list):
         return [_numbered(item, seen) for item in value]
     if not isinstance(value, dict):
@@ -208,7 +252,7 @@ def _differences(expected: Any, actual: Any, path: str) -> Iterator[Difference]:
 def _differences_of_lists(
     expected: Sequence[Any], actual: Sequence[Any], path: str
 ) -> Iterator[Difference]:
-    """Align two lists, so that an item put in is one difference and not many."""
+    """Align two lists, so that an inserted item is one difference and not many."""
     one, other = [_text(item) for item in expected], [_text(item) for item in actual]
     matcher = difflib.SequenceMatcher(None, one, other, autojunk=False)
     for kind, from_, to, new_from, new_to in matcher.get_opcodes():
@@ -227,7 +271,7 @@ def _differences_of_lists(
 def _equal(one: Any, other: Any) -> bool:
     if one is ...:
         return other is not NOTHING
-    # JSON has truth values, and Python takes them for numbers.
+    # In Python True equals 1; in JSON it does not.
     if isinstance(one, int | float) and isinstance(other, int | float):
         return isinstance(one, bool) is isinstance(other, bool) and one == other
     return bool(one == other)
@@ -237,7 +281,7 @@ def _text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, sort_keys=True, default=repr)
 
 
-def _last_words(body: Mapping[str, Any]) -> str:
+def _last_message(body: Mapping[str, Any]) -> str:
     turns = body.get("messages") or body.get("contents") or body.get("input") or ""
     last = turns[-1] if isinstance(turns, list) and turns else turns
     while isinstance(last, dict | list) and last:
@@ -253,13 +297,13 @@ _LONGEST: Final = 100
 
 
 def _shown(expected: Any, actual: Any) -> tuple[str, str]:
-    """Show two values, long ones from a little before where they part."""
+    """Show two values, long ones from a little before their first difference."""
     one, other = _readable(expected), _readable(actual)
     if max(len(one), len(other)) <= _LONGEST:
         return one, other
     pairs = enumerate(zip(one, other, strict=False))
-    parting = next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
-    start = max(0, parting - 30)
+    first = next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+    start = max(0, first - 30)
     return _window(one, start), _window(other, start)
 
 

@@ -1,4 +1,4 @@
-"""A model that answers from a script, and assertions on what it was asked."""
+"""A model that answers from a script, and assertions on the requests to it."""
 
 import asyncio
 import copy
@@ -9,9 +9,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
-from typing import Any, Protocol, Self, TypeAlias
+from typing import Any, NoReturn, Protocol, Self, TypeAlias
 
-from dipeo_llm.adapters import factory as providers
 from dipeo_llm.adapters.base import BaseLLMAdapter
 from dipeo_llm.adapters.provider import Provider
 from dipeo_llm.domain import (
@@ -28,7 +27,7 @@ from dipeo_llm.testing.matching import Difference, differences, explain
 
 
 class ScriptError(AssertionError):
-    """A mock was asked for more than its script holds."""
+    """A mock received more requests than its script has replies."""
 
 
 # --- a model that answers from a script ----------------------------------------------
@@ -36,26 +35,26 @@ class ScriptError(AssertionError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """A scripted answer, where a text alone does not say enough."""
+    """A scripted answer with more than a text."""
 
     text: str = ""
     tool_calls: Sequence[tuple[str, Mapping[str, Any]] | ToolCall] = ()
-    """Calls of the caller's tools: name and arguments."""
+    """Calls of the caller's tools: names and arguments."""
     pieces: Sequence[str] = ()
-    """The text as a stream brings it; without them, word by word."""
+    """The chunks of a stream; without them, one for each word."""
     reasoning: str | None = None
     usage: TokenUsage | None = None
-    """None counts words."""
+    """None stands for a count of words."""
     finish_reason: str | None = None
-    """None is "tool_calls" where there are some, else "stop"."""
+    """None stands for "tool_calls" if there are some, else "stop"."""
     delay: float = 0.0
-    """Seconds before the answer, or its first piece."""
+    """Seconds before the answer, or its first chunk."""
     piece_delay: float = 0.0
-    """Seconds before each further piece."""
+    """Seconds before each further chunk."""
     error: Exception | None = None
-    """What is raised in place of the answer; by a stream, after its pieces."""
+    """Raised in place of the answer; by a stream, after its pieces."""
     result: ChatResult | None = None
-    """The whole answer; what stands above only tells when and in which pieces."""
+    """The whole answer; of the other fields only the delays and pieces count then."""
 
 
 Script: TypeAlias = (
@@ -67,13 +66,13 @@ Script: TypeAlias = (
     | Sequence[str]
     | Callable[[ChatRequest], Any]
 )
-"""A text, a `Reply`, a result, an error to raise, the pieces of a stream, or a function
-of the request that returns, or is a coroutine of, any of these."""
+"""A text, a `Reply`, a result, an error to raise, the pieces of a stream, or a function,
+asynchronous or not, that takes the request and returns any of these."""
 
 
 @dataclass(frozen=True, slots=True)
 class MockRequest:
-    """A request as a mock got it."""
+    """A request that a mock received."""
 
     provider: str
     model: str
@@ -82,11 +81,11 @@ class MockRequest:
 
     @property
     def messages(self) -> list[Mapping[str, Any]]:
-        """The conversation, OpenAI-shaped, oldest first."""
+        """The conversation in OpenAI's form, oldest message first."""
         return list(self.request.messages)
 
     def as_data(self) -> dict[str, Any]:
-        """Return it as `assert_request` sees it: options beside the other fields."""
+        """Return its fields for `assert_request`, with the options beside the others."""
         asked = {f.name: getattr(self.request, f.name) for f in fields(self.request)}
         sampling = asked.pop("sampling")
         about = {
@@ -98,19 +97,18 @@ class MockRequest:
 
 
 class MockLLMAdapter(BaseLLMAdapter):
-    """Answers from a script and opens no connection; give it as `adapter_factory`.
+    """Answers from a script and opens no connection; pass it as `adapter_factory`.
 
-    Each request takes the next reply, whichever model or task it comes from.
+    Each request takes the next reply, whichever model or task sends it.
 
     Args:
         *replies: Each answers one request, in this order.
-        default: Answers when they are used up. Without it that is a ScriptError, or,
-            for a mock without any script, an answer all the same.
+        default: Answers when the replies are used up. Without it the next request is a
+            ScriptError. A mock without any reply has a default of its own.
     """
 
     def __init__(self, *replies: Script, default: Script | None = None) -> None:
-        openai = providers.by_name("openai")
-        super().__init__(openai, "mock-model", "key-of-the-mock")
+        super().__init__("openai", "mock-model", "key-of-the-mock")
         self._script = _Script(replies, default)
 
     def __call__(
@@ -121,71 +119,71 @@ class MockLLMAdapter(BaseLLMAdapter):
         base_url: str | None = None,
         **options: Any,
     ) -> Self:
-        """Return this mock as another model; script and requests are shared."""
+        """Return this mock as another model, with the same script and requests."""
         bound = copy.copy(self)
-        bound.provider = provider
-        bound.model_name = model_name
+        bound.provider, bound.model_name = provider, model_name
         return bound
 
     @property
     def requests(self) -> list[MockRequest]:
-        """What was asked so far, through every model."""
+        """The requests to every model so far, oldest first."""
         return self._script.requests
 
     @property
     def replies_left(self) -> int:
-        """How many scripted replies no request has taken yet."""
+        """The number of replies that no request has taken yet."""
         return len(self._script.replies)
 
     def add(self, *replies: Script) -> None:
-        """Put further replies behind those that are left."""
+        """Append replies to the script."""
         self._script.add(replies)
 
     async def complete(
         self, request: ChatRequest | Sequence[Mapping[str, Any]]
     ) -> ChatResult:
-        """Take the next reply and answer with it."""
-        request = self.request(request)
-        async with self._within(request.timeout):
+        """Answer with the next reply."""
+        request = _request(request)
+        async with self._limit(request.timeout):
             reply = await self._next(request, streamed=False)
             await asyncio.sleep(reply.delay)
         if reply.error is not None:
-            raise self._named(reply.error)
+            raise self._with_owner(reply.error)
         return self._result(reply, request)
 
     async def stream(self, request: ChatRequest | Sequence[Mapping[str, Any]]) -> Items:
-        """Take the next reply and yield it bit by bit, and the whole of it last."""
-        request = self.request(request)
-        async with self._within(request.timeout):
+        """Yield the next reply in chunks, and then the whole result."""
+        request = _request(request)
+        async with self._limit(request.timeout):
             reply = await self._next(request, streamed=True)
             await asyncio.sleep(reply.delay)
         result = self._result(reply, request)
         idle = request.idle_timeout or request.timeout
         for chunk in _chunks(reply, result):
             yield chunk
-            async with self._within(idle, "sent nothing for"):
+            async with self._limit(idle, "sent nothing for"):
                 await asyncio.sleep(reply.piece_delay)
         if reply.error is not None:
-            raise self._named(reply.error)
+            raise self._with_owner(reply.error)
         yield result
 
-    async def ask(
-        self,
-        path: str,
-        body: Mapping[str, Any] | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> Mapping[str, Any]:
-        """Refuse: there is nothing behind a mock that could be asked."""
-        raise ScriptError(
-            "MockLLMAdapter only answers complete and stream: it has no connection to"
-            " ask for models, for a key's validity or for a count of tokens"
+    async def list_models(self, pages: int = 1) -> list[str]:
+        """Refuse: there is no provider behind a mock."""
+        raise self._no_provider("list models or check keys")
+
+    async def count_tokens(self, request: ChatRequest) -> NoReturn:
+        """Refuse likewise."""
+        raise self._no_provider("count tokens")
+
+    def _no_provider(self, what: str) -> ScriptError:
+        return ScriptError(
+            f"MockLLMAdapter only answers complete and stream; it cannot {what}"
         )
 
     @asynccontextmanager
-    async def _within(
+    async def _limit(
         self, seconds: float, late: str = "did not answer within"
     ) -> AsyncIterator[None]:
-        """Wait for what is scripted no longer than a real adapter would."""
+        """Limit a scripted delay as the real adapter limits a provider's."""
         limit = asyncio.timeout(seconds)
         try:
             async with limit:
@@ -213,7 +211,7 @@ class MockLLMAdapter(BaseLLMAdapter):
         calls = [_tool_call(call, i) for i, call in enumerate(reply.tool_calls, 1)]
         return ChatResult(
             text=text,
-            token_usage=reply.usage or _counted(request, text),
+            token_usage=reply.usage or _word_count(request, text),
             tool_calls=calls,
             finish_reason=reply.finish_reason or ("tool_calls" if calls else "stop"),
             reasoning=reply.reasoning,
@@ -221,8 +219,8 @@ class MockLLMAdapter(BaseLLMAdapter):
             model=self.model_name,
         )
 
-    def _named(self, error: Exception) -> Exception:
-        """Fill in whose error it is, as the real adapter does."""
+    def _with_owner(self, error: Exception) -> Exception:
+        """Fill in the service and the model of an error, as the real adapter does."""
         if isinstance(error, LLMServiceError | APIKeyError):
             error.service = error.service or self.provider.name
             error.model = error.model or self.model_name
@@ -230,7 +228,7 @@ class MockLLMAdapter(BaseLLMAdapter):
 
 
 class _Script:
-    """The replies of a mock, and what was asked of it: one for all its models."""
+    """The replies of a mock and the requests to it, shared by all its models."""
 
     def __init__(self, replies: Sequence[Script], default: Script | None) -> None:
         self.requests: list[MockRequest] = []
@@ -257,8 +255,12 @@ class _Script:
         return self._default
 
 
+def _request(given: ChatRequest | Sequence[Mapping[str, Any]]) -> ChatRequest:
+    return given if isinstance(given, ChatRequest) else ChatRequest(given)
+
+
 async def _reply(script: Any, request: ChatRequest) -> Reply:
-    """Turn whatever was scripted into one form."""
+    """Make a `Reply` of any scripted object."""
     if isinstance(script, Reply):
         return script
     if isinstance(script, str):
@@ -272,11 +274,12 @@ async def _reply(script: Any, request: ChatRequest) -> Reply:
     if isinstance(script, list | tuple):
         return Reply(pieces=script)
     if callable(script):
-        made = script(request)
-        return await _reply(await made if inspect.isawaitable(made) else made, request)
+        result = script(request)
+        result = await result if inspect.isawaitable(result) else result
+        return await _reply(result, request)
     raise TypeError(
-        f"{type(script).__name__} is no reply: script a str, a Reply, a ChatResult, an"
-        " exception, a list of pieces, or a function of the request that returns one"
+        f"{type(script).__name__} is not a reply: script a str, a Reply, a ChatResult,"
+        " an exception, a list of pieces, or a function of the request that returns one"
     )
 
 
@@ -305,8 +308,8 @@ def _tool_call(call: tuple[str, Mapping[str, Any]] | ToolCall, number: int) -> T
     )
 
 
-def _counted(request: ChatRequest, text: str) -> TokenUsage:
-    """Count words for tokens: the same each time, and not zero."""
+def _word_count(request: ChatRequest, text: str) -> TokenUsage:
+    """Count words as tokens, so that the numbers are stable and not zero."""
     read = sum(len(str(m.get("content") or "").split()) for m in request.messages)
     written = len(text.split())
     return TokenUsage(input=read, output=written, total=read + written)
@@ -322,34 +325,34 @@ def _line(asked: MockRequest) -> str:
 # --- what was asked ------------------------------------------------------------------
 
 
-class Asked(Protocol):
-    """A request that can be looked at: a `MockRequest`, or one of a cassette."""
+class SentRequest(Protocol):
+    """A request to assert on: a `MockRequest`, or one of a cassette."""
 
     def as_data(self) -> Mapping[str, Any]:
         """Return its fields."""
         ...
 
 
-class _AsksSomething(Protocol):
+class _HasRequests(Protocol):
     @property
-    def requests(self) -> Sequence[Asked]: ...
+    def requests(self) -> Sequence[SentRequest]: ...
 
 
 def assert_request(
-    where: Asked | Sequence[Asked] | _AsksSomething,
+    where: SentRequest | Sequence[SentRequest] | _HasRequests,
     *,
     times: int | None = None,
     **expected: Any,
 ) -> None:
-    """Assert that a request was made, and show the nearest one if none fits.
+    """Assert that a request was made; the failure shows the nearest one.
 
     Args:
         where: A mock, a cassette, its `requests`, or one of them.
-        times: How many requests are to fit; None is satisfied with any number but 0.
+        times: How many requests must fit; None accepts any number but 0.
         **expected: Fields and their values. For a mock: provider, model, messages,
             tools, streamed, temperature, … For a cassette: method, host, path, and the
-            fields of the JSON that was sent. A value may be anything that equals, such
-            as `unittest.mock.ANY`; `...` stands for any value of a field that is there.
+            fields of the body. A value is compared with `==`, so `pytest.approx` and
+            `unittest.mock.ANY` work; `...` stands for any value of a field that is there.
     """
     __tracebackhide__ = True
     found = [asked.as_data() for asked in _requests(where)]
@@ -375,7 +378,7 @@ def assert_request(
     )
 
 
-def _requests(where: Any) -> Sequence[Asked]:
+def _requests(where: Any) -> Sequence[SentRequest]:
     if hasattr(where, "requests"):
         where = where.requests
     return [where] if hasattr(where, "as_data") else list(where)

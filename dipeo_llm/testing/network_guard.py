@@ -1,8 +1,11 @@
 """Closes the network to the process, so that a test that needs it fails at once."""
 
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from typing import Any
 
 from dipeo_llm.client import is_loopback
@@ -13,58 +16,104 @@ class NetworkBlockedError(RuntimeError):
 
 
 @contextmanager
-def block_network(*, allow_loopback: bool = True) -> Iterator[None]:
+def block_network(
+    *,
+    allow_loopback: bool = True,
+    allow_hosts: Sequence[str] = (),
+    lookups: bool = True,
+    refuse: Callable[[str], Exception] = lambda what: NetworkBlockedError(
+        f"refused to {what}: the network is closed by block_network"
+    ),
+) -> Iterator[None]:
     """Refuse every connection and every look-up of a name, for as long as it lasts.
 
     Args:
         allow_loopback: Whether this machine may still be reached, by an address of its
-            own or a Unix socket. False refuses those too.
+            own or a Unix socket.
+        allow_hosts: Names and addresses that may be reached, such as "db.internal" or
+            "*.example.com".
+        lookups: Whether look-ups are refused too.
+        refuse: Makes the error from what was tried, such as "connect to 192.0.2.1:443".
 
-    What is refused raises NetworkBlockedError where it was tried. It holds for the whole
-    process, all threads included, as long as they use Python's sockets.
+    What is refused raises NetworkBlockedError where it was tried. This holds for the
+    whole process, all threads included, as long as they use Python's sockets; code that
+    brings sockets of its own, such as grpc, uvloop or curl, is not seen.
     """
-
-    def check(family: int, address: Any, what: str = "connect to") -> None:
-        if isinstance(address, tuple):
-            host, *port = address[:2]
-            name = ":".join(map(str, [_host(host), *port]))
-            is_here = is_loopback(_host(host))
-        else:
-            name, is_here = str(address), family == getattr(socket, "AF_UNIX", None)
-        if not (allow_loopback and is_here):
-            raise NetworkBlockedError(
-                f"refused to {what} {name}: the network is closed by block_network"
-            )
-
-    def connecting(method: str) -> Any:
-        real = getattr(socket.socket, method)
-
-        def guarded(self: socket.socket, *args: Any) -> Any:
-            # sendmsg has its address as the fourth, and none where it is connected.
-            for address in filter(None, args[3:] if method == "sendmsg" else args[-1:]):
-                check(self.family, address)
-            return real(self, *args)
-
-        return guarded
-
-    def resolving(function: str) -> Any:
-        real = getattr(socket, function)
-
-        def guarded(host: Any, *args: Any, **options: Any) -> Any:
-            if host not in {None, "", b""}:
-                check(0, host if isinstance(host, tuple) else (host,), "look up")
-            return real(host, *args, **options)
-
-        return guarded
-
+    guard = _Guard(allow_loopback, tuple(allow_hosts), lookups, refuse)
     with replaced(
-        [(socket.socket, name, connecting(name)) for name in _METHODS]
-        + [(socket, name, resolving(name)) for name in _FUNCTIONS]
+        [(socket.socket, name, guard.wrap_connect(name)) for name in _METHODS]
+        + [(socket, name, guard.wrap_lookup(name)) for name in _FUNCTIONS]
     ):
         yield
 
 
-# Windows has no sendmsg. getfqdn and create_connection come by these.
+@dataclass(frozen=True, slots=True)
+class _Guard:
+    allow_loopback: bool
+    allow_hosts: tuple[str, ...]
+    lookups: bool
+    refuse: Callable[[str], Exception]
+    resolved: set[str] = field(default_factory=set)
+    """The addresses of the allowed hosts."""
+
+    def wrap_connect(self, method: str) -> Any:
+        """Wrap a method of sockets that connects, or sends to an address."""
+        real = getattr(socket.socket, method)
+
+        def guarded(sock: socket.socket, *args: Any) -> Any:
+            # sendmsg has its address fourth, and none on a connected socket.
+            for address in filter(None, args[3:] if method == "sendmsg" else args[-1:]):
+                self._check(sock.family, address, "connect to")
+            return real(sock, *args)
+
+        return guarded
+
+    def wrap_lookup(self, function: str) -> Any:
+        """Wrap a function that looks up a name, or an address."""
+        real = getattr(socket, function)
+
+        def guarded(host: Any, *args: Any, **options: Any) -> Any:
+            if self.lookups and host not in {None, "", b""}:
+                self._check(0, host if isinstance(host, tuple) else (host,), "look up")
+            found = real(host, *args, **options)
+            if is_named(_text(host), self.allow_hosts):
+                self.resolved.update(_addresses(found))
+            return found
+
+        return guarded
+
+    def _check(self, family: int, address: Any, what: str) -> None:
+        if isinstance(address, tuple):
+            host, *port = map(_text, address[:2])
+            name = ":".join([host, *port])
+            allowed = host in self.resolved or is_named(host, self.allow_hosts)
+            is_here = is_loopback(host)
+        else:
+            name, allowed = str(address), False
+            is_here = family == getattr(socket, "AF_UNIX", None)
+        if not (allowed or _open.get() or (self.allow_loopback and is_here)):
+            raise self.refuse(f"{what} {name}")
+
+
+_open: ContextVar[bool] = ContextVar("open_network", default=False)
+
+
+@contextmanager
+def open_network() -> Iterator[None]:
+    """Let this task or thread, and the tasks that it starts, through `block_network`."""
+    token = _open.set(True)
+    try:
+        yield
+    finally:
+        _open.reset(token)
+
+
+def is_named(host: str, patterns: Sequence[str]) -> bool:
+    """Say whether a host fits one of the patterns, whatever its case."""
+    return any(fnmatch(host.lower(), pattern.lower()) for pattern in patterns)
+
+
+# Windows has no sendmsg. getfqdn and create_connection are built on these.
 _METHODS = tuple(
     name
     for name in ("connect", "connect_ex", "sendto", "sendmsg")
@@ -79,8 +128,17 @@ _FUNCTIONS = (
 )
 
 
-def _host(host: Any) -> str:
+def _text(host: Any) -> str:
     return host.decode() if isinstance(host, bytes) else str(host)
+
+
+def _addresses(found: Any) -> Iterator[str]:
+    """Yield the texts in the result of any function that looks up a name."""
+    if isinstance(found, str):
+        yield found
+    elif isinstance(found, list | tuple):
+        for item in found:
+            yield from _addresses(item)
 
 
 @contextmanager

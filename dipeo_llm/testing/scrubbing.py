@@ -1,29 +1,32 @@
 """Takes secrets out of text that is to be kept, and finds those that are left.
 
-Pure. A secret is a value that was given to `Secrets.learn`, wherever it stands, or what
-looks like one: a provider's key, a credential in a field or a URL, the id of a request
-or of an organisation.
+Pure. A secret is a value that was given to `Secrets.learn`, or text that looks like one:
+a provider's key, a credential in a field or a URL, the id of a request or of an
+organisation.
 """
 
-import base64
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
-from urllib.parse import quote
+
+from dipeo_llm.key_shapes import (
+    KEY,
+    KEY_PARAMETERS,
+    base64_spellings,
+    is_placeholder,
+    spellings,
+)
 
 PLACEHOLDER: Final = "[scrubbed]"
-
-SHORTEST: Final = 8
-"""Values with fewer characters are not searched for: they would stand anywhere."""
 
 REQUEST_HEADERS: Final = frozenset(
     {"accept", "anthropic-beta", "anthropic-version", "content-type"}
 )
-"""The headers of a request that are kept: a list of what is harmless, as no list of
-what is not could be whole."""
+"""The headers of a request that are kept. A list of harmless headers is complete; a list
+of secret ones could never be."""
 
 RESPONSE_HEADERS: Final = re.compile(
     r"content-type|location|retry-after(-ms)?|x-should-retry|x-ms-retry-after-ms"
@@ -49,17 +52,7 @@ _CREDENTIAL_FIELDS = (
     r"|aws_session_token|session_token"
 )
 _PATTERNS: Final = (
-    (
-        "an API key",
-        re.compile(
-            r"(?<![A-Za-z0-9])(?:sk-[\w-]{16,}|AIza[\w-]{30,}|AQ\.[\w-]{20,}"
-            r"|gsk_\w{20,}|xai-\w{20,}|hf_\w{20,}|pplx-\w{20,}|r8_\w{20,}"
-            r"|(?:AKIA|ASIA)[A-Z0-9]{16}|gh[pousr]_\w{30,}|github_pat_\w{20,}"
-            r"|xox[abprs]-[\w-]{10,}|ya29\.[\w-]{20,}"
-            r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,})",
-            re.ASCII,
-        ),
-    ),
+    ("an API key", KEY),
     (
         "a token",
         re.compile(
@@ -76,12 +69,7 @@ _PATTERNS: Final = (
     ),
     (
         "a credential in a URL",
-        re.compile(
-            r"(?i:[?&;](?:key|api[-_]?key|access_token|token|sig|signature"
-            r"|x-amz-(?:signature|credential|security-token))"
-            r"=(?P<secret>[^&#\s\"'\\]+))",
-            re.ASCII,
-        ),
+        re.compile(rf"[?&;]{KEY_PARAMETERS}=(?P<secret>[^&#\s\"'\\]+)", re.ASCII),
     ),
     (
         "a password in a URL",
@@ -106,7 +94,7 @@ _PATTERNS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A secret in a text, without its value; where it is counts in bytes of UTF-8."""
+    """A secret in a text, without its value; its place is counted in bytes of UTF-8."""
 
     what: str
     start: int
@@ -130,18 +118,22 @@ class Secrets:
         return len(self._values)
 
     def learn(self, value: str) -> None:
-        """Remember a value; one that is too short to be a key is left out."""
+        """Remember a value, unless it is so short or so common that it is in any text.
+
+        Such a value is still replaced where a key belongs: in a header, in a URL
+        parameter, or in a field such as `api_key`.
+        """
         value = value.strip()
-        if len(value) < SHORTEST or value in self._values or value == PLACEHOLDER:
+        if is_placeholder(value) or value in self._values or value == PLACEHOLDER:
             return
         self._values.add(value)
-        self._forms = _any_of(f for v in self._values for f in _written(v))
-        self._encoded = _any_of(f for v in self._values for f in _in_base64(v))
+        self._forms = _any_of(f for v in self._values for f in spellings(v))
+        self._encoded = _any_of(f for v in self._values for f in base64_spellings(v))
 
     def learn_from_environment(
         self, environment: Mapping[str, str] = os.environ
     ) -> None:
-        """Remember every value of the environment whose name says that it is a key."""
+        """Remember the values of the environment variables that are named like keys."""
         for name, value in environment.items():
             if _SECRET_VARIABLES.fullmatch(name.upper()):
                 self.learn(value)
@@ -168,8 +160,8 @@ class Secrets:
     def scrub(self, text: str) -> str:
         """Return a text with the placeholder in place of each secret.
 
-        A key in Base64 stays: the code around it would no longer be Base64. `find`
-        reports it.
+        A key in Base64 stays, because the data around it would no longer be Base64;
+        `find` reports it.
         """
         return self.scrub_pieces(text.encode(errors="surrogatepass"), ())[0].decode(
             errors="surrogatepass"
@@ -178,14 +170,14 @@ class Secrets:
     def scrub_pieces(
         self, body: bytes, cuts: Sequence[int]
     ) -> tuple[bytes, tuple[int, ...]]:
-        """Scrub a body that came in pieces.
+        """Scrub a body that arrived in pieces.
 
         Args:
             body: All of it.
-            cuts: Where a piece ends, ascending.
+            cuts: The offsets at which pieces end, ascending.
 
         Returns:
-            The body, and the cuts moved along; one that was inside of a secret now
+            The body, and the cuts moved along; one that was inside a secret now
             follows it.
         """
         text = body.decode("latin-1")
@@ -196,7 +188,7 @@ class Secrets:
             start = max(finding.start, done)
             if start >= finding.end:
                 continue
-            # Two that overlap, such as a key in a URL, become one.
+            # Two secrets that overlap, such as a key in a URL, become one placeholder.
             if start > finding.start and out and out[-1] == PLACEHOLDER:
                 shift -= finding.end - start
             else:
@@ -227,16 +219,16 @@ _SECRET_VARIABLES: Final = re.compile(
 
 
 def is_secret_header(name: str) -> bool:
-    """Say whether a header of this name has no place in a file with its value."""
+    """Say whether the value of a header of this name must not be in a file."""
     return bool(_SECRET_HEADERS.fullmatch(name.lower()))
 
 
-def told_over_events(body: str) -> list[str]:
-    """Join what a stream's events say bit by bit: the text of each field over all.
+def join_events(body: str) -> list[str]:
+    """Join the text of each field over all events of a stream.
 
-    A model that repeats a key does so in pieces that are no key each.
+    A model that repeats a key does so in pieces, none of which is a key by itself.
     """
-    told: dict[str, list[str]] = {}
+    texts: dict[str, list[str]] = {}
     for line in body.splitlines():
         data = line.removeprefix("data:").strip()
         if data.startswith("{"):
@@ -245,8 +237,8 @@ def told_over_events(body: str) -> list[str]:
             except ValueError:
                 continue
             for path, text in _texts(event):
-                told.setdefault(path, []).append(text)
-    return ["".join(texts) for texts in told.values() if len(texts) > 1]
+                texts.setdefault(path, []).append(text)
+    return ["".join(pieces) for pieces in texts.values() if len(pieces) > 1]
 
 
 def _texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -266,37 +258,8 @@ def _moved(cut: int, new: int, start: int, end: int, shift: int) -> int:
     return end + shift if cut > start else new
 
 
-def _any_of(forms: Iterable[str]) -> re.Pattern[str]:
+def _any_of(forms: Iterable[str]) -> re.Pattern[str] | None:
     longest_first = sorted(set(forms), key=len, reverse=True)
     pattern = "|".join(map(re.escape, longest_first))
-    return re.compile(pattern.encode().decode("latin-1"))  # one character for each byte
-
-
-def _written(value: str) -> set[str]:
-    """Return the ways in which a value is written in JSON, URLs and JSON in JSON.
-
-    Some write a slash in JSON with a backslash, and some a URL's hexadecimal digits in
-    lower case (PHP's json_encode; RFC 3986, 2.1, takes both).
-    """
-    once = json.dumps(value)[1:-1]
-    in_json = {once, once.replace("/", "\\/")}
-    in_url = quote(value, safe="")
-    lower = re.sub(r"%..", lambda code: code[0].lower(), in_url)
-    nested = {
-        json.dumps(form)[1:-1].replace("/", slash)
-        for form in in_json
-        for slash in ("/", "\\/")
-    }
-    return {value, in_url, lower, *in_json, *nested}
-
-
-def _in_base64(value: str) -> set[str]:
-    """Return what of a value's Base64 does not depend on what stands around it."""
-    raw = value.encode()
-    forms = set()
-    for before in range(3):
-        encoded = base64.b64encode(b"\0" * before + raw)
-        whole = (before + len(raw)) // 3 * 4
-        text = encoded[-(-before * 4 // 3) : whole].decode()
-        forms |= {text, text.replace("+", "-").replace("/", "_")}
-    return forms
+    # The texts are UTF-8 read as Latin-1: one character for each byte.
+    return re.compile(pattern.encode().decode("latin-1")) if pattern else None
