@@ -20,7 +20,7 @@ from pydantic_core import from_json, to_json
 from dipeo_llm.adapters.base import BaseLLMAdapter
 from dipeo_llm.adapters.tools import sort_tools
 from dipeo_llm.cache_url import CacheURL
-from dipeo_llm.coalescing import Flights, Turns
+from dipeo_llm.coalescing import Flights, Streams, Turns
 from dipeo_llm.domain import (
     ChatRequest,
     ChatResult,
@@ -331,6 +331,7 @@ class ResponseCache:
         )
         self._turns = None if self.redis is None else Turns(self.redis)
         self._flights = Flights()
+        self._streams = Streams()
         self.stats = CacheStats()
         self._has_logged = False
 
@@ -385,6 +386,12 @@ class ResponseCache:
             return await send(progress)
         if (found := await self._find(entry, request)) is not None:
             items = replay(found)
+        elif request.coalesce and request.cache is None:
+            items = self._streams.read(
+                (entry.key, request.timeout, request.idle_timeout),
+                progress,
+                partial(_open_kept, entry, send),
+            )
         else:
             items = _keep_stream(entry, await send(progress))
         # A generator that has not begun would not close the stream below it.
@@ -552,6 +559,16 @@ class _Entry:
 _FAILED = object()
 
 # Streams.
+
+
+async def _open_kept(
+    entry: _Entry,
+    send: Callable[[CallProgress], Awaitable[Opened]],
+    progress: CallProgress,
+) -> Opened:
+    """Open a stream that is kept."""
+    items = _keep_stream(entry, await send(progress))
+    return Opened(items, await anext(items))
 
 
 async def _keep_stream(entry: _Entry, opened: Opened) -> Items:

@@ -9,19 +9,22 @@ import asyncio
 import copy
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from dipeo_llm.domain import ChatResult, TokenUsage
+from dipeo_llm.domain import ChatResult, StreamChunk, TokenUsage
 from dipeo_llm.errors import CallError, ServiceUnavailableError
 from dipeo_llm.progress import CallProgress
 from dipeo_llm.redis_clients import RedisClients, RedisUnavailableError
+from dipeo_llm.streaming import Items, Opened
 
 _log = logging.getLogger("dipeo_llm")
 
 Result = ChatResult[Any]
+Start = Callable[[CallProgress], Awaitable[Opened]]
+"""Opens a stream."""
 Work = Callable[[CallProgress], Awaitable[Result]]
 
 
@@ -40,16 +43,17 @@ class _Flight:
 
     def join(self, caller: CallProgress) -> None:
         self.ends.append(caller.ends)
-        self._set_end()
+        self.progress.ends = _latest(self.ends)
 
     def leave(self, caller: CallProgress) -> None:
         self.ends.remove(caller.ends)
-        self._set_end()
+        self.progress.ends = _latest(self.ends)
 
-    def _set_end(self) -> None:
-        known = [end for end in self.ends if end is not None]
-        has_all = len(known) == len(self.ends)
-        self.progress.ends = max(known, default=None) if has_all else None
+
+def _latest(ends: Sequence[float | None]) -> float | None:
+    """Return the latest deadline, None if one has none."""
+    known = [end for end in ends if end is not None]
+    return max(known, default=None) if len(known) == len(ends) else None
 
 
 def _retrieve(task: "asyncio.Future[Any]") -> None:
@@ -103,12 +107,7 @@ class Flights:
             raise ServiceUnavailableError("the call that was shared was cancelled")
         if (error := flight.task.exception()) is not None:
             raise _copy_error(error, is_first=is_first) from error.__cause__
-        result = flight.task.result()
-        if flight.is_taken:
-            return as_cached(result.model_copy(deep=True))
-        flight.is_taken = True
-        caller.follow(flight.progress)
-        return result
+        return _take(flight, flight.task.result(), caller)
 
     def _here(self) -> dict[Hashable, _Flight]:
         return self._loops.setdefault(asyncio.get_running_loop(), {})
@@ -129,6 +128,17 @@ def _copy_error(error: BaseException, *, is_first: bool) -> BaseException:
     return made
 
 
+def _take(
+    shared: "_Flight | _SharedStream", result: Result, caller: CallProgress
+) -> Result:
+    """Give a caller its own result: the first one with its cost."""
+    if shared.is_taken:
+        return as_cached(result.model_copy(deep=True))
+    shared.is_taken = True
+    caller.follow(shared.progress)
+    return result.model_copy(deep=True)
+
+
 def as_cached(result: Result) -> Result:
     """Mark a result, in place, as one that this call did not pay for."""
     if not result.cached:
@@ -138,6 +148,112 @@ def as_cached(result: Result) -> Result:
     result.cost_usd, result.attempts, result.queued = 0.0, 0, 0.0
     result.cached = True
     return result
+
+
+class _SharedStream:
+    """A stream that several callers read from its beginning, at the fastest's pace.
+
+    It is read on when one of them asks for more than has arrived, and closed when the
+    last has left.
+    """
+
+    def __init__(self, first: CallProgress, start: Start) -> None:
+        self.progress = first.branch()
+        self.ends: list[float | None] = []
+        self.is_over = False
+        self.is_taken = False
+        self._start = start
+        self._source: Items | None = None
+        self._items: list[StreamChunk | Result] = []
+        self._pulling: asyncio.Task[None] | None = None
+        self._failure: Exception | None = None
+
+    async def item(self, number: int) -> StreamChunk | Result:
+        """Return an item, waiting for it if it has not arrived.
+
+        Raises:
+            Exception: As the stream does, again for each who asks.
+        """
+        while number >= len(self._items):
+            if self._failure is not None:
+                raise self._failure
+            if self._pulling is None:
+                self._pulling = asyncio.create_task(self._pull())
+            await asyncio.wait([self._pulling])
+        return self._items[number]
+
+    async def aclose(self) -> None:
+        """Close the connection."""
+        self.is_over = True
+        if self._pulling is not None:
+            self._pulling.cancel()
+            await asyncio.wait([self._pulling])
+        if self._source is not None:
+            await self._source.aclose()
+
+    async def _pull(self) -> None:
+        try:
+            if self._source is None:
+                self._source, item = await self._start(self.progress)
+            else:
+                item = await anext(self._source)
+            self._items.append(item)
+            self.is_over = isinstance(item, ChatResult)
+        except StopAsyncIteration:
+            self._failure = ServiceUnavailableError("it ended without a result")
+        except Exception as exc:  # noqa: BLE001 - each caller raises its own
+            self._failure = exc
+        finally:
+            self.is_over = self.is_over or self._failure is not None
+            self._pulling = None
+
+
+class Streams:
+    """The streams in flight, by what they ask for. Two event loops share none."""
+
+    def __init__(self) -> None:
+        self._loops: WeakKeyDictionary[
+            asyncio.AbstractEventLoop, dict[Hashable, _SharedStream]
+        ] = WeakKeyDictionary()
+
+    async def read(
+        self, identity: Hashable, caller: CallProgress, start: Start
+    ) -> Items:
+        """Yield the items of the stream that *start* opens once for all who ask.
+
+        Who asks later gets the stream from its beginning. The first caller to reach the
+        result gets it with its cost, as in `Flights.run`.
+        """
+        streams = self._loops.setdefault(asyncio.get_running_loop(), {})
+        stream = streams.get(identity)
+        is_first = stream is None or stream.is_over
+        if stream is None or stream.is_over:
+            stream = streams[identity] = _SharedStream(caller, start)
+        stream.ends.append(caller.ends)
+        stream.progress.ends = _latest(stream.ends)
+        number = 0
+        try:
+            while True:
+                try:
+                    item = await stream.item(number)
+                except Exception as exc:  # noqa: BLE001 - the caller raises its own
+                    raise _copy_error(exc, is_first=is_first) from exc.__cause__
+                finally:
+                    if is_first:
+                        caller.follow(stream.progress)
+                number += 1
+                if isinstance(item, ChatResult):
+                    yield _take(stream, item, caller)
+                    return
+                yield copy.copy(item)
+        finally:
+            stream.ends.remove(caller.ends)
+            stream.progress.ends = _latest(stream.ends)
+            is_done = stream.is_over or not stream.ends
+            if is_done and streams.get(identity) is stream:
+                del streams[identity]
+            if not stream.ends:
+                await stream.aclose()
 
 
 class Turns:

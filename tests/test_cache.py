@@ -931,3 +931,114 @@ async def test_a_cancelled_first_caller_is_recorded(server: ProviderServer) -> N
     assert [len(r.attempts) for r in records] == [1, 1]
     assert [a.error for r in records for a in r.attempts] == ["CancelledError", None]
     assert records[1].cost_usd
+
+
+# Identical streams in flight.
+
+
+async def test_identical_streams_are_one(
+    cached: LLMInfraService, server: ProviderServer
+) -> None:
+    """Each gets every chunk from the beginning; one of them has paid."""
+    server.default = Answer("one two three four", chunk_delay=0.05)
+    streams = [cached.stream(HELLO, MODEL, "openai") for _ in range(4)]
+    first = asyncio.create_task(read(streams[0]))
+    await in_flight(server)
+    await asyncio.sleep(0.08)  # in the middle of it
+    found = [await first, *await asyncio.gather(*map(read, streams[1:]))]
+    late = await asyncio.gather(*map(read, [cached.stream(HELLO, MODEL, "openai")]))
+    assert len(server.requests) == 1
+    for chunks, result in [*found, *late]:
+        assert "".join(c.text for c in chunks) == result.text == "one two three four"
+        assert len(chunks) > 1
+    assert [r.cached for _, r in found].count(False) == 1
+    assert sum(r.attempts for _, r in found) == 1
+    assert sum(r.token_usage.total for _, r in found) == 17
+
+
+async def test_streams_at_once_share_the_one_in_flight(
+    cached: LLMInfraService, server: ProviderServer
+) -> None:
+    """Readers of different speed get the same; those set apart get their own."""
+    server.default = Answer("one two three four", chunk_delay=0.03)
+
+    async def slowly(seconds: float) -> str:
+        async with cached.stream(HELLO, MODEL, "openai") as stream:
+            text = ""
+            async for chunk in stream:
+                text += chunk.text
+                await asyncio.sleep(seconds)
+            return text
+
+    texts = await asyncio.gather(slowly(0), slowly(0.1), slowly(0.02))
+    assert set(texts) == {"one two three four"}
+    assert len(server.requests) == 1
+    apart = [
+        cached.stream(HELLO, MODEL, "openai", seed=1, coalesce=False) for _ in range(2)
+    ]
+    await asyncio.gather(*map(read, apart))
+    assert len(server.requests) == 3
+
+
+async def test_the_first_reader_of_a_stream_leaves_alone(
+    cached: LLMInfraService, server: ProviderServer
+) -> None:
+    """The others read on; when the last one leaves, the connection closes."""
+    server.default = Answer("one two three four", chunk_delay=0.1)
+    async with cached.stream(HELLO, MODEL, "openai") as first:
+        await anext(first)
+        second = cached.stream(HELLO, MODEL, "openai")
+        await second.__aenter__()
+    chunks = [chunk async for chunk in second]
+    result = await second.result()
+    await second.aclose()
+    assert "".join(c.text for c in chunks) == "one two three four"
+    assert (result.cached, result.attempts) == (False, 1)
+    async with (
+        cached.stream(HELLO, MODEL, "openai", seed=1) as one,
+        cached.stream(HELLO, MODEL, "openai", seed=1) as two,
+    ):
+        await anext(one)
+        await anext(two)
+    await server.wait_closed_by_client()
+    assert len(server.requests) == 2
+    assert not cached.cache._streams._loops[asyncio.get_running_loop()]  # type: ignore[union-attr]
+
+
+async def test_a_shared_stream_that_breaks(
+    cached: LLMInfraService, server: ProviderServer
+) -> None:
+    """Each reader gets an error of its own with the text that it had."""
+    server.reply(Answer("one two three four", drop_end=True, chunk_delay=0.05))
+    failures = await asyncio.gather(
+        *(read(cached.stream(HELLO, MODEL, "openai")) for _ in range(3)),
+        return_exceptions=True,
+    )
+    assert len(server.requests) == 1
+    found = [f for f in failures if isinstance(f, StreamInterruptedError)]
+    assert len({id(f) for f in found}) == 3
+    assert {f.partial_text for f in found} == {"one two three four"}
+    server.reply(error("openai", 400))
+    failures = await asyncio.gather(
+        *(read(cached.stream(HELLO, MODEL, "openai")) for _ in range(3)),
+        return_exceptions=True,
+    )
+    assert [type(f) for f in failures] == [InvalidRequestError] * 3
+    assert len({id(f) for f in failures}) == 3
+    assert not (await read(cached.stream(HELLO, MODEL, "openai")))[1].cached
+
+
+async def test_a_reader_of_a_shared_stream_has_its_own_deadline(
+    cached: LLMInfraService, server: ProviderServer
+) -> None:
+    """The first one's deadline ends its own reading and nobody else's."""
+    server.default = Answer(delay=0.4)
+    first = asyncio.create_task(
+        read(cached.stream(HELLO, MODEL, "openai", deadline=0.15))
+    )
+    await in_flight(server)
+    second = asyncio.create_task(read(cached.stream(HELLO, MODEL, "openai")))
+    with pytest.raises(LLMTimeoutError):
+        await first
+    assert (await second)[1].text == Answer().text
+    assert len(server.requests) == 1
