@@ -139,7 +139,7 @@ async def test_a_value_that_does_not_have_the_form_is_a_miss(
     schema = {"type": "object", "properties": {"degrees": {"type": "integer"}}}
     server.default = Answer('{"degrees": 7}')
     await ask(cached, response_format=schema)
-    (store,) = [cached.cache._store]  # type: ignore[union-attr]
+    store: Any = cached.cache._store  # type: ignore[union-attr]
     (key,) = store.values
     value = json.loads(store.values[key])
     value["result"]["text"] = '{"degrees": "seven"}'
