@@ -3,18 +3,20 @@
 Reads the environment for keys and for nothing else.
 """
 
+import asyncio
 import inspect
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import SecretStr
 
-from dipeo_llm.adapters.factory import PROVIDERS, of_key
+from dipeo_llm.adapters.factory import by_name, of_key, own_of_key, unknown_key
 from dipeo_llm.client import fits_a_header
 from dipeo_llm.errors import APIKeyError, APIKeyNotFoundError
+from dipeo_llm.litellm_import import load_litellm
 from dipeo_llm.ports import APIKeyPort, APIKeyRecord
 
 
@@ -42,7 +44,8 @@ async def find_key(
 ) -> Key:
     """Ask the application for a key and wrap it.
 
-    Without an id, `EnvironmentAPIKeys` is asked for the provider's usual variable.
+    Without an id, `EnvironmentAPIKeys` is asked for the provider's usual variable. It is
+    not asked for a hosted provider's key if the call goes to a server on this machine.
 
     Args:
         port: The application's keys.
@@ -57,14 +60,18 @@ async def find_key(
         APIKeyError: The id is unknown, or the key belongs to another provider.
     """
     if not api_key_id:
-        if not needs_key:
-            return NO_KEY
+        if not needs_key and (service is None or by_name(service).needs_key):
+            return NO_KEY  # the environment's key is for the provider's own servers
         if service is None or not isinstance(port, EnvironmentAPIKeys):
+            if not needs_key:
+                return NO_KEY
             raise APIKeyNotFoundError(
                 f"{service or 'this call'} needs a key; pass its api_key_id",
                 service=service,
             )
         api_key_id = service
+    if isinstance(port, EnvironmentAPIKeys) and own_of_key(api_key_id) is None:
+        await load_litellm()  # it knows the other providers' variables
     try:
         key = await _read(port, api_key_id)
     except Exception as exc:
@@ -147,8 +154,7 @@ class EnvironmentAPIKeys:
         """
         provider = of_key(api_key_id)
         if provider is None:
-            names = [row.name for row in PROVIDERS if row.key_variables]
-            raise _not_found(api_key_id, f"an id begins with one of {', '.join(names)}")
+            raise _not_found(api_key_id, unknown_key(str(api_key_id)))
         name = str(api_key_id).strip().upper()
         variables = provider.key_variables
         for variable in (name,) if name in variables else variables:
@@ -165,12 +171,21 @@ class EnvironmentAPIKeys:
 class StaticAPIKeys:
     """Holds keys that the application already has.
 
+    A key may be a function without arguments that returns a fresh token, or a coroutine
+    with one, such as those of azure-identity and google-auth. It is called before each
+    call; one that is not a coroutine runs in a thread, because it may block.
+
     Args:
-        mapping: Key id to the key itself, or to its record.
+        mapping: Key id to the key itself, to a function that returns it, or to its
+            record, whose "key" is one of both.
     """
 
     def __init__(
-        self, mapping: Mapping[str, str | SecretStr | APIKeyRecord | Mapping[str, Any]]
+        self,
+        mapping: Mapping[
+            str,
+            str | SecretStr | Callable[[], Any] | APIKeyRecord | Mapping[str, Any],
+        ],
     ) -> None:
         self._records: dict[str, dict[str, Any]] = {}
         for api_key_id, value in mapping.items():
@@ -178,23 +193,43 @@ class StaticAPIKeys:
                 dict(value) if isinstance(value, Mapping) else {"key": value}
             )
             key = record.get("key", "")
-            record["key"] = key if isinstance(key, SecretStr) else SecretStr(key)
+            if not isinstance(key, SecretStr) and not callable(key):
+                record["key"] = SecretStr(key)
             self._records[api_key_id] = {"id": api_key_id, **record}
 
     def __repr__(self) -> str:
         return f"StaticAPIKeys({sorted(self._records)})"
 
-    def get_api_key(self, api_key_id: str) -> Mapping[str, Any]:
-        """Return the record of a key, an `APIKeyRecord`.
+    def get_api_key(
+        self, api_key_id: str
+    ) -> Mapping[str, Any] | Awaitable[Mapping[str, Any]]:
+        """Return the record of a key, an `APIKeyRecord`; await it if it has a function.
 
         Raises:
             APIKeyNotFoundError: The id is unknown.
+            Exception: As the function raises.
         """
         record = self._records.get(api_key_id)
         if record is None:
             known = ", ".join(sorted(self._records)) or "none"
             raise _not_found(api_key_id, f"known ids are: {known}")
-        return {**record, "key": record["key"].get_secret_value()}
+        key = record["key"]
+        if callable(key):
+            return _with_token(record, key)
+        return {**record, "key": key.get_secret_value()}
+
+
+async def _with_token(
+    record: Mapping[str, Any], function: Callable[[], Any]
+) -> Mapping[str, Any]:
+    """Return a record with the token that its function returns."""
+    if inspect.iscoroutinefunction(function):
+        token = await function()
+    else:
+        token = await asyncio.to_thread(function)
+        if inspect.isawaitable(token):
+            token = await token
+    return {**record, "key": token}
 
 
 def _not_found(api_key_id: Any, hint: str) -> APIKeyNotFoundError:

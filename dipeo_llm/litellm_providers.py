@@ -23,12 +23,7 @@ from dipeo_llm.errors import InvalidRequestError
 
 Engine: TypeAlias = Literal["direct", "litellm", "refused"]
 
-ALIASES: Mapping[str, str] = MappingProxyType(
-    {"chatgpt": "openai", "gpt": "openai", "llama": "ollama"}
-)
-"""Other names of providers, such as DiPeO's, and the names that they stand for."""
-
-_SIGNS_IN = "signs in with OAuth on a device; there is no API key to send"
+_SIGNS_IN = "it signs in with OAuth on a device; there is no API key to send"
 _EXCHANGES = (
     "LiteLLM exchanges the key for a token at another host, with a client of its own"
 )
@@ -38,33 +33,33 @@ _WATSONX = (
 )
 _OWN_CLIENT = "LiteLLM sends the call with a client of its own"
 _COMPLETES_TEXT = (
-    "completes text: LiteLLM would flatten the conversation into one prompt"
+    "it completes text: LiteLLM would flatten the conversation into one prompt"
 )
 
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
         "claude-code": (
-            "is a program that runs on this machine, not an API; use service="
+            "it is a program that runs on this machine, not an API; use service="
             "'anthropic' for the same models"
         ),
         "chatgpt": _SIGNS_IN,
         "github_copilot": _SIGNS_IN,
         "microsoft_365_copilot": (
-            "takes a Microsoft Graph user token and is an agent, not a model"
+            "it takes a Microsoft Graph user token, and is an agent, not a model"
         ),
-        "aiohttp_openai": "is a transport of LiteLLM for 'openai'; use 'openai'",
-        "custom": "is LiteLLM's name for a handler of your own; use 'custom_openai'",
-        "fal_ai": "answers one picture with text, and takes no conversation",
+        "aiohttp_openai": "it is a transport of LiteLLM for 'openai'; use 'openai'",
+        "custom": "it is LiteLLM's name for a handler of your own; use 'custom_openai'",
+        "fal_ai": "it answers one picture with text, and takes no conversation",
         "gigachat": _EXCHANGES,
         "sap": _EXCHANGES,
-        "scaledown": "makes prompts shorter, and is not a model",
+        "scaledown": "it makes prompts shorter, and is not a model",
         "watsonx": _WATSONX,
         "watsonx_text": _WATSONX,
-        "gdc": "needs google-auth and a project of Google Distributed Cloud",
-        "openai_like": "is LiteLLM's name for embeddings; use 'custom_openai'",
-        "oobabooga": "is a local server of 2023; a newer one is reached as 'custom_openai'",
-        "oci": "signs each request with a private key file, not with an API key",
-        "vllm": "runs the model inside this process; use 'hosted_vllm' for a server",
+        "gdc": "it needs google-auth and a project of Google Distributed Cloud",
+        "openai_like": "it is LiteLLM's name for embeddings; use 'custom_openai'",
+        "oobabooga": "it is a local server of 2023; a newer one is reached as 'custom_openai'",
+        "oci": "it signs each request with a private key file, not with an API key",
+        "vllm": "it runs the model inside this process; use 'hosted_vllm' for a server",
         "anthropic_text": _COMPLETES_TEXT,
         "azure_text": _COMPLETES_TEXT,
         "text-completion-codestral": _COMPLETES_TEXT,
@@ -121,6 +116,12 @@ _ROWS: Mapping[str, tuple[str | None, tuple[str, ...]]] = MappingProxyType(
         "cometapi": (None, ("COMETAPI_KEY",)),
         "compactifai": ("https://api.compactif.ai/v1", ("COMPACTIFAI_API_KEY",)),
         "databricks": (None, ("DATABRICKS_API_KEY",)),
+        # https://github.blog/changelog/2025-07-17-deprecation-of-azure-endpoint-for-
+        # github-models (2026-11-25): LiteLLM's address was switched off.
+        "github": (
+            "https://models.github.ai/inference",
+            ("GITHUB_API_KEY", "GITHUB_TOKEN"),
+        ),
         "maritalk": ("https://chat.maritaca.ai/api", ("MARITALK_API_KEY",)),
         "minimax": (None, ("MINIMAX_API_KEY",)),
         "mistral": (None, ("MISTRAL_API_KEY",)),
@@ -355,7 +356,7 @@ def suggest(litellm: Any, name: str, also: Iterable[str] = ()) -> tuple[str, ...
         name: What was asked for.
         also: Further names that would have been right.
     """
-    known = {*chat_providers(litellm), *ALIASES, *also} - set(REFUSED)
+    known = ({*chat_providers(litellm)} - set(REFUSED)) | {*also}
     plain = {_plain(candidate): candidate for candidate in sorted(known)}
     close = difflib.get_close_matches(_plain(name), plain, n=3, cutoff=0.7)
     return tuple(plain[match] for match in close)

@@ -885,13 +885,7 @@ class BaseLLMAdapter:
 
     def _find_base_url(self, given: str | None) -> str | None:
         row = self.provider
-        names = (row.name, row.litellm, *row.aliases)
-        # A member of a string enum may stand for a name.
-        urls = {
-            str(getattr(k, "value", k)): v for k, v in self.settings.base_urls.items()
-        }
-        set_up = next((urls[name] for name in names if name in urls), None)
-        url = given or set_up or row.base_url
+        url = given or row.find_base_url(self.settings.base_urls) or row.base_url
         if url is None:
             if row.derives_address:
                 return None

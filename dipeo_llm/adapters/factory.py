@@ -24,7 +24,7 @@ from dipeo_llm.client import Client, is_loopback
 from dipeo_llm.domain import Capabilities
 from dipeo_llm.errors import InvalidRequestError
 from dipeo_llm.litellm_import import import_litellm
-from dipeo_llm.litellm_providers import ALIASES, REFUSED
+from dipeo_llm.litellm_providers import REFUSED
 from dipeo_llm.litellm_tables import infer_provider
 from dipeo_llm.pool import Pool
 from dipeo_llm.settings import Settings
@@ -45,9 +45,7 @@ ENDPOINTS: dict[str, type[BaseLLMAdapter]] = {
 PROVIDERS = [row for adapter in ADAPTERS for row in adapter.rows]
 
 _ADAPTER_OF = {row.name: adapter for adapter in ADAPTERS for row in adapter.rows}
-_BY_NAME = {
-    name: row for row in PROVIDERS for name in (row.name, row.litellm, *row.aliases)
-}
+_BY_NAME = {name: row for row in PROVIDERS for name in row.names}
 
 
 def register(adapter: type[BaseLLMAdapter]) -> None:
@@ -66,6 +64,9 @@ def register(adapter: type[BaseLLMAdapter]) -> None:
     _ADAPTER_OF.update({row.name: adapter for row in adapter.rows})
     _BY_NAME.update(names)
 
+
+# Names of LiteLLM's other providers that begin with one of ours and an underscore.
+_LONGER_NAMES = ("bedrock_mantle",)
 
 # Ollama writes a model as `name:tag`, and a GGUF file on a hub as `hf.co/user/repo`. Asked
 # only after every row and LiteLLM have declined.
@@ -129,9 +130,10 @@ def _read_name(service: Any) -> str:
     name = str(getattr(service, "value", service)).strip().lower()
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
         raise InvalidRequestError(f"{service!r} is not the name of a service")
-    name = ALIASES.get(name, name)
     if name in REFUSED and name not in _BY_NAME:
-        raise InvalidRequestError(f"{name} {REFUSED[name]}", service=name)
+        raise InvalidRequestError(
+            f"{name} is not reached: {REFUSED[name]}", service=name
+        )
     return name
 
 
@@ -166,8 +168,7 @@ def is_local(base_url: str) -> bool:
 
 def needs_key(provider: Provider, settings: Settings) -> bool:
     """Say whether calls to a provider need a key, at the address that is set for it."""
-    names = (provider.name, provider.litellm, *provider.aliases)
-    url = next((settings.base_urls[n] for n in names if n in settings.base_urls), None)
+    url = provider.find_base_url(settings.base_urls)
     return provider.needs_key and not (url and is_local(url))
 
 
@@ -181,23 +182,45 @@ def of_key(api_key_id: Any) -> Provider | None:
     if (row := own_of_key(text)) is not None:
         return row
     litellm = import_litellm()
-    plain = re.sub(r"\W", "_", text.lower())
     names = litellm_providers.chat_providers(litellm)
     if text.isupper():
         for name in names:
             if text in litellm_providers.describe(litellm, name).key_variables:
                 return by_name(name)
-    begins = [n for n in names if f"{plain}_".startswith(f"{n.replace('-', '_')}_")]
+    words = re.sub(r"\W", "_", text.lower()) + "_"
+    begins = [
+        name
+        for name in {*names, *_BY_NAME}
+        if words.startswith(f"{name.replace('-', '_')}_")
+    ]
     return by_name(max(begins, key=len)) if begins else None
 
 
 def own_of_key(api_key_id: str) -> Provider | None:
-    """Find the provider that a key's id names among the rows."""
+    """Find the provider that a key's id names among the rows.
+
+    None for a variable that is not a row's: LLAMA_API_KEY is Meta's, although `llama` is
+    a name of Ollama.
+    """
     for row in PROVIDERS:
         if api_key_id.upper() in row.key_variables:
             return row
+    if api_key_id.isupper() or api_key_id.lower().startswith(_LONGER_NAMES):
+        return None
     first = re.split(r"[^a-z]", api_key_id.lower(), maxsplit=1)[0]
-    return _BY_NAME.get(ALIASES.get(first, first))
+    return _BY_NAME.get(first)
+
+
+def unknown_key(api_key_id: str) -> str:
+    """Say what to do about a key's id that names no provider. Imports LiteLLM."""
+    close = litellm_providers.suggest(import_litellm(), api_key_id, _BY_NAME)
+    if close:
+        return f"did you mean {' or '.join(map(repr, close))}?"
+    names = [row.name for row in PROVIDERS if row.key_variables]
+    return (
+        f"an id begins with one of {', '.join(names)}, or another name that"
+        " `dipeo-llm models --providers` lists"
+    )
 
 
 def needs_litellm(model: str, service: Any = None) -> bool:
@@ -226,8 +249,7 @@ def resolve(model: str, service: Any = None) -> tuple[Provider, str]:
         raise InvalidRequestError(f"{model!r} has a provider but no model")
     if service is not None and service != "":
         provider = by_name(service)
-        names = {provider.name, provider.litellm, *provider.aliases}
-        return provider, rest if rest and prefix.lower() in names else name
+        return provider, rest if rest and prefix.lower() in provider.names else name
     found = _resolve_by_rows(name) or _resolve_by_litellm(name)
     if found is None:
         raise unknown_model(model)
@@ -237,8 +259,7 @@ def resolve(model: str, service: Any = None) -> tuple[Provider, str]:
 def _resolve_by_rows(name: str) -> tuple[Provider, str] | None:
     prefix, slash, rest = name.partition("/")
     if slash and rest:
-        prefix = prefix.lower()
-        row = _BY_NAME.get(ALIASES.get(prefix, prefix))
+        row = _BY_NAME.get(prefix.lower())
         if row is not None:
             return row, rest
     for row in PROVIDERS:
@@ -272,10 +293,13 @@ def find_local(model: str) -> Provider | None:
 
 def unknown_model(model: str) -> InvalidRequestError:
     """Make the error for a name that cannot be placed: it says how to place it."""
-    served = sorted(
-        key for key in import_litellm().model_cost if key.endswith(f"/{model}")
-    )
+    litellm = import_litellm()
+    served = sorted(key for key in litellm.model_cost if key.endswith(f"/{model}"))
     known = [key for key in served if key.count("/") == model.count("/") + 1]
+    prefix, slash, rest = model.partition("/")
+    if slash and not known:
+        close = litellm_providers.suggest(litellm, prefix, _BY_NAME)
+        known = [f"{name}/{rest}" for name in close]
     hint = (
         f"did you mean {' or '.join(map(repr, known[:3]))}?"
         if known

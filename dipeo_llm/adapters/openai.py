@@ -6,7 +6,7 @@ request must go there.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from typing import Any
 from urllib.parse import urlsplit
@@ -59,6 +59,7 @@ _MEDIA = MediaRules(
 OPENAI = Provider(
     name="openai",
     litellm="openai",
+    aliases=("chatgpt", "gpt"),
     base_url="https://api.openai.com/v1",
     path="/v1",
     key_variables=("OPENAI_API_KEY",),
@@ -122,6 +123,9 @@ _EFFORTS: tuple[tuple[re.Pattern[str], frozenset[str]], ...] = (
 # https://console.groq.com/docs/openai, https://docs.mistral.ai/api,
 # https://inference-docs.cerebras.ai/api-reference/chat-completions (2026-11-25).
 _REFUSES_REASONING = frozenset({"groq", "mistral", "cerebras"})
+# LiteLLM asks models that take no JSON schema, such as most of Groq's, for JSON through
+# a tool of this name.
+_JSON_TOOL = "json_tool_call"
 
 
 class ChatGPTAdapter(BaseLLMAdapter):
@@ -370,6 +374,11 @@ def read_chat_completion(body: Mapping[str, Any]) -> Reading:
     calls = first.get("tool_calls") or ()
     if not calls and first.get("function_call"):  # the form that `tool_calls` replaced
         calls = [{"function": first["function_call"]}]
+    made = [_read_call(body, index, call) for index, call in enumerate(calls)]
+    if answers := [call.arguments_text for call in made if call.name == _JSON_TOOL]:
+        texts[0] = answers[0]
+        made = [call for call in made if call.name != _JSON_TOOL]
+        finish = "stop" if finish == "tool_calls" and not made else finish
     return Reading(
         text=texts[0] if texts else "",
         texts=texts if len(texts) > 1 else [],
@@ -377,23 +386,44 @@ def read_chat_completion(body: Mapping[str, Any]) -> Reading:
         or first.get("reasoning")
         or _join_thinking(first.get("content"))
         or None,
-        tool_calls=[_read_call(body, index, call) for index, call in enumerate(calls)],
+        tool_calls=made,
         finish="tool_calls" if finish == "function_call" else finish,
         refusal=first.get("refusal") or None,
         model=body.get("model"),
         id=body.get("id"),
         usage=_read_usage(body),
-        searches=merge_pages(
-            WebSearchResult(url=c.get("url", ""), title=c.get("title") or "")
-            for a in first.get("annotations") or ()
-            if (c := a.get("url_citation"))
-        ),
+        searches=merge_pages(_read_searches(body, first)),
         images=[
             image
             for part in first.get("images") or ()
             if (image := _read_image(part.get("image_url", {}).get("url", "")))
         ],
     )
+
+
+def _read_searches(body: Mapping[str, Any], message: JSON) -> Iterator[WebSearchResult]:
+    """Yield the pages that an answer rests on.
+
+    OpenAI and OpenRouter annotate the message. Perplexity lists its `search_results`
+    beside the choices, and the URLs alone as `citations`, as xAI does
+    (https://docs.perplexity.ai/api-reference/chat-completions-post,
+    https://docs.x.ai/docs/guides/live-search; both 2026-11-25).
+    """
+    for annotation in message.get("annotations") or ():
+        if cited := annotation.get("url_citation"):
+            yield WebSearchResult(
+                url=cited.get("url", ""), title=cited.get("title") or ""
+            )
+    for page in body.get("search_results") or ():
+        if url := page.get("url"):
+            yield WebSearchResult(
+                url=url,
+                title=page.get("title") or "",
+                snippet=page.get("snippet") or "",
+            )
+    for url in body.get("citations") or ():
+        if isinstance(url, str):
+            yield WebSearchResult(url=url, title="")
 
 
 def _read_usage(body: Mapping[str, Any]) -> Any:
@@ -444,6 +474,7 @@ def _read_image(url: str) -> ImageGenerationResult | None:
     )
 
 
+_HEAD = ("id", "model", "usage", "service_tier", "citations", "search_results")
 _OPENAI_TEXTS = ("content", "refusal", "reasoning_content", "reasoning")
 
 
@@ -460,7 +491,7 @@ class OpenAIStream(StreamReader):
         """The call that a fragment with this index goes to, by choice and index."""
 
     def _event(self, event: JSON, chunks: list[StreamChunk]) -> None:
-        for name in ("id", "model", "usage", "service_tier"):
+        for name in _HEAD:
             if event.get(name) is not None:
                 self._head[name] = event[name]
         for choice in event.get("choices") or ():
@@ -519,7 +550,10 @@ class OpenAIStream(StreamReader):
             kept["text"].append(arguments)
         if call.get("extra_content"):
             kept["extra"] = call["extra_content"]
-        if choice == 0:
+        if kept["name"] == _JSON_TOOL:
+            if choice == 0 and arguments:
+                chunks.append(StreamChunk(arguments))
+        elif choice == 0:
             told = kept["id"] if call.get("id") else None
             chunks.append(
                 StreamChunk(

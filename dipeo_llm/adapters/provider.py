@@ -48,6 +48,28 @@ class Provider:
     media: MediaRules = field(default_factory=MediaRules)
     """The pictures, files and sounds that its models take."""
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name of the provider, its own first."""
+        return (self.name, self.litellm, *self.aliases)
+
+    def find_base_url(self, base_urls: Mapping[str, str]) -> str | None:
+        """Return the base URL that is set under one of the names, None for none.
+
+        Dashes count as underscores: a variable's name cannot have a dash.
+        """
+        urls = {
+            # A member of a string enum may stand for a name.
+            _plain(str(getattr(name, "value", name))): url
+            for name, url in base_urls.items()
+        }
+        plain = map(_plain, self.names)
+        return next((urls[name] for name in plain if name in urls), None)
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_")
+
 
 Page = Mapping[str, Any]
 """One page of a list of models."""
