@@ -70,16 +70,23 @@ async def find_key(
                 service=service,
             )
         api_key_id = service
-    if isinstance(port, EnvironmentAPIKeys) and own_of_key(api_key_id) is None:
-        await load_litellm()  # it knows the other providers' variables
+    is_shared = False
+    if isinstance(port, EnvironmentAPIKeys):
+        if own_of_key(api_key_id) is None:
+            await load_litellm()  # it knows the other providers' variables
+        # Some variables are those of two providers, such as DASHSCOPE_API_KEY.
+        is_shared = service is not None and (
+            api_key_id.strip().upper() in by_name(service).key_variables
+        )
     try:
         key = await _read(port, api_key_id)
     except Exception as exc:
-        if not needs_key and (isinstance(exc, APIKeyError) or _is_key_error(exc)):
+        is_missing = isinstance(exc, APIKeyError) or _is_key_error(exc)
+        if is_missing and service is not None and not by_name(service).needs_key:
             return NO_KEY
         raise
     # A base URL of its own says where the key may go, whatever the service is called.
-    if service and key.service and not key.base_url:
+    if service and key.service and not key.base_url and not is_shared:
         belongs_to = owner(key.service)
         if belongs_to != service:
             if not needs_key:

@@ -89,6 +89,35 @@ DIFFERS: Mapping[str, str] = MappingProxyType(
 )
 """Providers to which a direct request differs from `acompletion`'s, and how."""
 
+EXAMPLES: Mapping[str, str] = MappingProxyType(
+    {
+        "azure": "https://RESOURCE.openai.azure.com/openai/v1",
+        "azure_ai": "https://RESOURCE.services.ai.azure.com/openai/v1",
+        "cloudflare": "https://api.cloudflare.com/client/v4/accounts/ACCOUNT/ai/v1",
+        "custom_openai": "https://HOST/v1",
+        "databricks": "https://WORKSPACE.cloud.databricks.com/serving-endpoints",
+        "heroku": "https://us.inference.heroku.com",
+        "hosted_vllm": "http://HOST:8000/v1",
+        "litellm_proxy": "http://HOST:4000/v1",
+        "snowflake": "https://ACCOUNT.snowflakecomputing.com",
+        "vertex_ai": (
+            "https://LOCATION-aiplatform.googleapis.com/v1/projects/PROJECT/locations"
+            "/LOCATION/publishers/google"
+        ),
+        "xinference": "http://HOST:9997/v1",
+    }
+)
+"""Base URLs of providers whose address only their user knows, to be filled in.
+
+Sources, read 2026-11-25:
+https://learn.microsoft.com/en-us/azure/foundry/openai/api-version-lifecycle,
+https://developers.cloudflare.com/workers-ai/configuration/open-ai-compatibility,
+https://docs.databricks.com/aws/en/machine-learning/model-serving/score-foundation-models,
+https://devcenter.heroku.com/articles/heroku-inference-api-v1-chat-completions,
+https://docs.snowflake.com/en/user-guide/snowflake-cortex/cortex-rest-api,
+https://cloud.google.com/vertex-ai/generative-ai/docs/model-reference/inference.
+"""
+
 _THROUGH_HANDLER = frozenset(
     {
         *("a2a", "anthropic", "bedrock", "bedrock_mantle", "bytez", "cometapi"),
@@ -116,6 +145,8 @@ _ROWS: Mapping[str, tuple[str | None, tuple[str, ...]]] = MappingProxyType(
         "cometapi": (None, ("COMETAPI_KEY",)),
         "compactifai": ("https://api.compactif.ai/v1", ("COMPACTIFAI_API_KEY",)),
         "databricks": (None, ("DATABRICKS_API_KEY",)),
+        # https://lmstudio.ai/docs/developer/core/server (2026-11-25)
+        "lm_studio": ("http://localhost:1234/v1", ()),
         # https://github.blog/changelog/2025-07-17-deprecation-of-azure-endpoint-for-
         # github-models (2026-11-25): LiteLLM's address was switched off.
         "github": (
@@ -669,7 +700,9 @@ def path_below(litellm: Any, facts: ProviderFacts, model: str, base_url: str) ->
             path = facts.path  # datarobot's config returns the base URL as it is
         elif path is not None and base.startswith(base_url):
             path = base[len(base_url) :].rstrip("/") + path
-    if path is None:
+    # Some of LiteLLM's URLs hold the model's name, which must lead nowhere else.
+    is_plain = path is not None and re.fullmatch(r"(?:/(?!\.\.?/)[\w.~-]+)+/?", path)
+    if path is None or not is_plain:
         raise InvalidRequestError(
             f"{facts.name} does not serve {model!r} in OpenAI's format below {base_url}",
             service=facts.name,
@@ -783,55 +816,16 @@ class ProviderRow:
     """One line in the list of providers."""
 
     prefix: str
-    key_variable: str
-    """The first one; empty if LiteLLM knows no variable."""
-    address: str
-    """Empty if the user must give the base URL."""
+    other_prefixes: tuple[str, ...] = ()
+    key_variables: tuple[str, ...] = ()
+    """Empty if LiteLLM knows no variable."""
+    address: str | None = None
+    """None if the user must give the base URL, or a region gives it."""
+    example: str | None = None
+    """The form of a base URL that the user must give."""
     engine: Engine
-    tried: str
+    notes: str
     """What was tried, or why the provider is refused."""
-
-
-_TRIED: Mapping[Engine, str] = MappingProxyType(
-    {
-        "direct": "request is acompletion's: call, stream, tools, response_format",
-        "litellm": "loopback: acompletion sends through our client",
-    }
-)
-_TRIED_OWN = "loopback and recordings: everything"
-
-
-def provider_rows(
-    litellm: Any,
-    own: Iterable[str] = ("anthropic", "gemini", "ollama", "ollama_chat", "openai"),
-) -> list[ProviderRow]:
-    """List all chat providers, for `models --providers` and docs/providers.md.
-
-    Args:
-        litellm: The module.
-        own: LiteLLM's names of the providers that have their own adapter, and so are
-            called directly in another format than OpenAI's.
-    """
-    rows = []
-    adapters = frozenset(own)
-    for name in chat_providers(litellm):
-        facts = describe(litellm, name)
-        engine = facts.engine
-        tried = facts.refusal or _TRIED[engine]
-        if name in DIFFERS:
-            tried += f"; but for {DIFFERS[name]}"
-        if name in adapters:
-            engine, tried = "direct", _TRIED_OWN
-        rows.append(
-            ProviderRow(
-                prefix=name,
-                key_variable=next(iter(facts.key_variables), ""),
-                address=facts.address or "",
-                engine=engine,
-                tried=tried,
-            )
-        )
-    return rows
 
 
 def providers_table(rows: Iterable[ProviderRow]) -> str:
@@ -841,9 +835,9 @@ def providers_table(rows: Iterable[ProviderRow]) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        key = f"`{row.key_variable}`" if row.key_variable else ""
-        address = f"<{row.address}>" if row.address else ""
-        lines.append(
-            f"| `{row.prefix}/` | {key} | {address} | {row.engine} | {row.tried} |"
-        )
+        prefixes = ", ".join(f"`{p}/`" for p in (row.prefix, *row.other_prefixes))
+        keys = ", ".join(f"`{variable}`" for variable in row.key_variables)
+        example = f"`{row.example}`" if row.example else ""
+        address = f"<{row.address}>" if row.address else example
+        lines.append(f"| {prefixes} | {keys} | {address} | {row.engine} | {row.notes} |")
     return "\n".join(lines) + "\n"

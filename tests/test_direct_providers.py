@@ -261,5 +261,6 @@ async def test_an_address_in_the_environment(
             assert (await ask(service, model, "call")).text  # without a key
             (request,) = world.requests
             assert not {"authorization", "api-key"} & request.headers.keys()
+            world.requests.clear()
     assert wrong == {}
     assert len(rows) >= 110

@@ -189,13 +189,13 @@ async def test_an_id_that_is_not_kept(
 
 async def test_a_provider_without_a_list(server: ListingServer) -> None:
     """What only LiteLLM can reach has no list that is known here."""
-    record = {"key": "k", "service": "groq", "base_url": server.base_url("openai")}
+    record = {"key": "k", "service": "bytez", "base_url": server.base_url("openai")}
 
     async with LLMInfraService(
-        StaticAPIKeys({"groq": record}), settings=Settings()
+        StaticAPIKeys({"bytez": record}), settings=Settings()
     ) as service:
         with pytest.raises(InvalidRequestError, match="no list of models"):
-            await service.get_available_models("groq")
+            await service.get_available_models("bytez")
 
     assert server.requests == []
 

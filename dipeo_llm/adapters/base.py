@@ -890,9 +890,10 @@ class BaseLLMAdapter:
             if row.derives_address:
                 return None
             # LiteLLM would take it from the environment, and the key would go there.
+            example = row.base_url_example
             raise InvalidRequestError(
-                f"{row.name} needs a base_url, in the key's record or in"
-                " Settings.base_urls",
+                f"{row.name} needs a base_url{f' such as {example}' if example else ''},"
+                " in the key's record or in Settings.base_urls",
                 service=row.name,
             )
         try:

@@ -24,7 +24,7 @@ from dipeo_llm.client import Client, is_loopback
 from dipeo_llm.domain import Capabilities
 from dipeo_llm.errors import InvalidRequestError
 from dipeo_llm.litellm_import import import_litellm
-from dipeo_llm.litellm_providers import REFUSED
+from dipeo_llm.litellm_providers import DIFFERS, EXAMPLES, REFUSED, ProviderRow
 from dipeo_llm.litellm_tables import infer_provider
 from dipeo_llm.pool import Pool
 from dipeo_llm.settings import Settings
@@ -152,6 +152,7 @@ def _row_of(name: str) -> Provider:
         name=name,
         litellm=name,
         base_url=facts.address,
+        base_url_example=EXAMPLES.get(name),
         key_header=facts.key_header,
         needs_key=facts.needs_key,
         key_variables=facts.key_variables,
@@ -309,3 +310,55 @@ def unknown_model(model: str) -> InvalidRequestError:
     return InvalidRequestError(
         f"no provider is known for model {model!r}: {hint}", model=model
     )
+
+
+_TRIED_OWN = "everything, on loopback and on recordings"
+_TRIED_DIRECT = (
+    "on loopback: call, stream, tools, 401, 429, 500, cut stream; the body is"
+    " acompletion's"
+)
+_TRIED_LITELLM = "on loopback: acompletion sends one request, through our client"
+_NOTES = {
+    "bedrock": "on loopback: Converse, call and stream, with a key and with SigV4",
+    "deepseek": _TRIED_DIRECT,
+    "vertex": "on loopback: call and stream, in Gemini's format with Google's token",
+}
+
+
+def list_providers() -> list[ProviderRow]:
+    """List all providers, ours first, for `models --providers` and docs/providers.md.
+
+    Imports LiteLLM, which takes seconds.
+    """
+    litellm = import_litellm()
+    rows = [
+        ProviderRow(
+            prefix=row.name,
+            other_prefixes=tuple(sorted({*row.names} - {row.name})),
+            key_variables=row.key_variables,
+            address=row.base_url,
+            example=row.base_url_example,
+            engine="litellm" if row in LiteLLMAdapter.rows else "direct",
+            notes=_NOTES.get(row.name, _TRIED_OWN),
+        )
+        for row in PROVIDERS
+    ]
+    for name in litellm_providers.chat_providers(litellm):
+        if name in _BY_NAME:
+            continue
+        facts = litellm_providers.describe(litellm, name)
+        tried = _TRIED_DIRECT if facts.speaks_openai else _TRIED_LITELLM
+        notes = facts.refusal or tried
+        if name in DIFFERS:
+            notes += f", but for: {DIFFERS[name]}"
+        rows.append(
+            ProviderRow(
+                prefix=name,
+                key_variables=facts.key_variables,
+                address=facts.address,
+                example=EXAMPLES.get(name),
+                engine=facts.engine,
+                notes=notes,
+            )
+        )
+    return rows

@@ -35,6 +35,7 @@ from dipeo_llm.domain import (
     WebSearchResult,
 )
 from dipeo_llm.errors import InvalidRequestError
+from dipeo_llm.litellm_providers import EXAMPLES
 from dipeo_llm.litellm_tables import know_model
 from dipeo_llm.media import PDF, MediaRules
 
@@ -76,6 +77,7 @@ VERTEX = Provider(
     name="vertex",
     litellm="vertex_ai",
     aliases=("vertex_ai", "vertexai", "vertex_ai_beta"),
+    base_url_example=EXAMPLES["vertex_ai"],
     media=replace(_MEDIA),
 )
 

@@ -23,6 +23,8 @@ class Provider:
     """Other names, as a service or as the prefix of a model string."""
     base_url: str | None = None
     """The provider's address; None where only a key record or LiteLLM has one."""
+    base_url_example: str | None = None
+    """A base URL to be filled in, where only its user knows the address."""
     path: str = ""
     """Appended to a base URL that has no path."""
     derives_address: bool = False
