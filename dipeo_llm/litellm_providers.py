@@ -839,5 +839,7 @@ def providers_table(rows: Iterable[ProviderRow]) -> str:
         keys = ", ".join(f"`{variable}`" for variable in row.key_variables)
         example = f"`{row.example}`" if row.example else ""
         address = f"<{row.address}>" if row.address else example
-        lines.append(f"| {prefixes} | {keys} | {address} | {row.engine} | {row.notes} |")
+        lines.append(
+            f"| {prefixes} | {keys} | {address} | {row.engine} | {row.notes} |"
+        )
     return "\n".join(lines) + "\n"

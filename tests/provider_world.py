@@ -142,16 +142,22 @@ class World:
         head["object"] = "chat.completion.chunk"
         events = reply.events
         if events is None:
-            calls = [{"index": i, **c} for i, c in enumerate(message.get("tool_calls", ()))]
+            calls = [
+                {"index": i, **c} for i, c in enumerate(message.get("tool_calls", ()))
+            ]
             delta = {**message, "tool_calls": calls} if calls else message
-            events = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}]
+            events = [
+                {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+            ]
             if not reply.cuts:
                 end = {"index": 0, "delta": {}, "finish_reason": finish}
                 events += [{"choices": [end], "usage": USAGE, **reply.more}]
         lines = [f"data: {json.dumps({**head, **event})}\n\n" for event in events]
         if not reply.cuts:
             lines.append("data: [DONE]\n\n")
-        return _pack(200, {"content-type": "text/event-stream"}, "".join(lines).encode())
+        return _pack(
+            200, {"content-type": "text/event-stream"}, "".join(lines).encode()
+        )
 
 
 def _parse(head: bytes) -> tuple[str, str, dict[str, str]]:

@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from pydantic import BaseModel
 
 from dipeo_llm import (
     APIKeyError,
@@ -24,6 +25,7 @@ from dipeo_llm import (
     Settings,
     StaticAPIKeys,
     StreamInterruptedError,
+    ToolType,
 )
 from dipeo_llm import litellm_providers as providers
 from dipeo_llm.adapters.factory import by_name
@@ -32,7 +34,7 @@ from dipeo_llm.adapters.provider import Provider
 from dipeo_llm.litellm_import import import_litellm
 from dipeo_llm.testing import block_network
 from tests.conftest import HELLO
-from tests.provider_world import TEXT, Reply, World
+from tests.provider_world import CALL, TEXT, USAGE, Reply, World
 
 KEY = "sk-test-of-the-world"
 MODEL = "user.app.model"  # clarifai wants three parts
@@ -88,7 +90,9 @@ def sealed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 async def world(tmp_path: Path) -> AsyncIterator[World]:
     """Run the servers of all providers."""
     rows = find_direct()
-    hosts = {urlsplit(address_of(name, row)).hostname or "" for name, row in rows.items()}
+    hosts = {
+        urlsplit(address_of(name, row)).hostname or "" for name, row in rows.items()
+    }
     async with World(tmp_path, hosts) as running:
         yield running
 
@@ -127,7 +131,9 @@ async def try_all(service: LLMInfraService, world: World, model: str) -> dict[st
     """Try what can happen in a call and in a stream; return what went wrong."""
     wrong: dict[str, str] = {}
 
-    async def expect(what: str, reply: Reply, how: str, check: Any, **more: Any) -> None:
+    async def expect(
+        what: str, reply: Reply, how: str, check: Any, **more: Any
+    ) -> None:
         world.reply = reply
         before = len(world.requests)
         try:
@@ -182,7 +188,11 @@ def check_requests(world: World, name: str, row: Provider, base_url: str) -> lis
     """Return what is wrong with the requests that arrived, and forget them."""
     host = urlsplit(base_url).hostname if base_url.startswith("https") else ""
     header = row.key_header
-    wanted = (host, path_of(name, base_url), KEY if header != "authorization" else f"Bearer {KEY}")
+    wanted = (
+        host,
+        path_of(name, base_url),
+        KEY if header != "authorization" else f"Bearer {KEY}",
+    )
     wrong = []
     for request in world.requests:
         seen = (request.host, request.path, request.headers.get(header))
@@ -249,7 +259,9 @@ async def test_an_address_in_the_environment(
                 with monkeypatch.context() as patch:
                     patch.setenv(variable, KEY)
                     for how in ("call", "stream"):
-                        assert (await ask(service, model, how, api_key_id=variable)).text
+                        assert (
+                            await ask(service, model, how, api_key_id=variable)
+                        ).text
                     odd = check_requests(world, name, row, urls[name])
                     assert (await ask(service, model, "call")).text
                     (request,) = world.requests
@@ -264,3 +276,349 @@ async def test_an_address_in_the_environment(
             world.requests.clear()
     assert wrong == {}
     assert len(rows) >= 110
+
+
+# What is particular to the ten most used.
+
+
+class Sum(BaseModel):
+    """An answer with a form."""
+
+    sum: int
+
+
+@pytest.fixture
+def keyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set the first variable of each of them."""
+    for name in _MOST_USED:
+        monkeypatch.setenv(by_name(name).key_variables[0], KEY)
+
+
+_MOST_USED = (
+    *("groq", "mistral", "xai", "deepseek", "openrouter"),
+    *("together_ai", "fireworks_ai", "perplexity", "cerebras", "moonshot"),
+)
+each_way = pytest.mark.parametrize("how", ["call", "stream"])
+ANY = object()
+# Model, options, and what of the body they become; None is left out.
+PARAMETERS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    (
+        "groq/llama-3.3-70b-versatile",
+        {"reasoning_effort": "low"},
+        {"reasoning_effort": None},
+    ),
+    (
+        "groq/openai/gpt-oss-120b",
+        {"reasoning_effort": "low"},
+        {"reasoning_effort": "low"},
+    ),
+    ("groq/openai/gpt-oss-120b", {"response_format": Sum}, {"response_format": ANY}),
+    (
+        "mistral/mistral-large-latest",
+        {"seed": 3, "tools": [TOOL], "tool_choice": "required"},
+        {"seed": None, "random_seed": 3, "tool_choice": "any", "stream_options": None},
+    ),
+    ("xai/grok-4", {"stop": ["END"], "seed": 3}, {"stop": None, "seed": 3}),
+    (
+        "deepseek/deepseek-chat",
+        {"temperature": 0.5, "stop": ["a"]},
+        {"temperature": 0.5, "stop": ["a"]},
+    ),
+    (
+        "deepseek/deepseek-reasoner",
+        {"reasoning_effort": "low"},
+        {"thinking": {"type": "enabled"}},
+    ),
+    (
+        "openrouter/anthropic/claude-sonnet-4.5",
+        {"extra_body": {"provider": {"order": ["a"]}, "transforms": ["middle-out"]}},
+        {
+            "extra_body": None,
+            "provider": {"order": ["a"]},
+            "transforms": ["middle-out"],
+            "usage": {"include": True},
+        },
+    ),
+    (
+        "together_ai/a/b",
+        {"tools": [TOOL], "tool_choice": "required"},
+        {"tool_choice": "required", "tools": [TOOL]},
+    ),
+    (
+        "together_ai/a/b",
+        {"response_format": Sum, "seed": 1},
+        {"response_format": ANY, "seed": 1},
+    ),
+    (
+        "fireworks_ai/llama-v3p3-70b-instruct",
+        {"max_tokens": 9},
+        {"model": "accounts/fireworks/models/llama-v3p3-70b-instruct", "max_tokens": 9},
+    ),
+    (
+        "perplexity/sonar",
+        {"temperature": 0.5, "stop": ["a"]},
+        {"temperature": 0.5, "stop": None},
+    ),
+    (
+        "cerebras/llama-3.3-70b",
+        {"seed": 3, "top_p": 0.5},
+        {"seed": 3, "top_p": 0.5, "stream_options": None},
+    ),
+    ("moonshot/moonshot-v1-8k", {"temperature": 1.7}, {"temperature": 1}),
+    (
+        "moonshot/kimi-k2.6",
+        {"tools": [TOOL], "tool_choice": "required"},
+        {"tool_choice": None, "tools": [TOOL]},
+    ),
+]
+
+
+@each_way
+@pytest.mark.usefixtures("keyed")
+@pytest.mark.parametrize(("model", "options", "wanted"), PARAMETERS)
+async def test_parameters(
+    service: LLMInfraService,
+    world: World,
+    how: str,
+    model: str,
+    options: dict[str, Any],
+    wanted: dict[str, Any],
+) -> None:
+    """An option has the provider's name, or is left out where it does not take it."""
+    if "response_format" in options:
+        world.reply = Reply(message={"role": "assistant", "content": '{"sum": 3}'})
+
+    await ask(service, model, how, **options)
+
+    body = world.requests[0].body
+    assert body.get("stream", False) is (how == "stream")
+    for name, value in wanted.items():
+        found = body.get(name)
+        assert found == value or (value is ANY and found is not None), name
+
+
+@each_way
+@pytest.mark.usefixtures("keyed")
+async def test_groq_answers_in_a_form_without_schemas(
+    service: LLMInfraService, world: World, how: str
+) -> None:
+    """The tool that LiteLLM asks such a model through is not the caller's: it is text."""
+    function = {"name": "json_tool_call", "arguments": '{"sum": 3}'}
+    call = {"id": "call_1", "type": "function", "function": function}
+    world.reply = Reply(
+        message={"role": "assistant", "content": None, "tool_calls": [call]}
+    )
+
+    result = await ask(
+        service, "groq/a-model-without-schemas", how, response_format=Sum
+    )
+
+    body = world.requests[0].body
+    assert body["tool_choice"]["function"]["name"] == "json_tool_call"
+    assert body["tools"][0]["function"]["parameters"]["required"] == ["sum"]
+    assert "response_format" not in body
+    assert (result.text, result.parsed) == ('{"sum": 3}', Sum(sum=3))
+    assert (result.tool_calls, result.finish_reason) == ([], "stop")
+
+
+@pytest.mark.usefixtures("keyed")
+async def test_groq_takes_no_tools_beside_such_a_form(
+    service: LLMInfraService, world: World
+) -> None:
+    """Both would be tools; the error says so, and nothing is sent."""
+    with pytest.raises(InvalidRequestError, match="structured outputs"):
+        await service.complete(
+            HELLO, "groq/a-model-without-schemas", response_format=Sum, tools=[TOOL]
+        )
+    assert world.requests == []
+
+
+@each_way
+@pytest.mark.usefixtures("keyed")
+async def test_mistral_thinks_in_parts(
+    service: LLMInfraService, world: World, how: str
+) -> None:
+    """Content may be a list, of thoughts and of text."""
+    thought = {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}
+    content = [thought, {"type": "text", "text": "Yes"}, {"type": "text", "text": "!"}]
+    world.reply = Reply(message={"role": "assistant", "content": content})
+
+    result = await ask(service, "mistral/magistral-medium-latest", how)
+
+    assert (result.text, result.reasoning) == ("Yes!", "Hm.")
+
+
+@each_way
+@pytest.mark.usefixtures("keyed")
+async def test_xai_counts_thoughts_beside_the_output(
+    service: LLMInfraService, world: World, how: str
+) -> None:
+    """They are output here, as everywhere, and are paid for."""
+    usage = {
+        "prompt_tokens": 12,
+        "completion_tokens": 5,
+        "total_tokens": 117,
+        "completion_tokens_details": {"reasoning_tokens": 100},
+    }
+    world.reply = Reply(more={"usage": usage, "citations": ["https://a.example/"]})
+
+    result = await ask(service, "xai/grok-4", how)
+
+    counted = result.token_usage
+    assert (counted.input, counted.output, counted.reasoning) == (12, 105, 100)
+    assert result.cost_usd == pytest.approx(12 * 3e-6 + 105 * 15e-6)
+    assert [page.url for page in result.tool_outputs[0].result] == [
+        "https://a.example/"
+    ]
+
+
+@each_way
+@pytest.mark.usefixtures("keyed")
+@pytest.mark.parametrize(
+    ("model", "goes_back"),
+    [
+        ("deepseek/deepseek-reasoner", True),
+        ("moonshot/kimi-k2.6", True),
+        ("fireworks_ai/accounts/fireworks/models/kimi-k2", True),
+        ("openrouter/moonshotai/kimi-k2.6", True),
+        ("groq/openai/gpt-oss-120b", False),
+        ("mistral/magistral-medium-latest", False),
+        ("cerebras/gpt-oss-120b", False),
+    ],
+)
+async def test_thoughts_go_back_with_a_tools_answer(
+    service: LLMInfraService, world: World, how: str, model: str, goes_back: bool
+) -> None:
+    """Where the provider asks for them, and not where it refuses an unknown field."""
+    message = {
+        "role": "assistant",
+        "content": None,
+        "reasoning_content": "I must add.",
+        "tool_calls": [CALL],
+    }
+    world.reply = Reply(message=message)
+    first = await ask(service, model, how, tools=[TOOL])
+    assert first.reasoning == "I must add."
+    (call,) = first.tool_calls
+    turn = [*HELLO, *first.to_messages(), call.to_message("3")]
+    world.reply = Reply()
+
+    await service.complete(turn, model)
+
+    sent = world.requests[1].body["messages"]
+    assert [part["role"] for part in sent] == ["user", "assistant", "tool"]
+    wanted = "I must add." if goes_back else None
+    assert sent[1].get("reasoning_content") == wanted
+    assert sent[1]["tool_calls"] == [CALL]
+    assert sent[2]["content"] == "3"
+
+
+@each_way
+@pytest.mark.usefixtures("keyed")
+async def test_openrouters_fields(
+    service: LLMInfraService, world: World, how: str
+) -> None:
+    """Its name for thoughts, its price, its annotations; its blocks go back."""
+    cited = {
+        "type": "url_citation",
+        "url_citation": {"url": "https://a.example/", "title": "A"},
+    }
+    details = [{"type": "reasoning.text", "text": "Hm.", "signature": "s"}]
+    message = {
+        "role": "assistant",
+        "content": TEXT,
+        "reasoning": "Hm.",
+        "reasoning_details": details,
+        "annotations": [cited],
+    }
+    usage = {
+        "prompt_tokens": 12,
+        "completion_tokens": 5,
+        "total_tokens": 17,
+        "cost": 0.0125,
+    }
+    usage["cost_details"] = {"upstream_inference_cost": None}
+    world.reply = Reply(message=message, more={"usage": usage})
+
+    result = await ask(service, "openrouter/openai/gpt-4o", how)
+
+    assert (result.text, result.reasoning, result.cost_usd) == (TEXT, "Hm.", 0.0125)
+    (page,) = result.tool_outputs[0].result
+    assert (page.url, page.title) == ("https://a.example/", "A")
+    back = {"role": "assistant", "content": TEXT, "reasoning_details": details}
+    await service.complete([*HELLO, back, *HELLO], "openrouter/openai/gpt-4o")
+    assert world.requests[1].body["messages"][1]["reasoning_details"] == details
+    assert not {"http-referer", "x-title"} & world.requests[1].headers.keys()
+
+
+@pytest.mark.usefixtures("keyed")
+async def test_openrouters_error_in_a_chunk(
+    service: LLMInfraService, world: World
+) -> None:
+    """After the first text the stream is interrupted; before it the error is as usual."""
+    text = {
+        "choices": [{"index": 0, "delta": {"content": "Hel"}, "finish_reason": None}]
+    }
+    end = {"index": 0, "delta": {"content": ""}, "finish_reason": "error"}
+    error = {"error": {"code": 429, "message": "Slow down."}, "choices": [end]}
+    world.reply = Reply(events=[text, error])
+    with pytest.raises(StreamInterruptedError, match=r"Slow down\.") as caught:
+        await ask(service, "openrouter/a/b", "stream")
+    assert caught.value.partial_text == "Hel"
+
+    world.reply = Reply(events=[error])
+    with pytest.raises(RateLimitError, match=r"Slow down\."):
+        await ask(service, "openrouter/a/b", "stream")
+
+    world.reply = Reply(body={"error": {"code": 502, "message": "No answer."}})
+    with pytest.raises(ServiceUnavailableError, match=r"No answer\."):
+        await ask(service, "openrouter/a/b", "call")
+
+
+@each_way
+@pytest.mark.usefixtures("keyed")
+async def test_perplexity_says_what_it_found(
+    service: LLMInfraService, world: World, how: str
+) -> None:
+    """Its results have titles; a citation that is none of them has its URL alone."""
+    found = {
+        "title": "A",
+        "url": "https://a.example/",
+        "date": "2026-01-01",
+        "snippet": "s",
+    }
+    more = {
+        "search_results": [found],
+        "citations": ["https://a.example/", "https://b.example/"],
+    }
+    world.reply = Reply(more=more)
+
+    result = await ask(service, "perplexity/sonar", how)
+
+    (output,) = result.tool_outputs
+    assert output.type is ToolType.WEB_SEARCH
+    assert [(page.url, page.title, page.snippet) for page in output.result] == [
+        ("https://a.example/", "A", "s"),
+        ("https://b.example/", "", ""),
+    ]
+
+
+@each_way
+@pytest.mark.usefixtures("keyed")
+@pytest.mark.parametrize(
+    ("model", "finish", "ours"),
+    [("together_ai/a/b", "eos", "stop"), ("mistral/a", "model_length", "length")],
+)
+async def test_other_words_for_the_end(
+    service: LLMInfraService, world: World, how: str, model: str, finish: str, ours: str
+) -> None:
+    """A finish reason is the same word for every provider."""
+    message = {"role": "assistant", "content": TEXT}
+    choice = {"index": 0, "finish_reason": finish, "message": message}
+    world.reply = Reply(
+        body={"id": "1", "model": "m", "choices": [choice], "usage": USAGE}
+    )
+    if how == "stream":
+        world.reply = Reply(events=[{"choices": [{**choice, "delta": message}]}])
+
+    assert (await ask(service, model, how)).finish_reason == ours

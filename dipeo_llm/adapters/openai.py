@@ -123,6 +123,10 @@ _EFFORTS: tuple[tuple[re.Pattern[str], frozenset[str]], ...] = (
 # https://console.groq.com/docs/openai, https://docs.mistral.ai/api,
 # https://inference-docs.cerebras.ai/api-reference/chat-completions (2026-11-25).
 _REFUSES_REASONING = frozenset({"groq", "mistral", "cerebras"})
+# Together's and Mistral's words for a reason to finish, and the form that `tool_calls`
+# replaced: https://docs.together.ai/reference/chat-completions-1,
+# https://docs.mistral.ai/api (2026-11-25).
+_FINISH = {"function_call": "tool_calls", "eos": "stop", "model_length": "length"}
 # LiteLLM asks models that take no JSON schema, such as most of Groq's, for JSON through
 # a tool of this name.
 _JSON_TOOL = "json_tool_call"
@@ -152,9 +156,12 @@ class ChatGPTAdapter(BaseLLMAdapter):
         behind this format to one without its thought signature
         (https://ai.google.dev/gemini-api/docs/thought-signatures; all 2026-11-25).
         """
+        # OpenRouter wants the blocks of a thought back as it sent them:
+        # https://openrouter.ai/docs/use-cases/reasoning-tokens (2026-11-25).
+        own = {"reasoning_details"} if self.provider.name == "openrouter" else set()
         prepared = keep_fields(
             messages,
-            OPENAI_FIELDS | {"reasoning_content"},
+            OPENAI_FIELDS | {"reasoning_content"} | own,
             system_role=self.provider.system_role,
         )
         for message in prepared:
@@ -387,7 +394,7 @@ def read_chat_completion(body: Mapping[str, Any]) -> Reading:
         or _join_thinking(first.get("content"))
         or None,
         tool_calls=made,
-        finish="tool_calls" if finish == "function_call" else finish,
+        finish=_FINISH.get(finish, finish),
         refusal=first.get("refusal") or None,
         model=body.get("model"),
         id=body.get("id"),

@@ -76,7 +76,9 @@ def models(
     """List the models of one provider, or of all that the environment leads to."""
     if providers:
         if service or any(connection.values()):
-            raise UsageError("--providers takes no SERVICE and no other option but --json")
+            raise UsageError(
+                "--providers takes no SERVICE and no other option but --json"
+            )
         return _list_providers(as_json=as_json)
     if not service and (connection["key_id"] or connection["base_url"]):
         raise UsageError("--key-id and --base-url need a SERVICE")
@@ -113,7 +115,9 @@ def _list_providers(*, as_json: bool) -> Exit:
         for row in rows
     ]
     if terminal.is_terminal(sys.stdout):
-        widths = [max(map(len, column)) for column in list(zip(*table, strict=True))[:2]]
+        widths = [
+            max(map(len, column)) for column in list(zip(*table, strict=True))[:2]
+        ]
         lines = (
             f"{prefix:{widths[0]}}  {engine:{widths[1]}}"
             f"  {reason or f'{address}  {variables}'}"
