@@ -118,6 +118,11 @@ https://docs.snowflake.com/en/user-guide/snowflake-cortex/cortex-rest-api,
 https://cloud.google.com/vertex-ai/generative-ai/docs/model-reference/inference.
 """
 
+PATHS: Mapping[str, str] = MappingProxyType(
+    {"azure": "/openai/v1", "azure_ai": "/openai/v1"}
+)
+"""What a base URL without a path gets, such as an endpoint that Azure's portal shows."""
+
 _THROUGH_HANDLER = frozenset(
     {
         *("a2a", "anthropic", "bedrock", "bedrock_mantle", "bytez", "cometapi"),
@@ -369,7 +374,8 @@ def _ask_config(
             )
     if fields["client"] is None:
         return ProviderFacts(name=name, key_variables=variables, refusal=_OWN_CLIENT)
-    return ProviderFacts(**fields, needs_key=not local)
+    is_signed = _signs(config, variables)
+    return ProviderFacts(**fields, needs_key=not (local or is_signed))
 
 
 # LiteLLM's "ollama" flattens the conversation into one prompt for another endpoint.

@@ -110,7 +110,8 @@ class World:
                 length = int(headers.get("content-length", 0))
                 body = json.loads(await reader.readexactly(length) or b"null")
                 self.requests.append(Request(host, method, target, headers, body))
-                writer.write(self._answer(body or {}))
+                is_stream = "alt=sse" in target or (body or {}).get("stream")
+                writer.write(self._answer(body or {}, is_stream))
                 await writer.drain()
                 if self.reply.cuts:
                     break
@@ -121,7 +122,7 @@ class World:
         finally:
             writer.close()
 
-    def _answer(self, asked: Mapping[str, Any]) -> bytes:
+    def _answer(self, asked: Mapping[str, Any], is_stream: bool) -> bytes:
         reply = self.reply
         if reply.status != 200:
             error = {"message": f"status {reply.status}", "type": "t", "code": None}
@@ -135,7 +136,7 @@ class World:
         )
         head = {"id": "chatcmpl-1", "created": 1, "model": asked.get("model", "m")}
         finish = "tool_calls" if message.get("tool_calls") else "stop"
-        if not asked.get("stream"):
+        if not is_stream:
             choice = {"index": 0, "message": message, "finish_reason": finish}
             whole = {"object": "chat.completion", "choices": [choice], "usage": USAGE}
             return _pack(200, reply.headers, {**head, **whole, **reply.more})

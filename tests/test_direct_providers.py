@@ -5,17 +5,20 @@ run. A proxy on loopback plays all hosts; nothing else of the network can be rea
 """
 
 import asyncio
+import contextlib
+import itertools
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import pytest
 from pydantic import BaseModel
 
 from dipeo_llm import (
     APIKeyError,
+    APIKeyNotFoundError,
     DiPeOLLMError,
     EnvironmentAPIKeys,
     InvalidRequestError,
@@ -28,7 +31,7 @@ from dipeo_llm import (
     ToolType,
 )
 from dipeo_llm import litellm_providers as providers
-from dipeo_llm.adapters.factory import by_name
+from dipeo_llm.adapters.factory import by_name, of_key, resolve
 from dipeo_llm.adapters.openai import ChatGPTAdapter
 from dipeo_llm.adapters.provider import Provider
 from dipeo_llm.litellm_import import import_litellm
@@ -82,6 +85,8 @@ def sealed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in providers.chat_providers(litellm):
         for variable in providers.describe(litellm, name).key_variables:
             monkeypatch.delenv(variable, raising=False)
+    for variable in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(variable)
     with block_network():
         yield
 
@@ -461,12 +466,19 @@ async def test_xai_counts_thoughts_beside_the_output(
         "completion_tokens_details": {"reasoning_tokens": 100},
     }
     world.reply = Reply(more={"usage": usage, "citations": ["https://a.example/"]})
+    table = import_litellm().model_cost
+    model = next(
+        name
+        for name, row in table.items()
+        if name.startswith("xai/grok") and row.get("input_cost_per_token")
+    )
+    price = [table[model][f"{side}_cost_per_token"] for side in ("input", "output")]
 
-    result = await ask(service, "xai/grok-4", how)
+    result = await ask(service, model, how)
 
     counted = result.token_usage
     assert (counted.input, counted.output, counted.reasoning) == (12, 105, 100)
-    assert result.cost_usd == pytest.approx(12 * 3e-6 + 105 * 15e-6)
+    assert result.cost_usd == pytest.approx(12 * price[0] + 105 * price[1])
     assert [page.url for page in result.tool_outputs[0].result] == [
         "https://a.example/"
     ]
@@ -622,3 +634,422 @@ async def test_other_words_for_the_end(
         world.reply = Reply(events=[{"choices": [{**choice, "delta": message}]}])
 
     assert (await ask(service, model, how)).finish_reason == ours
+
+
+# Clouds.
+
+JWT = "eyJhbGciOiJub25lIn0.eyJhdWQiOiJ0ZXN0In0.c2lnbmF0dXJl"
+
+
+@pytest.fixture
+async def cloud(tmp_path: Path) -> AsyncIterator[World]:
+    """Run the servers of the clouds."""
+    hosts = (
+        "r.openai.azure.com",
+        "europe-west1-aiplatform.googleapis.com",
+        "bedrock-runtime.eu-central-1.amazonaws.com",
+        "runtime.sagemaker.eu-central-1.amazonaws.com",
+    )
+    async with World(tmp_path, hosts) as running:
+        yield running
+
+
+def open_cloud(world: World, keys: Any, **settings: Any) -> LLMInfraService:
+    """Make a service that goes through the proxy."""
+    usual = {"max_retries": 0, "proxy": world.origin, "ca_bundle": world.ca_bundle}
+    return LLMInfraService(keys, settings=Settings(**usual | settings))
+
+
+@each_way
+@pytest.mark.parametrize(
+    ("key", "header", "value"),
+    [(KEY, "api-key", KEY), (JWT, "authorization", f"Bearer {JWT}")],
+    ids=["key", "token"],
+)
+async def test_azure(cloud: World, how: str, key: str, header: str, value: str) -> None:
+    """The model is the deployment; a key and an Entra token have a header each.
+
+    The endpoint that Azure's portal shows gets the path of the v1 API.
+    """
+    record = {"key": key, "base_url": "https://r.openai.azure.com/"}
+    async with open_cloud(cloud, StaticAPIKeys({"mine": record})) as service:
+        result = await ask(service, "azure/my-deployment", how, api_key_id="mine")
+
+    assert (result.text, result.service) == (TEXT, "azure")
+    (request,) = cloud.requests
+    assert (request.host, request.path) == (
+        "r.openai.azure.com",
+        "/openai/v1/chat/completions",
+    )
+    assert request.body["model"] == "my-deployment"
+    assert request.headers[header] == value
+    assert str(request.headers).count(key) == 1
+
+
+@pytest.mark.parametrize("kind", ["function", "coroutine", "record"])
+async def test_a_function_gives_a_fresh_token(cloud: World, kind: str) -> None:
+    """It is called before each call; one that may block runs in a thread."""
+    loops = []
+
+    def token() -> str:
+        with contextlib.suppress(RuntimeError):
+            loops.append(asyncio.get_running_loop())
+        return f"{JWT}{next(serial)}"
+
+    async def coroutine() -> str:
+        return f"{JWT}{next(serial)}"
+
+    serial = itertools.count(1)
+    key: Any = coroutine if kind == "coroutine" else token
+    if kind == "record":
+        key = {"key": token, "service": "azure", "label": "Entra"}
+    urls = {"azure": "https://r.openai.azure.com/openai/v1"}
+    keys = StaticAPIKeys({"mine": key})
+    async with open_cloud(cloud, keys, base_urls=urls) as service:
+        for _ in range(2):
+            await service.complete(HELLO, "azure/my-deployment", "mine")
+
+    sent = [request.headers["authorization"] for request in cloud.requests]
+    assert sent == [f"Bearer {JWT}1", f"Bearer {JWT}2"]
+    assert loops == []
+    assert JWT not in repr(keys)
+
+
+@pytest.mark.parametrize(
+    ("failing", "kind", "match"),
+    [
+        (RuntimeError("no sign-in"), RuntimeError, "no sign-in"),
+        (None, APIKeyError, "text under 'key'"),
+    ],
+)
+async def test_a_function_that_gives_no_token(
+    cloud: World, failing: Exception | None, kind: type[Exception], match: str
+) -> None:
+    """Its own exception reaches the caller; nothing is sent."""
+
+    def token() -> Any:
+        if failing is not None:
+            raise failing
+        return 42
+
+    urls = {"azure": "https://r.openai.azure.com/openai/v1"}
+    async with open_cloud(
+        cloud, StaticAPIKeys({"mine": token}), base_urls=urls
+    ) as service:
+        with pytest.raises(kind, match=match):
+            await service.complete(HELLO, "azure/my-deployment", "mine")
+
+    assert cloud.requests == []
+
+
+@each_way
+async def test_vertex(cloud: World, how: str) -> None:
+    """Gemini's format, below the project's address, with Google's token."""
+    base = (
+        "https://europe-west1-aiplatform.googleapis.com/v1/projects/p/locations"
+        "/europe-west1/publishers/google"
+    )
+    content = {"role": "model", "parts": [{"text": TEXT}]}
+    usage = {"promptTokenCount": 12, "candidatesTokenCount": 5, "totalTokenCount": 17}
+    answer = {
+        "candidates": [{"content": content, "finishReason": "STOP", "index": 0}],
+        "usageMetadata": usage,
+        "modelVersion": "gemini-2.5-flash",
+    }
+    cloud.reply = Reply(events=[answer]) if how == "stream" else Reply(body=answer)
+    keys = StaticAPIKeys({"mine": {"key": lambda: "ya29.token", "base_url": base}})
+    async with open_cloud(cloud, keys) as service:
+        result = await ask(
+            service, "vertex_ai/gemini-2.5-flash", how, api_key_id="mine", max_tokens=9
+        )
+
+    assert (result.text, result.service) == (TEXT, "vertex")
+    assert result.token_usage.total == 17
+    (request,) = cloud.requests
+    method = "generateContent" if how == "call" else "streamGenerateContent?alt=sse"
+    assert request.path == f"{urlsplit(base).path}/models/gemini-2.5-flash:{method}"
+    assert request.headers["authorization"] == "Bearer ya29.token"
+    assert "x-goog-api-key" not in request.headers
+    assert request.body["contents"] == [{"role": "user", "parts": [{"text": "Hello"}]}]
+    assert request.body["generationConfig"]["max_output_tokens"] == 9
+
+
+@pytest.mark.parametrize(
+    ("model", "match"),
+    [
+        ("azure/d", r"azure needs a base_url such as https://RESOURCE\.openai"),
+        (
+            "vertex/gemini-2.5-flash",
+            r"vertex needs a base_url such as https://LOCATION",
+        ),
+        ("databricks/m", r"databricks needs a base_url such as https://WORKSPACE"),
+        ("snowflake/m", r"snowflake needs a base_url such as https://ACCOUNT"),
+        ("custom_openai/m", "custom_openai needs a base_url"),
+    ],
+)
+async def test_an_address_that_only_the_user_knows(model: str, match: str) -> None:
+    """The error shows the form of the address."""
+    async with LLMInfraService(
+        StaticAPIKeys({"mine": KEY}), settings=Settings()
+    ) as service:
+        with pytest.raises(InvalidRequestError, match=match):
+            await service.complete(HELLO, model, "mine")
+
+
+CONVERSE = {
+    "output": {"message": {"role": "assistant", "content": [{"text": TEXT}]}},
+    "stopReason": "end_turn",
+    "usage": {"inputTokens": 12, "outputTokens": 5, "totalTokens": 17},
+    "metrics": {"latencyMs": 1},
+}
+CLAUDE = "anthropic.claude-3-5-sonnet-20240620-v1:0"
+
+
+async def test_bedrock_with_a_key(
+    cloud: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Converse, at the host of the region, with the key as a Bearer token."""
+    monkeypatch.setenv("AWS_REGION", "eu-central-1")
+    monkeypatch.setenv("AWS_BEARER_TOKEN_BEDROCK", KEY)
+    cloud.reply = Reply(body=CONVERSE)
+    async with open_cloud(cloud, EnvironmentAPIKeys()) as service:
+        result = await service.complete(HELLO, f"bedrock/{CLAUDE}")
+
+    assert (result.text, result.service) == (TEXT, "bedrock")
+    assert result.token_usage.total == 17
+    (request,) = cloud.requests
+    assert request.host == "bedrock-runtime.eu-central-1.amazonaws.com"
+    assert unquote(request.path) == f"/model/{CLAUDE}/converse"
+    assert request.headers["authorization"] == f"Bearer {KEY}"
+    assert str(request.headers).count(KEY) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "host", "path", "answer"),
+    [
+        (
+            f"bedrock/{CLAUDE}",
+            "bedrock-runtime.eu-central-1.amazonaws.com",
+            f"/model/{CLAUDE}/converse",
+            CONVERSE,
+        ),
+        (
+            "sagemaker_chat/endpoint",
+            "runtime.sagemaker.eu-central-1.amazonaws.com",
+            "/endpoints/endpoint/invocations",
+            None,
+        ),
+    ],
+)
+async def test_aws_signs(
+    cloud: World,
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    host: str,
+    path: str,
+    answer: Any,
+) -> None:
+    """With credentials and no key, LiteLLM signs for the host of the region."""
+    pytest.importorskip("botocore")
+    monkeypatch.setenv("AWS_REGION", "eu-central-1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-the-test")
+    cloud.reply = Reply(body=answer)
+    async with open_cloud(cloud, EnvironmentAPIKeys()) as service:
+        result = await service.complete(HELLO, model)
+
+    assert result.text == TEXT
+    (request,) = cloud.requests
+    assert (request.host, unquote(request.path)) == (host, path)
+    signed = request.headers["authorization"]
+    assert signed.startswith("AWS4-HMAC-SHA256 Credential=AKIDEXAMPLE/")
+    assert "/eu-central-1/" in signed
+    assert "secret-of-the-test" not in str(request.headers)
+
+
+@pytest.mark.parametrize("name", ["bedrock", "sagemaker_chat", "sagemaker_nova"])
+async def test_aws_without_a_region_or_credentials(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Nothing is guessed, and no address of the machine's network is asked for them."""
+    async with LLMInfraService(EnvironmentAPIKeys(), settings=Settings()) as service:
+        with pytest.raises(InvalidRequestError, match="needs a region: set AWS_REGION"):
+            await service.complete(HELLO, f"{name}/{CLAUDE}")
+        monkeypatch.setenv("AWS_REGION", "eu-central-1")
+        with pytest.raises(APIKeyNotFoundError, match="AWS_SECRET_ACCESS_KEY"):
+            await service.complete(HELLO, f"{name}/{CLAUDE}")
+
+
+# LiteLLM's engine.
+
+
+async def test_litellm_sends_the_call_through_our_client_or_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `engine="litellm"`; a provider with a client of LiteLLM's own is refused."""
+    rows = find_direct()
+    urls = {
+        n: f"{world.origin}{urlsplit(address_of(n, r)).path}" for n, r in rows.items()
+    }
+    settings = Settings(max_retries=0, engine="litellm", base_urls=urls, timeout=20.0)
+    keys = StaticAPIKeys({"mine": KEY})
+    wrong: dict[str, Any] = {}
+    refused = []
+    async with LLMInfraService(keys, settings=settings) as service:
+        for name, row in rows.items():
+            try:
+                result = await service.complete(HELLO, f"{name}/{MODEL}", "mine")
+            except InvalidRequestError as exc:
+                if row.client is None and "a client of its own" in str(exc):
+                    refused.append(name)
+                    assert world.requests == []
+                    continue
+                raise
+            if result.text != TEXT or len(world.requests) != 1:
+                wrong[name] = (result.text, len(world.requests))
+            odd = check_requests(world, name, row, urls[name])
+            if odd and name not in providers.DIFFERS:
+                wrong[name] = odd
+    assert wrong == {}
+    assert set(refused) == {name for name, row in rows.items() if row.client is None}
+    assert "lemonade" in refused
+
+
+# Questions besides completions.
+
+
+async def test_questions_about_every_provider(
+    service: LLMInfraService, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models are listed beside the chat's path; LiteLLM's tokenizer and table answer.
+
+    Nothing but the list is asked of anybody, which `block_network` holds.
+    """
+    wrong: dict[str, Any] = {}
+    for name, row in find_direct().items():
+        base_url = address_of(name, row)
+        if not base_url.startswith("https") or not row.key_variables:
+            continue
+        model = f"{name}/{MODEL}"
+        monkeypatch.setenv(row.key_variables[0], KEY)
+        listing = {"object": "list", "data": [{"id": "b"}, {"id": "a"}]}
+        # Together's list is bare: https://docs.together.ai/reference/models-1
+        # (2026-11-25).
+        bare = name == "together_ai"
+        world.reply = Reply(body=listing["data"] if bare else listing)
+        assert await service.get_available_models(name) == ["a", "b"], name
+        assert await service.validate_api_key(name) is True
+        world.reply = Reply(401)
+        assert await service.validate_api_key(name) is False
+        path = path_of(name, base_url).rstrip("/").removesuffix("/chat/completions")
+        seen = {(r.method, r.host, r.path) for r in world.requests}
+        if seen != {("GET", urlsplit(base_url).hostname, f"{path}/models")}:
+            wrong[name] = seen
+        world.requests.clear()
+        if name != "openai":  # it counts them itself
+            count = await service.count_tokens(HELLO, model)
+            assert (count.source, count.tokens > 0) == ("tokenizer", True)
+        known = service.capabilities(model)
+        assert (known.service, known.model) == (row.name, MODEL)
+        assert world.requests == []
+        monkeypatch.delenv(row.key_variables[0])
+    assert wrong == {}
+
+
+async def test_the_table_knows_models_of_other_providers(
+    service: LLMInfraService,
+) -> None:
+    """Abilities and prices are LiteLLM's, where it has the model."""
+    known = service.capabilities("groq/llama-3.3-70b-versatile")
+
+    assert known.service == "groq"
+    assert known.tools is True
+    assert known.context_window and known.context_window >= 100_000
+    assert known.input_usd_per_million and known.input_usd_per_million > 0
+
+
+# Names.
+
+
+@pytest.mark.parametrize("wrong", ["gorq", "Groqq", "grok_"])
+async def test_did_you_mean(service: LLMInfraService, wrong: str) -> None:
+    """As a prefix, as a service, as the id of a key: each is answered with the name."""
+    with pytest.raises(InvalidRequestError, match="did you mean 'groq/x'"):
+        await service.complete(HELLO, f"{wrong}/x")
+    with pytest.raises(InvalidRequestError, match="did you mean 'groq'"):
+        await service.complete(HELLO, "x", service=wrong)
+    with pytest.raises(APIKeyError, match="did you mean 'groq'"):
+        await service.complete(HELLO, "groq/x", wrong)
+
+
+async def test_a_service_that_is_nearly_right(service: LLMInfraService) -> None:
+    """Ours and LiteLLM's names are known alike."""
+    with pytest.raises(InvalidRequestError, match="did you mean 'openai'"):
+        await service.complete(HELLO, "gpt-4o", service="opnai")
+    with pytest.raises(InvalidRequestError, match="did you mean 'google'"):
+        await service.complete(HELLO, "gemini-2.5-flash", service="gogle")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("claude-code", "a program that runs on this machine"),
+        ("watsonx", "exchanges the key for a token"),
+        ("github_copilot", "OAuth"),
+        ("replicate", "a client of its own"),
+    ],
+)
+async def test_refused_before_a_key_is_looked_up(name: str, reason: str) -> None:
+    """By its name as a prefix and as a service, with the reason."""
+
+    class Keys:
+        def get_api_key(self, api_key_id: str) -> Any:
+            raise AssertionError("a key was looked up")
+
+    async with LLMInfraService(Keys(), settings=Settings()) as service:
+        with pytest.raises(InvalidRequestError, match=reason):
+            await service.complete(HELLO, f"{name}/model", "mine")
+        with pytest.raises(InvalidRequestError, match=reason):
+            await service.complete(HELLO, "model", "mine", service=name)
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [("chatgpt", "openai"), ("gpt", "openai"), ("llama", "ollama")],
+)
+def test_other_names(alias: str, name: str) -> None:
+    """Those of DiPeO are names as a service, a prefix, and in `base_urls`."""
+    assert by_name(alias).name == name
+    row, model = resolve(f"{alias}/some-model")
+    assert (row.name, model) == (name, "some-model")
+    assert row.find_base_url({alias: "http://x"}) == "http://x"
+
+
+def test_every_name_is_that_of_its_key() -> None:
+    """The name of a provider, and of each of its variables, lead to its key."""
+    for name in find_direct():
+        row = by_name(name)
+        assert of_key(name) == row
+        assert of_key(f"{name}-team-a") == row
+        for variable in row.key_variables:
+            owner = of_key(variable)
+            assert owner is not None
+            assert variable in owner.key_variables
+
+
+async def test_a_misspelt_name_in_base_urls(caplog: pytest.LogCaptureFixture) -> None:
+    """It is warned of as soon as LiteLLM's names are known; other names are not."""
+    urls = {
+        "gorq": "http://127.0.0.1:9",
+        "groq": "http://127.0.0.1:9",
+        "nano_gpt": "http://x",
+    }
+    async with LLMInfraService(
+        StaticAPIKeys({}), settings=Settings(base_urls=urls)
+    ) as made:
+        await made.initialize()
+
+    said = [record.getMessage() for record in caplog.records]
+    (line,) = [text for text in said if "base_urls" in text]
+    assert "'gorq'" in line
+    assert "did you mean 'groq'" in line

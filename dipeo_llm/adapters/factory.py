@@ -153,6 +153,7 @@ def _row_of(name: str) -> Provider:
         litellm=name,
         base_url=facts.address,
         base_url_example=EXAMPLES.get(name),
+        path=litellm_providers.PATHS.get(name, ""),
         key_header=facts.key_header,
         needs_key=facts.needs_key,
         key_variables=facts.key_variables,
