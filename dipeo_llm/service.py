@@ -117,7 +117,7 @@ class LLMInfraService:
         May be called twice; opens a service again that was closed.
         """
         self._reopen()
-        await load_litellm()
+        await self._load_litellm()
 
     async def aclose(self) -> None:
         """Close every open client. May be called twice.
@@ -539,8 +539,13 @@ class LLMInfraService:
     async def _place(self, model: str, service: Any) -> tuple[Provider, str]:
         """Find the provider of a model string, and the name without a prefix."""
         if factory.needs_litellm(model, service):
-            await load_litellm()
+            await self._load_litellm()
         return factory.resolve(model, service)
+
+    async def _load_litellm(self) -> None:
+        """Import LiteLLM, which knows whether the settings name its providers rightly."""
+        await load_litellm()
+        factory.check_base_urls(self.settings.base_urls)
 
     async def _find_key(self, api_key_id: str | None, provider: Provider | None) -> Key:
         """Ask the application for the key of a provider, or of the key's own."""

@@ -654,7 +654,7 @@ class BaseLLMAdapter:
             InvalidRequestError: The provider has no list that is known here.
             APIKeyError, LLMServiceError: As the provider answers.
         """
-        listed = self.model_list
+        listed = self.find_model_list(await litellm_import.load_litellm())
         if listed is None or self.endpoint.base_url is None:
             raise InvalidRequestError(
                 f"{self.provider.name} has no list of models that is known here",
@@ -670,6 +670,10 @@ class BaseLLMAdapter:
             found.update(self._read_names(listed, page))
             following = listed.next_page(page)
         return sorted(found)
+
+    def find_model_list(self, litellm: Any) -> ModelList | None:
+        """Return where the models are listed; None where no list is known here."""
+        return self.model_list
 
     def _read_names(self, listed: ModelList, page: Page) -> list[str]:
         rows = page.get(listed.rows)

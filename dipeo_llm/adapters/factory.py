@@ -5,6 +5,7 @@ provider.
 """
 
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,7 +28,7 @@ from dipeo_llm.litellm_import import import_litellm
 from dipeo_llm.litellm_providers import DIFFERS, EXAMPLES, REFUSED, ProviderRow
 from dipeo_llm.litellm_tables import infer_provider
 from dipeo_llm.pool import Pool
-from dipeo_llm.settings import Settings
+from dipeo_llm.settings import Settings, warn_once
 
 ADAPTERS: list[type[BaseLLMAdapter]] = [
     ChatGPTAdapter,
@@ -161,6 +162,24 @@ def _row_of(name: str) -> Provider:
         extra_headers=facts.headers,
         speaks_openai=facts.speaks_openai,
     )
+
+
+def check_base_urls(base_urls: Mapping[str, str]) -> None:
+    """Warn, once per process, of names that look misspelt. Imports LiteLLM."""
+    _check_names(tuple(str(getattr(n, "value", n)).lower() for n in base_urls))
+
+
+@lru_cache(maxsize=64)
+def _check_names(names: tuple[str, ...]) -> None:
+    litellm = import_litellm()
+    known = {*_BY_NAME, *litellm_providers.all_names(litellm)}
+    plain = {name.replace("-", "_") for name in known}
+    for name in names:
+        close = litellm_providers.suggest(litellm, name, _BY_NAME)
+        if name.replace("-", "_") not in plain and close:
+            warn_once(
+                f"base_urls has an unknown provider {name!r}; did you mean {close[0]!r}?"
+            )
 
 
 def is_local(base_url: str) -> bool:

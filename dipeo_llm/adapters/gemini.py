@@ -78,6 +78,7 @@ VERTEX = Provider(
     litellm="vertex_ai",
     aliases=("vertex_ai", "vertexai", "vertex_ai_beta"),
     base_url_example=EXAMPLES["vertex_ai"],
+    client=None,  # LiteLLM signs in at Google with a client of its own
     media=replace(_MEDIA),
 )
 

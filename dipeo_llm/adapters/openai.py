@@ -7,10 +7,12 @@ request must go there.
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from hashlib import blake2b
 from typing import Any
 from urllib.parse import urlsplit
 
+from dipeo_llm.adapters.attempt import Attempt
 from dipeo_llm.adapters.base import BaseLLMAdapter
 from dipeo_llm.adapters.events import StreamReader
 from dipeo_llm.adapters.provider import ModelList, Probe, Provider
@@ -45,7 +47,7 @@ from dipeo_llm.domain import (
     WebSearchResult,
 )
 from dipeo_llm.errors import InvalidRequestError
-from dipeo_llm.litellm_providers import describe, translate_openai
+from dipeo_llm.litellm_providers import describe, path_below, translate_openai
 from dipeo_llm.litellm_tables import model_info
 from dipeo_llm.media import PDF, PICTURES, MediaRules
 
@@ -317,6 +319,24 @@ class ChatGPTAdapter(BaseLLMAdapter):
         if stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         return Outgoing("/chat/completions", JSON_HEADERS, body)
+
+    def find_model_list(self, litellm: Any) -> ModelList:
+        """Return the list beside the chat's path, which is not the base URL's for all."""
+        if self.provider is OPENAI:
+            return self.model_list
+        facts = describe(litellm, self.provider.litellm)
+        chat = path_below(litellm, facts, "", self.endpoint.base_url or "")
+        beside = chat.rstrip("/").removesuffix("/chat/completions")
+        return replace(self.model_list, path=f"{beside}{self.model_list.path}")
+
+    def _check_object(self, attempt: Attempt) -> Mapping[str, Any]:
+        """Return the JSON of an answer; Together's list of models is a bare array.
+
+        Source: https://docs.together.ai/reference/models-1 (2026-11-25).
+        """
+        if attempt.body.lstrip().startswith(b"["):
+            attempt.body = bytearray(b'{"data":%b}' % attempt.body)
+        return super()._check_object(attempt)
 
     def has_answer(self, body: Mapping[str, Any]) -> bool:
         """Say whether each choice has a message, or was filtered whole by Azure."""
