@@ -2,6 +2,7 @@
 
 Generated over LiteLLM's own list, so that a provider that it adds is tried by the next
 run. A proxy on loopback plays all hosts; nothing else of the network can be reached.
+`python -m tests.test_direct_providers` writes the list in docs/providers.md.
 """
 
 import asyncio
@@ -9,6 +10,7 @@ import contextlib
 import itertools
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -31,7 +33,7 @@ from dipeo_llm import (
     ToolType,
 )
 from dipeo_llm import litellm_providers as providers
-from dipeo_llm.adapters.factory import by_name, of_key, resolve
+from dipeo_llm.adapters.factory import by_name, list_providers, of_key, resolve
 from dipeo_llm.adapters.openai import ChatGPTAdapter
 from dipeo_llm.adapters.provider import Provider
 from dipeo_llm.litellm_import import import_litellm
@@ -39,6 +41,8 @@ from dipeo_llm.testing import block_network
 from tests.conftest import HELLO
 from tests.provider_world import CALL, TEXT, USAGE, Reply, World
 
+FAILS: Mapping[str, str] = {}
+"""Direct providers that fail in these tests, and why; docs/providers.md lists them."""
 KEY = "sk-test-of-the-world"
 MODEL = "user.app.model"  # clarifai wants three parts
 MODELS = {"databricks": "model"}  # three parts are a model of its gateway
@@ -241,7 +245,8 @@ async def test_a_model_string_and_a_variable_are_enough(
         odd = check_requests(world, name, row, base_url)
         if found or odd:
             wrong[name] = (found, odd)
-    assert wrong == {}
+    assert {name: why for name, why in wrong.items() if name not in FAILS} == {}
+    assert FAILS.keys() <= wrong.keys(), "takes no part in the list any more"
     assert tried >= 80
 
 
@@ -1076,3 +1081,93 @@ async def test_a_misspelt_name_in_base_urls(caplog: pytest.LogCaptureFixture) ->
     (line,) = [text for text in said if "base_urls" in text]
     assert "'gorq'" in line
     assert "did you mean 'groq'" in line
+
+
+# The page.
+
+PAGE = Path(__file__).parent.parent / "docs" / "providers.md"
+BEGIN, END = "<!-- written by tests.test_direct_providers -->", "<!-- end -->"
+
+
+def count_providers() -> dict[str, int]:
+    """Count LiteLLM's chat providers by how they are reached."""
+    rows = {row.prefix: row for row in list_providers()}
+    direct = [row for row in rows.values() if row.engine == "direct"]
+    through = [row for row in rows.values() if row.engine == "litellm"]
+    reached = [*direct, *through]
+    alone = [
+        row
+        for row in reached
+        if (row.address and row.key_variables)
+        or (row.address and not by_name(row.prefix).needs_key)
+    ]
+    return {
+        "all": len(rows),
+        "direct": len(direct),
+        "litellm": len(through),
+        "refused": len(rows) - len(reached),
+        "alone": len(alone),
+        "alone, direct": len([row for row in alone if row.engine == "direct"]),
+    }
+
+
+def page() -> str:
+    """Return what is generated: how many, which, and what differs."""
+    counts = count_providers()
+    rows = list_providers()
+    failing = [f"- `{name}`: {why}" for name, why in FAILS.items()] or ["None."]
+    differing = [
+        f"- `{name}`: {how}" for name, how in sorted(providers.DIFFERS.items())
+    ]
+    return "\n".join(
+        [
+            f"LiteLLM {version('litellm')} has {counts['all']} providers of chat:",
+            "",
+            "| how | providers |",
+            "| --- | --- |",
+            f"| called directly | {counts['direct']} |",
+            f"| called through `litellm.acompletion` | {counts['litellm']} |",
+            f"| refused, with the reason below | {counts['refused']} |",
+            "| reached by the model string and the key's variable alone |"
+            f" {counts['alone']}, {counts['alone, direct']} of them directly |",
+            "",
+            "Direct providers that failed when they were tried:",
+            "",
+            *failing,
+            "",
+            "Requests that differ from those of `acompletion`:",
+            "",
+            *differing,
+            "",
+            providers.providers_table(rows).rstrip(),
+        ]
+    )
+
+
+def test_the_counts() -> None:
+    """At least a hundred are reached by their name and key, eighty of them directly."""
+    counts = count_providers()
+
+    assert counts["alone"] >= 100
+    assert counts["alone, direct"] >= 80
+    assert counts["all"] == counts["direct"] + counts["litellm"] + counts["refused"]
+
+
+def test_the_page_is_written() -> None:
+    """What a user reads is what this LiteLLM knows."""
+    published = PAGE.read_text("utf-8").partition(BEGIN)[2].partition(END)[0].strip()
+    if f"LiteLLM {version('litellm')} has" not in published:
+        pytest.skip("the page was written with another LiteLLM")
+
+    assert published == page(), "write it anew: python -m tests.test_direct_providers"
+
+
+def main() -> None:
+    """Write the generated part of the page."""
+    before, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    PAGE.write_text(f"{before}{BEGIN}\n{page()}\n{END}{after}", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -340,7 +340,8 @@ class ChatGPTAdapter(BaseLLMAdapter):
 
         Source: https://docs.together.ai/reference/models-1 (2026-11-25).
         """
-        if attempt.body.lstrip().startswith(b"["):
+        is_bare = attempt.body.lstrip().startswith(b"[")
+        if is_bare and self.provider.name == "together_ai":
             attempt.body = bytearray(b'{"data":%b}' % attempt.body)
         return super()._check_object(attempt)
 
