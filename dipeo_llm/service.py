@@ -445,9 +445,10 @@ class LLMInfraService:
         first time, in a thread.
         """
         try:
-            return (await self._place(model, None))[0].name
+            placed = await self._place(model, None)
         except InvalidRequestError:
             return None
+        return placed[0].name if placed else None
 
     def _reopen(self) -> None:
         if self._closed:
@@ -534,15 +535,22 @@ class LLMInfraService:
 
     async def _find_adapter(self, call: _Call) -> BaseLLMAdapter:
         """Place the model, find the key, and make the adapter."""
-        provider, name = await self._place(call.model, call.service)
+        placed = await self._place(call.model, call.service)
+        if placed is None and call.api_key_id:
+            key = await self._find_key(call.api_key_id, None)
+            if key.service:
+                placed = factory.find_by_key(call.model, key.service)
+        if placed is None:
+            raise factory.unknown_model(call.model)
+        provider, name = placed
         key = await self._find_key(call.api_key_id, provider)
         return self._make_adapter(provider, name, key)
 
-    async def _place(self, model: str, service: Any) -> tuple[Provider, str]:
+    async def _place(self, model: str, service: Any) -> tuple[Provider, str] | None:
         """Find the provider of a model string, and the name without a prefix."""
         if factory.needs_litellm(model, service):
             await self._load_litellm()
-        return factory.resolve(model, service)
+        return factory.find(model, service)
 
     async def _load_litellm(self) -> None:
         """Import LiteLLM, which knows whether the settings name its providers rightly."""

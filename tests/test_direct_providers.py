@@ -8,7 +8,10 @@ run. A proxy on loopback plays all hosts; nothing else of the network can be rea
 import asyncio
 import contextlib
 import itertools
+import json
 import os
+import struct
+import zlib
 from collections.abc import AsyncIterator, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -814,6 +817,53 @@ CONVERSE = {
 CLAUDE = "anthropic.claude-3-5-sonnet-20240620-v1:0"
 
 
+def frame(kind: str, payload: Mapping[str, Any]) -> bytes:
+    """Return an event of Bedrock's stream.
+
+    Source: https://smithy.io/2.0/aws/amazon-eventstream.html (2026-11-25).
+    """
+    head = b"".join(
+        bytes([len(name)]) + name + b"\x07" + struct.pack(">H", len(value)) + value
+        for name, value in (
+            (b":event-type", kind.encode()),
+            (b":content-type", b"application/json"),
+            (b":message-type", b"event"),
+        )
+    )
+    body = json.dumps(payload).encode()
+    prelude = struct.pack(">II", 16 + len(head) + len(body), len(head))
+    start = prelude + struct.pack(">I", zlib.crc32(prelude)) + head + body
+    return start + struct.pack(">I", zlib.crc32(start))
+
+
+async def test_bedrock_as_a_stream(
+    cloud: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Converse's stream has events of its own."""
+    pytest.importorskip("botocore")
+    monkeypatch.setenv("AWS_REGION", "eu-central-1")
+    monkeypatch.setenv("AWS_BEARER_TOKEN_BEDROCK", KEY)
+    events = [
+        ("messageStart", {"role": "assistant"}),
+        ("contentBlockDelta", {"delta": {"text": TEXT}, "contentBlockIndex": 0}),
+        ("contentBlockStop", {"contentBlockIndex": 0}),
+        ("messageStop", {"stopReason": "end_turn"}),
+        ("metadata", {"usage": CONVERSE["usage"], "metrics": {"latencyMs": 1}}),
+    ]
+    stream = b"".join(frame(kind, payload) for kind, payload in events)
+    kind = {"content-type": "application/vnd.amazon.eventstream"}
+    cloud.reply = Reply(headers=kind, body=stream)
+    async with open_cloud(cloud, EnvironmentAPIKeys()) as service:
+        result = await ask(service, f"bedrock/{CLAUDE}", "stream")
+
+    assert (result.text, result.finish_reason) == (TEXT, "stop")
+    assert result.token_usage.total == 17
+    (request,) = cloud.requests
+    assert request.host == "bedrock-runtime.eu-central-1.amazonaws.com"
+    assert unquote(request.path) == f"/model/{CLAUDE}/converse-stream"
+    assert request.headers["authorization"] == f"Bearer {KEY}"
+
+
 async def test_bedrock_with_a_key(
     cloud: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1051,6 +1101,30 @@ def test_other_names(alias: str, name: str) -> None:
     row, model = resolve(f"{alias}/some-model")
     assert (row.name, model) == (name, "some-model")
     assert row.find_base_url({alias: "http://x"}) == "http://x"
+
+
+async def test_a_keys_service_places_a_model(world: World) -> None:
+    """A name that nothing else places belongs to the provider of the key's record."""
+    keys = StaticAPIKeys(
+        {
+            "work": {"key": KEY, "service": "groq"},
+            "home": {"key": KEY, "service": "openai"},
+            "odd": {"key": KEY, "service": "gorq"},
+        }
+    )
+    async with open_cloud(world, keys) as opened:
+        result = await opened.complete(HELLO, "llama-3.3-70b-versatile", "work")
+        with pytest.raises(InvalidRequestError, match="no provider is known"):
+            await opened.complete(HELLO, "llama-3.3-70b-versatile", "home")
+        with pytest.raises(InvalidRequestError, match="did you mean 'groq'"):
+            await opened.complete(HELLO, "llama-3.3-70b-versatile", "odd")
+        with pytest.raises(APIKeyError, match="belongs to groq"):
+            await opened.complete(HELLO, "gpt-4.1-nano", "work")
+
+    assert result.service == "groq"
+    (request,) = world.requests
+    assert request.host == "api.groq.com"
+    assert request.body["model"] == "llama-3.3-70b-versatile"
 
 
 def test_every_name_is_that_of_its_key() -> None:

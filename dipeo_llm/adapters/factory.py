@@ -262,6 +262,18 @@ def resolve(model: str, service: Any = None) -> tuple[Provider, str]:
     Raises:
         InvalidRequestError: The name is empty, or no provider is known for it.
     """
+    found = find(model, service)
+    if found is None:
+        raise unknown_model(model)
+    return found
+
+
+def find(model: str, service: Any = None) -> tuple[Provider, str] | None:
+    """Do as `resolve`, and return None where no provider is known for the name.
+
+    Raises:
+        InvalidRequestError: As `resolve`, for anything else.
+    """
     name = str(model or "").strip()
     if not name:
         raise InvalidRequestError(f"{model!r} is not the name of a model")
@@ -270,11 +282,20 @@ def resolve(model: str, service: Any = None) -> tuple[Provider, str]:
         raise InvalidRequestError(f"{model!r} has a provider but no model")
     if service is not None and service != "":
         provider = by_name(service)
-        return provider, rest if rest and prefix.lower() in provider.names else name
-    found = _resolve_by_rows(name) or _resolve_by_litellm(name)
-    if found is None:
-        raise unknown_model(model)
-    return found
+        is_prefix = bool(rest) and prefix.lower() in provider.names
+        return provider, _bare(provider, rest if is_prefix else name)
+    return _resolve_by_rows(name) or _resolve_by_litellm(name)
+
+
+def find_by_key(model: str, service: str) -> tuple[Provider, str] | None:
+    """Place a name that nothing else places, by the service of the key's record.
+
+    None for OpenAI, Anthropic, Google, Ollama and Bedrock, whose models are known by
+    their names: a name that is none of those would be a guess. Imports LiteLLM.
+    """
+    row = by_name(service)
+    has_names = any(row is adapter.rows[0] for adapter in ADAPTERS)
+    return None if has_names else find(model, service)
 
 
 def _resolve_by_rows(name: str) -> tuple[Provider, str] | None:
@@ -282,11 +303,16 @@ def _resolve_by_rows(name: str) -> tuple[Provider, str] | None:
     if slash and rest:
         row = _BY_NAME.get(prefix.lower())
         if row is not None:
-            return row, rest
+            return row, _bare(row, rest)
     for row in PROVIDERS:
         if row.claims.fullmatch(name):
-            return row, name.removeprefix("models/")
+            return row, _bare(row, name)
     return None
+
+
+def _bare(row: Provider, name: str) -> str:
+    """Return a name without "models/", with which Google's list writes its own."""
+    return name.removeprefix("models/") if row.claims.fullmatch(name) else name
 
 
 def _resolve_by_litellm(name: str) -> tuple[Provider, str] | None:
