@@ -59,46 +59,56 @@ async def find_key(
         APIKeyNotFoundError: There is no id, or the key is empty, and one is needed.
         APIKeyError: The id is unknown, or the key belongs to another provider.
     """
-    if not api_key_id:
-        if not needs_key and (service is None or by_name(service).needs_key):
-            return NO_KEY  # the environment's key is for the provider's own servers
-        if service is None or not isinstance(port, EnvironmentAPIKeys):
-            if not needs_key:
-                return NO_KEY
-            raise APIKeyNotFoundError(
-                f"{service or 'this call'} needs a key; pass its api_key_id",
-                service=service,
-            )
-        api_key_id = service
-    is_shared = False
-    if isinstance(port, EnvironmentAPIKeys):
-        if own_of_key(api_key_id) is None:
-            await load_litellm()  # it knows the other providers' variables
-        # Some variables are those of two providers, such as DASHSCOPE_API_KEY.
-        is_shared = service is not None and (
-            api_key_id.strip().upper() in by_name(service).key_variables
-        )
+    given = api_key_id or _usual_id(port, service, needs_key=needs_key)
+    if given is None:
+        return NO_KEY
+    if isinstance(port, EnvironmentAPIKeys) and own_of_key(given) is None:
+        await load_litellm()  # it knows the other providers' variables
     try:
-        key = await _read(port, api_key_id)
+        key = await _read(port, given)
     except Exception as exc:
         is_missing = isinstance(exc, APIKeyError) or _is_key_error(exc)
         if is_missing and service is not None and not by_name(service).needs_key:
             return NO_KEY
         raise
+    belongs_to = owner(key.service) if key.service else None
     # A base URL of its own says where the key may go, whatever the service is called.
-    if service and key.service and not key.base_url and not is_shared:
-        belongs_to = owner(key.service)
-        if belongs_to != service:
-            if not needs_key:
-                return NO_KEY
-            raise APIKeyError(
-                f"key {api_key_id!r} belongs to {belongs_to} and was not sent to"
-                f" {service}",
-                service=service,
-            )
+    is_for_all = key.base_url is not None or _is_shared(port, given, service)
+    if service and belongs_to and belongs_to != service and not is_for_all:
+        if not needs_key:
+            return NO_KEY
+        raise APIKeyError(
+            f"key {given!r} belongs to {belongs_to} and was not sent to {service}",
+            service=service,
+        )
     needs_key = needs_key and not (key.base_url and is_local(key.base_url))
-    _check(key, api_key_id, service, needs_key=needs_key)
+    _check(key, given, service, needs_key=needs_key)
     return key
+
+
+def _usual_id(port: APIKeyPort, service: str | None, *, needs_key: bool) -> str | None:
+    """Return the id of the environment's key for a provider; None for no key.
+
+    Raises:
+        APIKeyNotFoundError: A key is needed, and the application must say which.
+    """
+    is_own = service is not None and (needs_key or not by_name(service).needs_key)
+    if is_own and isinstance(port, EnvironmentAPIKeys):
+        return service
+    if needs_key:
+        raise APIKeyNotFoundError(
+            f"{service or 'this call'} needs a key; pass its api_key_id",
+            service=service,
+        )
+    return None
+
+
+def _is_shared(port: APIKeyPort, api_key_id: str, service: str | None) -> bool:
+    """Say whether a variable is this provider's as well, as DASHSCOPE_API_KEY may be."""
+    is_environment = isinstance(port, EnvironmentAPIKeys) and service is not None
+    return is_environment and (
+        api_key_id.strip().upper() in by_name(service).key_variables
+    )
 
 
 def _check(key: Key, api_key_id: str, service: str | None, *, needs_key: bool) -> None:

@@ -110,8 +110,9 @@ class World:
                 length = int(headers.get("content-length", 0))
                 body = json.loads(await reader.readexactly(length) or b"null")
                 self.requests.append(Request(host, method, target, headers, body))
-                is_stream = "alt=sse" in target or (body or {}).get("stream")
-                writer.write(self._answer(body or {}, is_stream))
+                asked = body or {}
+                is_stream = "alt=sse" in target or bool(asked.get("stream"))
+                writer.write(self._answer(asked, is_stream))
                 await writer.drain()
                 if self.reply.cuts:
                     break

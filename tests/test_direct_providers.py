@@ -555,13 +555,7 @@ async def test_openrouters_fields(
         "reasoning_details": details,
         "annotations": [cited],
     }
-    usage = {
-        "prompt_tokens": 12,
-        "completion_tokens": 5,
-        "total_tokens": 17,
-        "cost": 0.0125,
-    }
-    usage["cost_details"] = {"upstream_inference_cost": None}
+    usage = {**USAGE, "cost": 0.0125, "cost_details": {"upstream_inference_cost": None}}
     world.reply = Reply(message=message, more={"usage": usage})
 
     result = await ask(service, "openrouter/openai/gpt-4o", how)
@@ -668,7 +662,11 @@ async def cloud(tmp_path: Path) -> AsyncIterator[World]:
 
 def open_cloud(world: World, keys: Any, **settings: Any) -> LLMInfraService:
     """Make a service that goes through the proxy."""
-    usual = {"max_retries": 0, "proxy": world.origin, "ca_bundle": world.ca_bundle}
+    usual: dict[str, Any] = {
+        "max_retries": 0,
+        "proxy": world.origin,
+        "ca_bundle": world.ca_bundle,
+    }
     return LLMInfraService(keys, settings=Settings(**usual | settings))
 
 
@@ -843,7 +841,7 @@ async def test_bedrock_as_a_stream(
     pytest.importorskip("botocore")
     monkeypatch.setenv("AWS_REGION", "eu-central-1")
     monkeypatch.setenv("AWS_BEARER_TOKEN_BEDROCK", KEY)
-    events = [
+    events: list[tuple[str, dict[str, Any]]] = [
         ("messageStart", {"role": "assistant"}),
         ("contentBlockDelta", {"delta": {"text": TEXT}, "contentBlockIndex": 0}),
         ("contentBlockStop", {"contentBlockIndex": 0}),
@@ -872,7 +870,7 @@ async def test_bedrock_with_a_key(
     monkeypatch.setenv("AWS_BEARER_TOKEN_BEDROCK", KEY)
     cloud.reply = Reply(body=CONVERSE)
     async with open_cloud(cloud, EnvironmentAPIKeys()) as service:
-        result = await service.complete(HELLO, f"bedrock/{CLAUDE}")
+        result = await ask(service, f"bedrock/{CLAUDE}", "call")
 
     assert (result.text, result.service) == (TEXT, "bedrock")
     assert result.token_usage.total == 17
@@ -1042,8 +1040,8 @@ async def test_the_table_knows_models_of_other_providers(
     known = service.capabilities(model)
 
     assert (known.service, known.tools) == ("groq", True)
-    assert known.context_window and known.context_window > 1000
-    assert known.input_usd_per_million and known.input_usd_per_million > 0
+    assert (known.context_window or 0) > 1000
+    assert (known.input_usd_per_million or 0) > 0
 
 
 # Names.
@@ -1189,6 +1187,7 @@ def page() -> str:
     """Return what is generated: how many, which, and what differs."""
     counts = count_providers()
     rows = list_providers()
+    alone = f"{counts['alone']}, {counts['alone, direct']} of them directly"
     failing = [f"- `{name}`: {why}" for name, why in FAILS.items()] or ["None."]
     differing = [
         f"- `{name}`: {how}" for name, how in sorted(providers.DIFFERS.items())
@@ -1202,8 +1201,7 @@ def page() -> str:
             f"| called directly | {counts['direct']} |",
             f"| called through `litellm.acompletion` | {counts['litellm']} |",
             f"| refused, with the reason below | {counts['refused']} |",
-            "| reached by the model string and the key's variable alone |"
-            f" {counts['alone']}, {counts['alone, direct']} of them directly |",
+            f"| reached by the model string and the key's variable alone | {alone} |",
             "",
             "Direct providers that failed when they were tried:",
             "",

@@ -342,7 +342,7 @@ class ChatGPTAdapter(BaseLLMAdapter):
         """
         is_bare = attempt.body.lstrip().startswith(b"[")
         if is_bare and self.provider.name == "together_ai":
-            attempt.body = bytearray(b'{"data":%b}' % attempt.body)
+            attempt.body = bytearray(b'{"data":%b}' % bytes(attempt.body))
         return super()._check_object(attempt)
 
     def has_answer(self, body: Mapping[str, Any]) -> bool:
@@ -404,7 +404,7 @@ def read_chat_completion(body: Mapping[str, Any]) -> Reading:
     messages = [choice.get("message") or {} for choice in choices]
     first = messages[0] if messages else {}
     texts = [_join_text(message.get("content")) for message in messages]
-    finish = choices[0].get("finish_reason") if choices else None
+    finish: Any = choices[0].get("finish_reason") if choices else None
     calls = first.get("tool_calls") or ()
     if not calls and first.get("function_call"):  # the form that `tool_calls` replaced
         calls = [{"function": first["function_call"]}]
