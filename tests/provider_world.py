@@ -11,7 +11,7 @@ import ssl
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import trustme
 
@@ -62,6 +62,9 @@ class World:
         hosts: The names that the servers have.
     """
 
+    ports: ClassVar[set[int]] = set()
+    """Where one has listened."""
+
     def __init__(self, folder: Path, hosts: Iterable[str] = ()) -> None:
         self.requests: list[Request] = []
         self.reply = Reply()
@@ -81,6 +84,7 @@ class World:
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.ports.add(self._server.sockets[0].getsockname()[1])
         return self
 
     async def __aexit__(self, *exc: object) -> None:

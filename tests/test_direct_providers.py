@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import os
+import socket
 import struct
 import zlib
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -41,6 +42,7 @@ from dipeo_llm.adapters.openai import ChatGPTAdapter
 from dipeo_llm.adapters.provider import Provider
 from dipeo_llm.litellm_import import import_litellm
 from dipeo_llm.testing import block_network
+from dipeo_llm.testing.network_guard import replaced
 from tests.conftest import HELLO
 from tests.provider_world import CALL, TEXT, USAGE, Reply, World
 
@@ -91,15 +93,25 @@ def path_of(name: str, base_url: str) -> str:
 
 @pytest.fixture(autouse=True)
 def sealed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Take every key away, and close the network."""
+    """Take every key away, and let nothing but the world be reached."""
     litellm = import_litellm()
     for name in providers.chat_providers(litellm):
         for variable in providers.describe(litellm, name).key_variables:
             monkeypatch.delenv(variable, raising=False)
     for variable in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(variable)
+    ports = set()
     with block_network():
-        yield
+        connect = socket.socket.connect
+
+        def note(self: socket.socket, address: Any) -> None:
+            ports.add(address[1])
+            connect(self, address)
+
+        with replaced([(socket.socket, "connect", note)]):
+            yield
+    # LiteLLM asks a server on this machine about its models, for some providers.
+    assert ports <= World.ports
 
 
 @pytest.fixture

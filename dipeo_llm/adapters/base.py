@@ -653,7 +653,7 @@ class BaseLLMAdapter:
             InvalidRequestError: The provider has no list that is known here.
             APIKeyError, LLMServiceError: As the provider answers.
         """
-        listed = self.find_model_list(await litellm_import.load_litellm())
+        listed = await self.find_model_list()
         if listed is None or self.endpoint.base_url is None:
             raise InvalidRequestError(
                 f"{self.provider.name} has no list of models that is known here",
@@ -670,7 +670,7 @@ class BaseLLMAdapter:
             following = listed.next_page(page)
         return sorted(found)
 
-    def find_model_list(self, litellm: Any) -> ModelList | None:
+    async def find_model_list(self) -> ModelList | None:
         """Return where the models are listed; None where no list is known here."""
         return self.model_list
 

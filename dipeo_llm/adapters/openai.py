@@ -47,6 +47,7 @@ from dipeo_llm.domain import (
     WebSearchResult,
 )
 from dipeo_llm.errors import InvalidRequestError
+from dipeo_llm.litellm_import import load_litellm
 from dipeo_llm.litellm_providers import describe, path_below, translate_openai
 from dipeo_llm.litellm_tables import model_info
 from dipeo_llm.media import PDF, PICTURES, MediaRules
@@ -327,10 +328,11 @@ class ChatGPTAdapter(BaseLLMAdapter):
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         return Outgoing("/chat/completions", JSON_HEADERS, body)
 
-    def find_model_list(self, litellm: Any) -> ModelList:
+    async def find_model_list(self) -> ModelList:
         """Return the list beside the chat's path, which is not the base URL's for all."""
         if self.provider is OPENAI:
             return self.model_list
+        litellm = await load_litellm()
         facts = describe(litellm, self.provider.litellm)
         chat = path_below(litellm, facts, "", self.endpoint.base_url or "")
         beside = chat.rstrip("/").removesuffix("/chat/completions")
