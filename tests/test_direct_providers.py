@@ -936,6 +936,23 @@ async def test_aws_signs(
     assert "secret-of-the-test" not in str(request.headers)
 
 
+async def test_no_variable_and_no_model_leads_bedrock_elsewhere(
+    cloud: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LiteLLM would follow both; the key stays with the host of the region."""
+    monkeypatch.setenv("AWS_REGION", "eu-central-1")
+    monkeypatch.setenv("AWS_BEARER_TOKEN_BEDROCK", KEY)
+    monkeypatch.setenv("AWS_BEDROCK_RUNTIME_ENDPOINT", "https://elsewhere.example")
+    cloud.reply = Reply(body=CONVERSE)
+    async with open_cloud(cloud, EnvironmentAPIKeys()) as service:
+        await service.complete(HELLO, f"bedrock/{CLAUDE}")
+        with contextlib.suppress(DiPeOLLMError):
+            await service.complete(HELLO, f"bedrock/us-west-2/{CLAUDE}")
+
+    hosts = {request.host for request in cloud.requests}
+    assert hosts == {"bedrock-runtime.eu-central-1.amazonaws.com"}
+
+
 @pytest.mark.parametrize("name", ["bedrock", "sagemaker_chat", "sagemaker_nova"])
 async def test_aws_without_a_region_or_credentials(
     monkeypatch: pytest.MonkeyPatch, name: str

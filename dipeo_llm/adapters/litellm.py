@@ -52,6 +52,11 @@ _OF_AWS = {
 _REGIONS = ("AWS_REGION_NAME", "AWS_REGION", "AWS_DEFAULT_REGION")
 _CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
+
+def _find_region() -> str | None:
+    return next((os.environ[r] for r in _REGIONS if os.environ.get(r)), None)
+
+
 # Nobody here knows whether such a provider has the name in the URL's path.
 _NOT_IN_A_PATH = re.compile(r"[?#%\\\s]|(^|/)\.\.?(/|$)")
 
@@ -73,11 +78,12 @@ class LiteLLMAdapter(BaseLLMAdapter):
         host = _OF_AWS.get(self.provider.name)
         if host is None or given or self.provider.name in self.settings.base_urls:
             return super()._find_base_url(given)
-        region = next((os.environ[r] for r in _REGIONS if os.environ.get(r)), None)
+        region = _find_region()
         if region is None:
             # LiteLLM would take us-west-2.
             raise self.invalid(f"{self.provider.name} needs a region: set AWS_REGION")
-        return super()._find_base_url(f"https://{host}.{region}.amazonaws.com")
+        domain = "amazonaws.com.cn" if region.startswith("cn-") else "amazonaws.com"
+        return super()._find_base_url(f"https://{host}.{region}.{domain}")
 
     def _check_key(
         self, api_key: str | SecretStr | None, base_url: str | None
@@ -252,6 +258,11 @@ class LiteLLMAdapter(BaseLLMAdapter):
             arguments["api_key"] = PLACEHOLDER
         if self.endpoint.base_url is not None:
             arguments["api_base"] = self.endpoint.base_url
+        if row is BEDROCK:
+            # LiteLLM would send to AWS_BEDROCK_RUNTIME_ENDPOINT in spite of `api_base`.
+            arguments["aws_bedrock_runtime_endpoint"] = self.endpoint.base_url
+        if row.name in _OF_AWS and (region := _find_region()):
+            arguments["aws_region_name"] = region
         if attempt.is_stream:
             arguments |= {"stream": True, "stream_options": {"include_usage": True}}
         return arguments
