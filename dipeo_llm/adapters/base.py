@@ -889,12 +889,10 @@ class BaseLLMAdapter:
             service=self.provider.name,
         )
 
-    def _find_base_url(self, given: str | None) -> str | None:
+    def _find_base_url(self, given: str | None) -> str:
         row = self.provider
         url = given or row.find_base_url(self.settings.base_urls) or row.base_url
         if url is None:
-            if row.derives_address:
-                return None
             # LiteLLM would take it from the environment, and the key would go there.
             example = row.base_url_example
             raise InvalidRequestError(

@@ -35,7 +35,6 @@ BEDROCK = Provider(
     name="bedrock",
     litellm="bedrock",
     aliases=("aws",),
-    derives_address=True,
     needs_key=False,
     key_variables=("AWS_BEARER_TOKEN_BEDROCK",),
     claims=re.compile(
@@ -73,7 +72,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
         if _NOT_IN_A_PATH.search(self.model_name):
             raise self._invalid_model()
 
-    def _find_base_url(self, given: str | None) -> str | None:
+    def _find_base_url(self, given: str | None) -> str:
         """Return the base URL; AWS's follows from the region."""
         host = _OF_AWS.get(self.provider.name)
         if host is None or given or self.provider.name in self.settings.base_urls:
@@ -256,8 +255,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
         }
         if self.endpoint.secret or row.name not in _OF_AWS:
             arguments["api_key"] = PLACEHOLDER
-        if self.endpoint.base_url is not None:
-            arguments["api_base"] = self.endpoint.base_url
+        arguments["api_base"] = self.endpoint.base_url
         if row is BEDROCK:
             # LiteLLM would send to AWS_BEDROCK_RUNTIME_ENDPOINT in spite of `api_base`.
             arguments["aws_bedrock_runtime_endpoint"] = self.endpoint.base_url
