@@ -87,13 +87,18 @@ class LiteLLMAdapter(BaseLLMAdapter):
     def _check_key(
         self, api_key: str | SecretStr | None, base_url: str | None
     ) -> SecretStr:
-        """Return the key; AWS signs without one, with credentials of the environment."""
+        """Return the key; AWS signs without one, with credentials of the environment.
+
+        Of AWS only Bedrock takes a key.
+        """
         key = super()._check_key(api_key, base_url)
-        is_signed = self.provider.name in _OF_AWS and not key
+        takes_key = self.provider is BEDROCK
+        is_signed = self.provider.name in _OF_AWS and not (takes_key and key)
         if is_signed and not all(os.environ.get(name) for name in _CREDENTIALS):
             # boto would ask an address of the machine's network for some.
+            key_or = "a key, or " if takes_key else ""
             raise APIKeyNotFoundError(
-                f"{self.provider.name} needs a key, or {' and '.join(_CREDENTIALS)}",
+                f"{self.provider.name} needs {key_or}{' and '.join(_CREDENTIALS)}",
                 **self._fields(),
             )
         return key
