@@ -167,7 +167,11 @@ class PersonLLMConfig(BaseModel):
     system_prompt: str | None = None
     """Used if `prompt_file` is None or cannot be read."""
     prompt_file: str | None = None
-    """Path of a text file, relative to the base directory."""
+    """Path of a text file, relative to the base directory; a template if it ends in
+    `.j2`."""
+    prompt_variables: dict[str, Any] | None = None
+    """Values for a template. Unless it is None, the prompt is a template under any file
+    name, and `system_prompt` too."""
     temperature: _Temperature | None = None
     """The person's default, like the two below; an option of the call wins."""
     max_tokens: _Count | None = None
