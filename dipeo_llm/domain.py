@@ -752,6 +752,7 @@ class Person(BaseModel):
         llm_service: "LLMServicePort",
         from_person_id: str = "system",
         *,
+        variables: Mapping[str, Any] | None = None,
         service: ServiceName | None = None,
         response_format: ResponseFormat[T] | None = None,
         tools: None = None,
@@ -764,6 +765,7 @@ class Person(BaseModel):
         llm_service: "LLMServicePort",
         from_person_id: str = "system",
         *,
+        variables: Mapping[str, Any] | None = None,
         service: ServiceName | None = None,
         response_format: ResponseFormat[T] | None = None,
         tools: Sequence[Tool] | None,
@@ -782,7 +784,7 @@ class Person(BaseModel):
             prompt: The message to this person.
             llm_service: The service that makes the call.
             from_person_id: The speaker: another person's id, or "system".
-            **options: As for `LLMServicePort.complete_with_person`.
+            **options: As for `LLMServicePort.complete_with_person`; `variables` too.
 
         Raises:
             ValueError: This person has no `llm_config`.

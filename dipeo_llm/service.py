@@ -199,6 +199,7 @@ class LLMInfraService:
         person_id: Any,
         llm_config: Any,
         *,
+        variables: Mapping[str, Any] | None = None,
         service: ServiceName | None = None,
         response_format: ResponseFormat[T] | None = None,
         tools: None = None,
@@ -211,6 +212,7 @@ class LLMInfraService:
         person_id: Any,
         llm_config: Any,
         *,
+        variables: Mapping[str, Any] | None = None,
         service: ServiceName | None = None,
         response_format: ResponseFormat[T] | None = None,
         tools: Sequence[Tool] | None,
@@ -221,6 +223,8 @@ class LLMInfraService:
         person_messages: Sequence[Any],
         person_id: Any,
         llm_config: Any,
+        *,
+        variables: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> ChatResult[Any]:
         """Answer a conversation as one of its persons.
@@ -229,16 +233,20 @@ class LLMInfraService:
             person_messages: Objects with the attributes of `Message`, oldest first.
             person_id: Who answers; its own messages become the assistant's.
             llm_config: An object with the attributes of `PersonLLMConfig`.
+            variables: Values for a prompt template, beside the configuration's
+                `prompt_variables`; with either, the person's prompt is a template.
             **options: As for `complete`; a `service` wins over the configuration's.
 
         Raises:
             DiPeOLLMError, TypeError, RuntimeError: As `complete`.
 
-        A prompt file is read in a thread. Cancelling is as for `complete`.
+        A prompt file is read, and a template rendered, in a thread. Cancelling is as for `complete`.
         """
         call = self._check_person_call(options, llm_config)
         async with Deadline(call.request.deadline) as deadline:
-            call = await self._compose(call, person_messages, person_id, llm_config)
+            call = await self._compose(
+                call, person_messages, person_id, llm_config, variables
+            )
             result = await self._answer(call, deadline)
         return _finish(call.request, result, deadline)
 
@@ -306,6 +314,7 @@ class LLMInfraService:
         person_id: Any,
         llm_config: Any,
         *,
+        variables: Mapping[str, Any] | None = None,
         service: ServiceName | None = None,
         response_format: ResponseFormat[T] | None = None,
         tools: None = None,
@@ -318,6 +327,7 @@ class LLMInfraService:
         person_id: Any,
         llm_config: Any,
         *,
+        variables: Mapping[str, Any] | None = None,
         service: ServiceName | None = None,
         response_format: ResponseFormat[T] | None = None,
         tools: Sequence[Tool] | None,
@@ -328,6 +338,8 @@ class LLMInfraService:
         person_messages: Sequence[Any],
         person_id: Any,
         llm_config: Any,
+        *,
+        variables: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> ChatStream[Any]:
         """Answer a conversation as one of its persons, as a stream.
@@ -337,7 +349,12 @@ class LLMInfraService:
         call = self._check_person_call(options, llm_config)
         return ChatStream(
             partial(
-                self._open_with_person, call, person_messages, person_id, llm_config
+                self._open_with_person,
+                call,
+                person_messages,
+                person_id,
+                llm_config,
+                variables,
             ),
             partial(_finish, call.request),
             deadline=call.request.deadline,
@@ -491,13 +508,22 @@ class LLMInfraService:
         return replace(request, response_format=form_of(request.response_format))
 
     async def _compose(
-        self, call: _Call, person_messages: Sequence[Any], person_id: Any, config: Any
+        self,
+        call: _Call,
+        person_messages: Sequence[Any],
+        person_id: Any,
+        config: Any,
+        variables: Mapping[str, Any] | None,
     ) -> _Call:
         """Add the conversation as the person sees it, with the system prompt."""
-        if getattr(config, "prompt_file", None):
-            prompt = await asyncio.to_thread(self._prompts.get_system_prompt, config)
+        find = self._prompts.get_system_prompt
+        # A handler of the application's own may know no variables.
+        given = () if variables is None else (variables,)
+        is_template = given or getattr(config, "prompt_variables", None) is not None
+        if is_template or getattr(config, "prompt_file", None):
+            prompt = await asyncio.to_thread(find, config, *given)
         else:
-            prompt = self._prompts.get_system_prompt(config)
+            prompt = find(config)
         # The adapter translates the role "system": only it knows the provider for
         # certain when the model string decides.
         messages = self._formatter.format_messages_for_llm(
@@ -518,10 +544,13 @@ class LLMInfraService:
         person_messages: Sequence[Any],
         person_id: Any,
         llm_config: Any,
+        variables: Mapping[str, Any] | None,
         deadline: Deadline,
     ) -> Opened:
         """Compose a person's conversation, which may read a file, and open a stream."""
-        call = await self._compose(call, person_messages, person_id, llm_config)
+        call = await self._compose(
+            call, person_messages, person_id, llm_config, variables
+        )
         return await self._open(call, deadline)
 
     async def _open(self, call: _Call, deadline: Deadline) -> Opened:

@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from importlib.metadata import version
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from jinja2 import (
@@ -212,9 +212,21 @@ class _Loader(BaseLoader):
             raise ValueError(f"template {template!r} is refused: {exc}") from None
 
 
+class _Environment(ImmutableSandboxedEnvironment):
+    def join_path(self, template: str, parent: str) -> str:
+        """Return the path of a template from the base folder.
+
+        `./x.j2` lies beside the template that names it, so that a folder of templates
+        can be moved.
+        """
+        if not template.startswith("./"):
+            return template
+        return (PurePosixPath(parent).parent / template).as_posix()
+
+
 def _environment(loader: BaseLoader) -> Environment:
     """Make the environment that all templates of a folder share."""
-    environment = ImmutableSandboxedEnvironment(
+    environment = _Environment(
         loader=loader,
         undefined=StrictUndefined,
         # Escaping is HTML's: a model would read `&#39;`.
