@@ -1,7 +1,6 @@
 """Prompt templates: what they can say, what they cannot reach, and how they fail."""
 
-import asyncio
-import datetime
+import datetime as dt
 import json
 import os
 import re
@@ -43,9 +42,9 @@ def base(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def write(base: Path) -> Callable[[str, str], None]:
+def write(base: Path) -> Callable[[str, str], int]:
     """Write a file below the base directory."""
-    return lambda name, text: (base / name).write_text(text, "utf-8") and None
+    return lambda name, text: (base / name).write_text(text, "utf-8")
 
 
 def config(
@@ -139,7 +138,7 @@ ATTACKS = [
     "{% include '../secret.j2' %}",
     "{% endraw %}{{ 7 * 7 }}",
     "#}{{ 7 * 7 }}{#",
-    "<b>O'Hara & \"Söhne\"</b>",
+    '<b>O\'Hara & "Söhne"</b>',
 ]
 
 
@@ -168,7 +167,7 @@ def test_values_are_plain_data() -> None:
         "{{ m.name }} {{ m.key }} {{ c }} {{ d }} {{ s }} {{ m.model_dump is defined }}",
         m=model,
         c=_Colour.RED,
-        d=datetime.date(2026, 11, 25),
+        d=dt.date(2026, 11, 25),
         s=(1, 2),
     )
 
@@ -372,7 +371,7 @@ ESCAPES = [
 @pytest.mark.parametrize("text", ESCAPES)
 def test_the_sandbox_holds(text: str) -> None:
     """Neither an attribute of Python's nor a change of a value is to be had."""
-    values = {"name": "Ada", "items": [1], "table": {}}
+    values: dict[str, Any] = {"name": "Ada", "items": [1], "table": {}}
 
     with pytest.raises(InvalidRequestError) as caught:
         render(text, **values)
@@ -578,7 +577,7 @@ async def test_the_rendered_prompt_is_sent_and_user_text_is_not_rendered(
     """The call's variables win over the person's."""
     write("p.j2", "You are {{ mood }} {{ role }}.")
     ada = person(prompt_file="p.j2", prompt_variables={"mood": "?", "role": "Ada"})
-    more = {"variables": {"mood": "cheerful"}, "temperature": 0}
+    more: dict[str, Any] = {"variables": {"mood": "cheerful"}, "temperature": 0}
 
     if streamed:
         async with prompted.stream_with_person(SAID, "ada", ada, **more) as stream:
@@ -616,27 +615,32 @@ async def test_nothing_is_sent_if_the_template_fails(
     assert server.requests == []
 
 
-async def test_a_slow_template_does_not_block_the_event_loop(
-    prompted: LLMInfraService,
+@pytest.mark.parametrize(
+    ("fields", "variables"),
+    [
+        ({"prompt_file": "notes.txt"}, None),
+        ({"system_prompt": "Hi", "prompt_variables": {}}, None),
+        ({"system_prompt": "Hi"}, {}),
+    ],
+)
+async def test_a_template_does_not_block_the_event_loop(
+    base: Path, keys: StaticAPIKeys, fields: dict[str, Any], variables: Any
 ) -> None:
-    """It is rendered in a thread, an inline one too."""
-    loop = "{% for i in range(1000) %}"
-    slow = f"{loop}{loop}{'{% endfor %}' * 2}x"
-    ticks = 0
+    """A prompt that may be slow is made in a thread, an inline template too."""
+    threads: list[threading.Thread] = []
 
-    async def tick() -> None:
-        nonlocal ticks
-        while True:
-            await asyncio.sleep(0.005)
-            ticks += 1
+    class Handler(SystemPromptHandler):
+        def get_system_prompt(self, *given: Any) -> str | None:
+            threads.append(threading.current_thread())
+            return super().get_system_prompt(*given)
 
-    ticking = asyncio.create_task(tick())
-    person_ = person(system_prompt=slow, prompt_variables={})
-    compose = prompted.complete_with_person(SAID, "ada", person_)
-    await asyncio.gather(compose)
-    ticking.cancel()
+    async with LLMInfraService(keys, system_prompt_handler=Handler(base)) as service:
+        await service.complete_with_person(
+            SAID, "ada", person(**fields), variables=variables
+        )
 
-    assert ticks > 3
+    assert len(threads) == 1
+    assert threads[0] is not threading.current_thread()
 
 
 async def test_a_call_without_a_person_has_no_variables(
