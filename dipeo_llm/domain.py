@@ -333,6 +333,13 @@ class TokenUsage(BaseModel):
         self.total = self.total or self.input + self.output
         return self
 
+    def __add__(self, other: "TokenUsage") -> "TokenUsage":
+        """Return the tokens of both; `sum(usages, TokenUsage())` adds up many."""
+        if not isinstance(other, TokenUsage):
+            return NotImplemented
+        mine, others = vars(self), vars(other)
+        return TokenUsage(**{name: mine[name] + others[name] for name in mine})
+
 
 class RateLimits(BaseModel):
     """The rate limits that the provider reports for the key; None if it does not."""
@@ -586,6 +593,11 @@ SAMPLING = (
 )
 """The options that are sent to the provider unchanged, under OpenAI's names."""
 
+_LONGEST_LABEL = 256
+
+LABELS = ("execution_phase", "execution_id", "trace_id")
+"""The application's own labels of a call."""
+
 OPTIONS = frozenset({*LLMRequestOptions.model_fields, "options"})
 """Every keyword that a call takes besides messages, model, key and service."""
 
@@ -611,6 +623,8 @@ class ChatRequest:
     """Seconds to wait for a stream's next chunk; None is `timeout`."""
     deadline: float | None = None
     """Seconds for the whole call, which only the service enforces."""
+    labels: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Those of LABELS that were given; for the record of the call, never sent."""
 
 
 def request_from_options(
@@ -654,7 +668,13 @@ def request_from_options(
         timeout=read["timeout"] or default_timeout,
         idle_timeout=read["idle_timeout"] or default_idle_timeout,
         deadline=read["deadline"],
+        labels={name: label(read[name]) for name in LABELS if read[name] is not None},
     )
+
+
+def label(value: Any) -> str:
+    """Return an application's label as text, at most 256 characters of it."""
+    return str(getattr(value, "value", value))[:_LONGEST_LABEL]
 
 
 def unknown_keyword(name: str, known: Iterable[str]) -> TypeError:
