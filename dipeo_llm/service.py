@@ -9,7 +9,7 @@ import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Self, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, overload
 from weakref import WeakSet
 
 from dipeo_llm import media
@@ -52,6 +52,9 @@ from dipeo_llm.streaming import ChatStream, Opened
 from dipeo_llm.structured import form_of, parse
 from dipeo_llm.system_prompt_handler import SystemPromptHandler
 
+if TYPE_CHECKING:
+    from dipeo_llm.telemetry import Telemetry
+
 _T = TypeVar("_T")
 
 AdapterFactory = Callable[..., BaseLLMAdapter]
@@ -89,6 +92,7 @@ class LLMInfraService:
         on_call: A function or a coroutine function, called once after each call with
             its `CallRecord`, however the call ended. The call returns after it, or at
             once if it was cancelled; `aclose` waits for it. Its exceptions are logged.
+        telemetry: A `dipeo_llm.telemetry.Telemetry()`, to report calls to OpenTelemetry.
     """
 
     def __init__(
@@ -100,6 +104,7 @@ class LLMInfraService:
         system_prompt_handler: SystemPromptHandler | None = None,
         adapter_factory: AdapterFactory | None = None,
         on_call: CallHook | None = None,
+        telemetry: "Telemetry | None" = None,
     ) -> None:
         self.api_key_service = api_key_service
         self.llm_domain_service = llm_domain_service
@@ -110,7 +115,7 @@ class LLMInfraService:
         )
         self._formatter = MessageFormatter()
         self._create_adapter = adapter_factory or factory.create_adapter
-        self._reporter = CallReporter(on_call)
+        self._reporter = CallReporter(on_call, telemetry)
         self._pool = new_pool(self.settings)
         self._loading: set[asyncio.Task[Any]] = set()
         self._ended: WeakSet[asyncio.Task[Any]] = WeakSet()
@@ -200,7 +205,7 @@ class LLMInfraService:
         Cancelling the call closes its connection; the pooled client lives on.
         """
         call = self._check_call(options, model, api_key_id, messages)
-        progress = _begin(call)
+        progress = self._begin(call)
         async with self._reporter.watch(progress), progress:
             result = await self._answer(call, progress)
             return _finish(call.request, result, progress)
@@ -257,7 +262,7 @@ class LLMInfraService:
         for `complete`.
         """
         call = self._check_person_call(options, person_id, llm_config)
-        progress = _begin(call)
+        progress = self._begin(call)
         async with self._reporter.watch(progress), progress:
             call = await self._compose(
                 call, person_messages, person_id, llm_config, variables, progress
@@ -317,7 +322,7 @@ class LLMInfraService:
         """
         call = self._check_call(options, model, api_key_id, messages)
         return ChatStream[Any](
-            partial(_begin, call, is_stream=True),
+            partial(self._begin, call, is_stream=True),
             partial(self._open, call),
             partial(_finish, call.request),
             self._reporter,
@@ -364,7 +369,7 @@ class LLMInfraService:
         """
         call = self._check_person_call(options, person_id, llm_config)
         return ChatStream(
-            partial(_begin, call, is_stream=True),
+            partial(self._begin, call, is_stream=True),
             partial(
                 self._open_with_person,
                 call,
@@ -541,6 +546,24 @@ class LLMInfraService:
         )
         return replace(request, response_format=form_of(request.response_format))
 
+    def _begin(self, call: _Call, *, is_stream: bool = False) -> CallProgress:
+        """Start the clock of a call."""
+        request, form = call.request, call.request.response_format
+        options = dict(request.sampling)
+        if request.tools:
+            options["tools"] = len(request.tools)
+        if form is not None:
+            options["response_format"] = form.response_format.get("type")
+        progress = CallProgress(
+            request.deadline,
+            model=label(call.model),
+            person_id=call.person_id,
+            is_stream=is_stream,
+            options=options,
+            labels=request.labels,
+        )
+        return self._reporter.begin(progress)
+
     async def _compose(
         self,
         call: _Call,
@@ -571,6 +594,7 @@ class LLMInfraService:
 
     async def _answer(self, call: _Call, progress: CallProgress) -> ChatResult[Any]:
         """Find the adapter, prepare the media, and try until there is a result."""
+        progress.send(call.request.messages)
         adapter = await self._find_adapter(call)
         request = await self._prepare_media(call.request, adapter)
         return await self._retry(adapter, partial(adapter.complete, request), progress)
@@ -592,6 +616,7 @@ class LLMInfraService:
 
     async def _open(self, call: _Call, progress: CallProgress) -> Opened:
         """Do as `_answer` for a stream, until its first chunk is there."""
+        progress.send(call.request.messages)
         adapter = await self._find_adapter(call)
         request = await self._prepare_media(call.request, adapter)
         return await self._retry(
@@ -737,24 +762,6 @@ async def _open_stream(adapter: BaseLLMAdapter, request: ChatRequest) -> Opened:
     except BaseException:
         await items.aclose()
         raise
-
-
-def _begin(call: _Call, *, is_stream: bool = False) -> CallProgress:
-    """Start the clock of a call."""
-    request, form = call.request, call.request.response_format
-    options = dict(request.sampling)
-    if request.tools:
-        options["tools"] = len(request.tools)
-    if form is not None:
-        options["response_format"] = form.response_format.get("type")
-    return CallProgress(
-        request.deadline,
-        model=label(call.model),
-        person_id=call.person_id,
-        is_stream=is_stream,
-        options=options,
-        labels=request.labels,
-    )
 
 
 def _finish(
