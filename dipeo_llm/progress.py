@@ -169,6 +169,8 @@ class CallProgress:
         if not self.is_recorded:
             self._result = result
             self.end_attempt()
+            if self.trace is not None:
+                self.trace.keep_result(result)
 
     def fail(self, error: BaseException) -> None:
         """Note how the call ended, if not with a result. The first failure counts."""

@@ -597,7 +597,7 @@ def _parts(content: Any) -> list[dict[str, Any]]:
     """Return text parts, and of every other part only its type: a picture is large."""
     if not isinstance(content, list | tuple):
         return [{"type": "text", "content": content}] if content else []
-    found = []
+    found: list[dict[str, Any]] = []
     for part in content:
         if isinstance(part, str):
             found.append({"type": "text", "content": part})
