@@ -5,6 +5,7 @@ Each test looks at what OpenTelemetry's own exporters receive.
 
 import asyncio
 import gc
+import importlib
 import json
 import logging
 import subprocess
@@ -22,8 +23,8 @@ from dipeo_llm.errors import DiPeOLLMError, LLMServiceError, RateLimitError
 from dipeo_llm.keys import StaticAPIKeys
 from dipeo_llm.record import AttemptRecord, CallRecord
 from dipeo_llm.service import LLMInfraService
-from dipeo_llm.settings import Settings
-from tests.conftest import HELLO, MODELS, Open, each_provider
+from dipeo_llm.settings import Engine, Settings
+from tests.conftest import HELLO, MODELS, each_provider
 from tests.provider_server import DEFAULT_TEXT, Answer, ProviderServer, error
 
 pytest.importorskip("opentelemetry.sdk", reason="the extra otel and the SDK are absent")
@@ -1008,10 +1009,11 @@ import dipeo_llm.telemetry
     assert "pip install 'dipeo-llm[otel]'" in done.stderr
 
 
+@pytest.mark.parametrize("engine", ["direct", "litellm"])
 async def test_side_by_side_with_the_openai_sdks_own_instrumentation(
-    opened: Open, keys: StaticAPIKeys, collected: Collected
+    keys: StaticAPIKeys, collected: Collected, server: ProviderServer, engine: Engine
 ) -> None:
-    """A call does not pass through the SDK, so that nothing is counted twice."""
+    """It sees a call of the SDK's own, and none of ours: nothing is counted twice."""
     name = "opentelemetry.instrumentation.openai_v2"
     instrumentor = pytest.importorskip(name).OpenAIInstrumentor()
     instrumentor.instrument(
@@ -1020,17 +1022,23 @@ async def test_side_by_side_with_the_openai_sdks_own_instrumentation(
         logger_provider=collected.loggers,
     )
     try:
-        settings = Settings(engine="direct")
+        settings = Settings(engine=engine)
         async with LLMInfraService(
             keys, settings=settings, telemetry=collected.telemetry()
         ) as service:
             await service.complete(HELLO, MODEL, "openai")
             async with service.stream(HELLO, MODEL, "openai") as stream:
                 await stream.result()
+        ours = len(collected.calls)
+        sdk = importlib.import_module("openai")
+        url = server.base_url("openai")
+        async with sdk.AsyncOpenAI(api_key="sk-test-1", base_url=url) as client:
+            await client.chat.completions.create(model=MODEL, messages=HELLO)
     finally:
         instrumentor.uninstrument()
 
     chats = [span for span in collected.spans if "gen_ai.operation.name" in given(span)]
     durations = collected.metrics["gen_ai.client.operation.duration"]
-    assert len(chats) == 2
-    assert sum(point.count for point in durations) == 2
+    assert ours == 2
+    assert len(chats) == 3
+    assert sum(point.count for point in durations) == 3
