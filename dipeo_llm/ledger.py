@@ -7,7 +7,6 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Self, TypeAlias
 
 from dipeo_llm.domain import TokenUsage
 from dipeo_llm.record import CallRecord
@@ -74,7 +73,7 @@ class Ledger:
         # be called by the garbage collector in the midst of an addition.
         self._waiting: deque[CallRecord] = deque()
         self._lock = threading.Lock()
-        self._books = _Books.empty()
+        self._books = _Books(most_keys)
 
     def add(self, record: CallRecord) -> None:
         """Add a call."""
@@ -95,10 +94,13 @@ class Ledger:
             self._add_waiting()
             books = self._books
             if reset:
-                self._books = _Books.empty()
+                self._books = _Books(self._most_keys)
             return Usage(
-                books.total.totals(),
-                *({key: each.totals() for key, each in b.items()} for b in books[1:]),
+                total=books.total.totals(),
+                by_person=books.by_person.totals(),
+                by_model=books.by_model.totals(),
+                by_service=books.by_service.totals(),
+                by_execution=books.by_execution.totals(),
             )
 
     def _add_waiting(self) -> None:
@@ -106,28 +108,13 @@ class Ledger:
         while waiting:
             record = waiting.popleft()
             books.total.add(record)
-            self._add_to(books.by_model, record.model, record)
+            books.by_model.add(record.model, record)
             if record.service is not None:
-                self._add_to(books.by_service, record.service, record)
+                books.by_service.add(record.service, record)
             if record.person_id is not None:
-                self._add_to(books.by_person, record.person_id, record)
+                books.by_person.add(record.person_id, record)
             if (execution := record.labels.get("execution_id")) is not None:
-                self._add_to(books.by_execution, execution, record)
-
-    def _add_to(self, book: "_Book", key: str, record: CallRecord) -> None:
-        found = book.get(key)
-        if found is None:
-            found = book[key] = _Sum()
-            if len(book) - (OTHER in book) > self._most_keys:
-                self._drop_oldest(book)
-        book.move_to_end(key)
-        found.add(record)
-
-    def _drop_oldest(self, book: "_Book") -> None:
-        other = book.pop(OTHER, None) or _Sum()
-        _, oldest = book.popitem(last=False)
-        other.merge(oldest)
-        book[OTHER] = other
+                books.by_execution.add(execution, record)
 
 
 class _Sum:
@@ -207,17 +194,44 @@ class _Sum:
         )
 
 
-_Book: TypeAlias = OrderedDict[str, _Sum]
-"""Sums by key, the least recently used first."""
+class _Book:
+    """Sums by key, for a limited number of keys."""
+
+    __slots__ = ("_most_keys", "_other", "_sums")
+
+    def __init__(self, most_keys: int) -> None:
+        self._most_keys = most_keys
+        self._sums: OrderedDict[str, _Sum] = OrderedDict()
+        """The least recently used key first."""
+        self._other: _Sum | None = None
+
+    def add(self, key: str, record: CallRecord) -> None:
+        found = self._sums.get(key)
+        if found is None:
+            found = self._sums[key] = _Sum()
+            if len(self._sums) > self._most_keys:
+                _, oldest = self._sums.popitem(last=False)
+                self._other = self._other or _Sum()
+                self._other.merge(oldest)
+        else:
+            self._sums.move_to_end(key)
+        found.add(record)
+
+    def totals(self) -> dict[str, UsageTotals]:
+        found = {key: each.totals() for key, each in self._sums.items()}
+        if self._other is not None:
+            found[OTHER] = self._other.totals()
+        return found
 
 
-class _Books(NamedTuple):
-    total: _Sum
-    by_person: _Book
-    by_model: _Book
-    by_service: _Book
-    by_execution: _Book
+class _Books:
+    """The sum of all calls, and the sums by each kind of key."""
 
-    @classmethod
-    def empty(cls) -> Self:
-        return cls(_Sum(), OrderedDict(), OrderedDict(), OrderedDict(), OrderedDict())
+    __slots__ = ("by_execution", "by_model", "by_person", "by_service", "total")
+
+    def __init__(self, most_keys: int) -> None:
+        self.total = _Sum()
+        self.by_person = _Book(most_keys)
+        self.by_model = _Book(most_keys)
+        self.by_service = _Book(most_keys)
+        self.by_execution = _Book(most_keys)

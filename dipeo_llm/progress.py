@@ -129,7 +129,7 @@ class CallProgress:
 
     def place(self, service: str, model: str, base_url: str | None) -> None:
         """Note the provider, its name of the model, and the address."""
-        self.service, self.model, self._base_url = service, model, base_url
+        self.service, self.model, self._base_url = service, model[:256], base_url
 
     def send(self, messages: Sequence[Mapping[str, Any]]) -> None:
         """Note the whole conversation, for telemetry that reports content."""
@@ -164,7 +164,8 @@ class CallProgress:
         """Note the result, and tell it how many requests the whole call sent."""
         if self.requests is None:
             # A request that met a stale connection was sent twice in its attempt.
-            self.requests = self.attempts - 1 + result.attempts
+            sent = self.attempts - 1 + result.attempts
+            self.requests = 0 if result.cached else sent
         result.attempts = self.requests
         if not self.is_recorded:
             self._result = result

@@ -22,8 +22,8 @@ _log = logging.getLogger("dipeo_llm")
 CallHook: TypeAlias = Callable[[CallRecord], Any]
 """A function, or a coroutine function, that is called after each call."""
 
-# Seconds between two looks at what is still running; pool.py polls for the same reason.
-_POLL = 0.01
+# Seconds that a call has to end after its connection was closed.
+_ENDING = 1.0
 
 
 class CallReporter:
@@ -82,32 +82,17 @@ class CallReporter:
         self._report(progress)
 
     async def aclose(self, grace: float) -> None:
-        """Wait for the calls that are ending and for their hooks.
+        """Wait for the calls that are ending, and for their hooks.
 
         Args:
-            grace: Seconds; then hooks that still run are cancelled.
+            grace: Seconds that hooks have to end, at least 1; then they are cancelled.
         """
-        give_up_at = time.monotonic() + grace
-        while running := self._running():
-            if time.monotonic() > give_up_at:
-                break
-            await asyncio.sleep(_POLL)
-        hooks = [task for task in running if task in self._hooks]
-        if hooks:
+        await _wait_for_end(self._calls, _ENDING)
+        if hooks := await _wait_for_end(self._hooks, max(grace, _ENDING)):
             _log.warning("%d on_call hooks did not end and were cancelled", len(hooks))
         for task in hooks:
-            task.get_loop().call_soon_threadsafe(task.cancel)
-        ours = [t for t in hooks if t.get_loop() is asyncio.get_running_loop()]
-        if ours:
-            await asyncio.wait(ours)
-
-    def _running(self) -> list[asyncio.Task[Any]]:
-        here = asyncio.current_task()
-        return [
-            task
-            for task in [*self._calls, *self._hooks]
-            if task is not here and not task.get_loop().is_closed()
-        ]
+            with suppress(RuntimeError):  # its loop has just closed
+                task.get_loop().call_soon_threadsafe(task.cancel)
 
     def _report(self, progress: CallProgress) -> "asyncio.Task[None] | None":
         if progress.is_recorded:
@@ -155,6 +140,24 @@ class CallReporter:
         self._hooks.add(task)
         task.add_done_callback(self._hooks.discard)
         return task
+
+
+async def _wait_for_end(
+    tasks: set[asyncio.Task[Any]], seconds: float
+) -> list[asyncio.Task[Any]]:
+    """Wait until no task is left but the current one; return those that are late."""
+    here = asyncio.current_task()
+    give_up_at = time.monotonic() + seconds
+    # Polled, because a loop in another thread may end without notifying anybody.
+    while running := [
+        task
+        for task in list(tasks)
+        if task is not here and not task.get_loop().is_closed()
+    ]:
+        if time.monotonic() > give_up_at:
+            break
+        await asyncio.sleep(0.01)
+    return running
 
 
 class _Watched:
