@@ -117,15 +117,13 @@ class Collected:
     @property
     def metrics(self) -> dict[str, list[Any]]:
         """The data points of each metric, by its name."""
+        found: dict[str, list[Any]] = {}
         data = self.reader.get_metrics_data()
-        if data is None:
-            return {}
-        return {
-            metric.name: list(metric.data.data_points)
-            for of_resource in data.resource_metrics
-            for of_scope in of_resource.scope_metrics
-            for metric in of_scope.metrics
-        }
+        for of_resource in data.resource_metrics if data else ():
+            for of_scope in of_resource.scope_metrics:
+                for metric in of_scope.metrics:
+                    found.setdefault(metric.name, []).extend(metric.data.data_points)
+        return found
 
     def everything(self) -> str:
         """All that was reported, as text."""
