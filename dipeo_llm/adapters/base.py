@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, ClassVar
 from urllib.parse import quote, urlencode, urlsplit
@@ -105,9 +106,6 @@ class BaseLLMAdapter:
     """Matches a name that the provider takes for a tool."""
     longest_tool_name: ClassVar[int] = 64
     """Most characters of such a name."""
-    most_stops: ClassVar[int | None] = None
-    """Most texts of `stop`; None is no limit."""
-    highest_temperature: ClassVar[float] = 2.0
     headers: ClassVar[frozenset[str] | None] = http.STANDARD_HEADERS
     """Headers that may leave beside the key; None forwards what LiteLLM sets."""
 
@@ -314,15 +312,16 @@ class BaseLLMAdapter:
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         """Refuse options that the provider refuses, whatever the model."""
-        name, stop = self.provider.name, options.get("stop")
-        if self.most_stops and isinstance(stop, list) and len(stop) > self.most_stops:
+        row, stop = self.provider, options.get("stop")
+        most, highest = row.most_stops, row.highest_temperature
+        if most and isinstance(stop, list) and len(stop) > most:
             raise self.invalid(
-                f"`stop` has {len(stop)} texts; {name} takes at most {self.most_stops}"
+                f"`stop` has {len(stop)} texts; {row.name} takes at most {most}"
             )
-        if options.get("temperature", 0) > self.highest_temperature:
+        if highest is not None and options.get("temperature", 0) > highest:
             raise self.invalid(
-                f"temperature={options['temperature']} is too high; {name} takes at"
-                f" most {self.highest_temperature:g}"
+                f"temperature={options['temperature']} is too high; {row.name} takes at"
+                f" most {highest:g}"
             )
         choice = options.get("tool_choice")
         if isinstance(choice, dict):
@@ -848,8 +847,11 @@ class BaseLLMAdapter:
     ) -> SecretStr:
         if not isinstance(api_key, SecretStr):
             api_key = SecretStr((api_key or "").strip())
-        is_local = http.is_loopback(urlsplit(base_url or "").hostname or "")
-        if self.provider.needs_key and not api_key and not is_local:
+        if (
+            self.provider.needs_key
+            and not api_key
+            and not http.is_loopback(urlsplit(base_url or "").hostname or "")
+        ):
             raise APIKeyNotFoundError(
                 f"{self.provider.name} needs a key", **self._fields()
             )
@@ -902,7 +904,7 @@ class BaseLLMAdapter:
                 service=row.name,
             )
         try:
-            return self.complete_base_url(http_url(url))
+            return self.complete_base_url(_check_url(url))
         except ValueError as exc:
             raise InvalidRequestError(
                 f"the base URL of {row.name} cannot be used: {exc}", service=row.name
@@ -945,6 +947,7 @@ _UNREADABLE = (
 """What reading JSON of an unknown shape may raise."""
 _TOKEN = re.compile(r"eyJ[\w-]+\.[\w-]+\.")
 """A JSON Web Token (RFC 7519)."""
+_check_url = lru_cache(maxsize=256)(http_url)
 _PROCESS = os.urandom(16)
 _seen_options: set[tuple[str, str, str]] = set()
 
