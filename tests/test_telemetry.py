@@ -8,12 +8,14 @@ import gc
 import importlib
 import json
 import logging
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,6 +52,7 @@ from dipeo_llm.telemetry import (
     Telemetry,
 )
 
+ROOT = Path(__file__).parent.parent
 MODEL = MODELS["openai"]
 SECONDS = [0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64]
 SECONDS += [1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92]
@@ -762,6 +765,19 @@ def test_every_metric_is_in_one_of_the_versions() -> None:
         names = [getattr(m, column) for m in METRICS if getattr(m, column)]
         assert len(names) == len(set(names))
     assert all(metric.released or metric.latest for metric in METRICS)
+
+
+def test_the_page_lists_every_metric() -> None:
+    """By its two names and its unit."""
+    page = (ROOT / "docs" / "telemetry.md").read_text("utf-8")
+    rows = re.findall(
+        r"^\| (`[^|]+`|—) \| (`[^|]+`|—) \| (\S+) \|$", page, re.MULTILINE
+    )
+
+    listed = [
+        tuple(None if cell == "—" else cell.strip("`") for cell in row) for row in rows
+    ]
+    assert listed == [(m.released, m.latest, m.unit) for m in METRICS]
 
 
 # --- content
