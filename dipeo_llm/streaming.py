@@ -5,6 +5,7 @@ that ends with the first chunk.
 """
 
 import asyncio
+import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, Generic, NamedTuple, Self
 
@@ -99,8 +100,9 @@ class ChatStream(Generic[T]):
             self._progress.fail(exc)
         await self.aclose()
 
-    def __del__(self) -> None:
-        if self._progress is not None:
+    # Bound here, because the interpreter clears a module's names when it ends.
+    def __del__(self, is_ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if self._progress is not None and not is_ending():
             self._reporter.report_dropped(self._progress)
 
     def __aiter__(self) -> Self:

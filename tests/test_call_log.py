@@ -157,21 +157,23 @@ async def test_a_retry_is_a_warning(
     assert SECRET not in log.text
 
 
-async def test_the_last_failure_is_no_retry(
-    server: ProviderServer, opened: Open, log: pytest.LogCaptureFixture
-) -> None:
+async def test_the_last_failure_is_no_retry(log: pytest.LogCaptureFixture) -> None:
     """N retries are N warnings; questions besides calls are warned of too."""
-    server.reply(*[error("openai", 503)] * 6)
+    nobody = {"key": "sk-test", "service": "openai", "base_url": "http://127.0.0.1:1"}
+    settings = Settings(max_retries=2, retry_wait=0.01, retry_wait_max=0.01)
 
-    async with opened(max_retries=2) as service:
+    async with LLMInfraService(StaticAPIKeys({"k": nobody}), settings=settings) as it:
         with pytest.raises(ServiceUnavailableError):
-            await service.complete(ASKED, MODELS["openai"], "openai")
+            await it.complete(ASKED, MODELS["openai"], "k")
         assert len(lines(log, logging.WARNING)) == 2
         with pytest.raises(ServiceUnavailableError):
-            await service.get_available_models("openai")
+            await it.get_available_models("k")
 
-    assert len(lines(log, logging.WARNING)) == 4
-    assert lines(log, logging.WARNING)[2].getMessage().startswith("openai: 503, ")
+    _, _, third, fourth = lines(log, logging.WARNING)
+    assert third.getMessage() == (
+        "openai: ServiceUnavailableError, next attempt in 0.0 s (2 of 3)"
+    )
+    assert "(3 of 3)" in fourth.getMessage()
 
 
 async def test_nothing_is_said_where_nobody_listens(
@@ -227,11 +229,15 @@ def test_a_program_without_logging_sees_a_sentence() -> None:
 async def test_the_hooks_of_stamina_are_the_applications() -> None:
     """They are neither called for a retry here nor changed."""
     called: list[Any] = []
-    stamina.instrumentation.set_on_retry_hooks([called.append])
+
+    def hook(details: stamina.instrumentation.RetryDetails) -> None:
+        called.append(details)
+
+    stamina.instrumentation.set_on_retry_hooks([hook])
     try:
         async with failing_once(RateLimitError("x"), retry_wait=0.0) as service:
             await service.complete(ASKED, "gpt-4.1-nano", "k")
-        assert stamina.instrumentation.get_on_retry_hooks() == (called.append,)
+        assert stamina.instrumentation.get_on_retry_hooks() == (hook,)
         assert called == []
 
         @stamina.retry(on=ValueError, attempts=2, wait_initial=0.0, wait_jitter=0.0)

@@ -80,7 +80,10 @@ async def ask(
     service: LLMInfraService, provider: str = "openai", **options: Any
 ) -> ChatResult[Any]:
     """Make a call."""
-    return await service.complete(ASKED, MODELS[provider], provider, **options)
+    result: ChatResult[Any] = await service.complete(
+        ASKED, MODELS[provider], provider, **options
+    )
+    return result
 
 
 async def ask_by_stream(service: LLMInfraService, **options: Any) -> ChatResult[Any]:
@@ -91,7 +94,10 @@ async def ask_by_stream(service: LLMInfraService, **options: Any) -> ChatResult[
 
 async def ask_mock(service: LLMInfraService, **options: Any) -> ChatResult[Any]:
     """Make a call of a service that answers from a script."""
-    return await service.complete(ASKED, "gpt-4.1-nano", "k", **options)
+    result: ChatResult[Any] = await service.complete(
+        ASKED, "gpt-4.1-nano", "k", **options
+    )
+    return result
 
 
 # --- a whole answer -------------------------------------------------------------------
