@@ -94,9 +94,9 @@ class ChatStream(Generic[T]):
         return self
 
     async def __aexit__(self, *raised: object) -> None:
-        error = raised[1]
-        if isinstance(error, asyncio.CancelledError) and self._progress is not None:
-            self._progress.fail(error)
+        for error in raised:
+            if isinstance(error, asyncio.CancelledError) and self._progress is not None:
+                self._progress.fail(error)
         await self.aclose()
 
     # Bound here, because the interpreter clears a module's names when it ends.

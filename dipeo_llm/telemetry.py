@@ -210,12 +210,12 @@ PROVIDERS = {
 }
 """Providers whose name in the conventions is not the one in this package."""
 
-_OPTIONS = {
-    "temperature": "gen_ai.request.temperature",
-    "top_p": "gen_ai.request.top_p",
-    "max_tokens": "gen_ai.request.max_tokens",
-    "seed": "gen_ai.request.seed",
-    "reasoning_effort": "gen_ai.request.reasoning.level",
+_OPTIONS: dict[str, tuple[str, type]] = {
+    "temperature": ("gen_ai.request.temperature", float),
+    "top_p": ("gen_ai.request.top_p", float),
+    "max_tokens": ("gen_ai.request.max_tokens", int),
+    "seed": ("gen_ai.request.seed", int),
+    "reasoning_effort": ("gen_ai.request.reasoning.level", str),
 }
 
 
@@ -379,9 +379,9 @@ class Telemetry:
             "dipeo.cost_usd": record.cost_usd,
             "dipeo.person_id": record.person_id,
         }
-        for name, value in options.items():
-            if name in _OPTIONS:
-                found[_OPTIONS[name]] = value
+        for name, (attribute, kind) in _OPTIONS.items():
+            if name in options:
+                found[attribute] = kind(options[name])
         if options.get("n", 1) != 1:
             found["gen_ai.request.choice.count"] = options["n"]
         if "stop" in options:
@@ -560,12 +560,11 @@ def _content(
         (answer,) = result.to_messages()
         if result.reasoning:
             answer = {**answer, "reasoning_content": result.reasoning}
+        choices = [_message_parts(answer), *map(_parts, result.texts[1:])]
+        reason = result.finish_reason or "error"
         found["gen_ai.output.messages"] = [
-            {
-                "role": "assistant",
-                "parts": _message_parts(answer),
-                "finish_reason": result.finish_reason or "error",
-            }
+            {"role": "assistant", "parts": parts, "finish_reason": reason}
+            for parts in choices
         ]
     return found
 
@@ -574,8 +573,9 @@ def _message_parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the parts of a message in OpenAI's format."""
     content = message.get("content")
     if message["role"] == "tool":
+        response = content if isinstance(content, str) else _parts(content)
         call_id = message.get("tool_call_id")
-        return [{"type": "tool_call_response", "id": call_id, "response": content}]
+        return [{"type": "tool_call_response", "id": call_id, "response": response}]
     parts: list[dict[str, Any]] = []
     if message.get("reasoning_content"):
         parts.append({"type": "reasoning", "content": message["reasoning_content"]})

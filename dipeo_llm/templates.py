@@ -259,8 +259,8 @@ def _plain(variables: Mapping[str, Any]) -> dict[str, Any]:
             raise InvalidRequestError(f"prompt variable {name!r}: a name must be text")
         try:
             values[name] = to_jsonable_python(value)
-        except ValueError as exc:
-            raise InvalidRequestError(f"prompt variable {name!r}: {exc}") from None
+        except Exception as exc:  # a property of the value's own can raise anything
+            raise InvalidRequestError(f"prompt variable {name!r}: {exc}") from exc
     return values
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from dipeo_llm.domain import Message, PersonLLMConfig, TokenUsage
+from dipeo_llm.domain import ChatResult, Message, PersonLLMConfig, TokenUsage
 from dipeo_llm.errors import DiPeOLLMError, LLMServiceError, RateLimitError
 from dipeo_llm.keys import StaticAPIKeys
 from dipeo_llm.record import AttemptRecord, CallRecord
@@ -741,6 +741,7 @@ def test_the_server_has_its_port(
         ({"n": 1}, {}),
         ({"seed": 5}, {"gen_ai.request.seed": 5}),
         ({"top_p": 0.5}, {"gen_ai.request.top_p": 0.5}),
+        ({"temperature": 0}, {"gen_ai.request.temperature": 0.0}),
         ({"stop": ["a", "b"]}, {"gen_ai.request.stop_sequences": ("a", "b")}),
         ({"response_format": "json_schema"}, {"gen_ai.output.type": "json"}),
         ({"response_format": "text"}, {"gen_ai.output.type": "text"}),
@@ -756,7 +757,9 @@ def test_options_have_the_conventions_names(
     collected.telemetry().report(replace(RECORD, options=options))
 
     without, span = map(given, collected.calls)
-    assert {n: v for n, v in span.items() if n not in without} == expected
+    found = {n: v for n, v in span.items() if n not in without}
+    assert found == expected
+    assert list(map(type, found.values())) == list(map(type, expected.values()))
 
 
 def test_every_metric_is_in_one_of_the_versions() -> None:
@@ -902,6 +905,28 @@ async def test_content_is_reported_where_it_is_asked_for(
         assert {name: told[name] for name in EXPECTED} == EXPECTED
         assert told["gen_ai.request.model"] == MODEL
     assert "eHh4" not in collected.everything()
+
+
+def test_every_choice_is_reported_and_no_picture_of_a_tool(
+    collected: Collected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A message for each choice; a tool's picture has its kind only."""
+    monkeypatch.setenv(CONTENT_VARIABLE, "SPAN_ONLY")
+    telemetry = collected.telemetry()
+    url = {"url": "data:image/png;base64,eHh4"}
+    picture = {"type": "image_url", "image_url": url}
+    kept = telemetry.begin()
+    kept.keep_messages([{"role": "tool", "tool_call_id": "c1", "content": [picture]}])
+    kept.keep_result(ChatResult(text="one", texts=["one", "two"], finish_reason="stop"))
+
+    telemetry.report(RECORD, kept)
+
+    found = given(collected.calls[0])
+    messages = json.loads(found["gen_ai.output.messages"])
+    assert [m["parts"][0]["content"] for m in messages] == ["one", "two"]
+    assert json.loads(found["gen_ai.input.messages"])[0]["parts"] == [
+        {"type": "tool_call_response", "id": "c1", "response": [{"type": "image_url"}]}
+    ]
 
 
 async def test_an_answer_that_calls_tools_is_reported_with_its_reasoning(

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from jinja2 import Environment
-from pydantic import BaseModel, SecretStr
+from pydantic import BaseModel, SecretStr, computed_field
 
 from dipeo_llm.domain import Message, Person, PersonLLMConfig
 from dipeo_llm.errors import InvalidRequestError
@@ -25,6 +25,7 @@ from dipeo_llm.service import LLMInfraService
 from dipeo_llm.settings import Settings
 from dipeo_llm.system_prompt_handler import SystemPromptHandler
 from dipeo_llm.templates import RenderedPrompt
+from tests.conftest import MODELS, each_provider
 from tests.provider_server import ProviderServer
 
 SECRET = "top-secret-7b1f"
@@ -174,9 +175,25 @@ def test_values_are_plain_data() -> None:
     assert prompt == "Ada ********** red 2026-11-25 [1, 2] False"
 
 
-@pytest.mark.parametrize(
-    "value", [object(), print, [].append, sys, {"a": [Environment()]}, b"\xff"]
-)
+class _Broken(BaseModel):
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def name(self) -> str:
+        raise KeyError("lost")
+
+
+def _deep() -> list[Any]:
+    made: list[Any] = []
+    for _ in range(10_000):
+        made = [made]
+    return made
+
+
+VALUES = [object(), print, [].append, sys, {"a": [Environment()]}, b"\xff"]
+VALUES += [_Broken(), _deep()]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
 def test_a_value_that_is_not_data_is_refused(value: Any) -> None:
     """It is named."""
     with pytest.raises(InvalidRequestError, match="prompt variable 'thing'"):
@@ -589,6 +606,23 @@ async def test_the_rendered_prompt_is_sent_and_user_text_is_not_rendered(
         {"role": "developer", "content": "You are cheerful Ada."},
         {"role": "user", "content": "{{ 7 * 7 }}"},
     ]
+
+
+@each_provider
+async def test_every_provider_gets_the_rendered_prompt(
+    prompted: LLMInfraService, server: ProviderServer, write: Any, provider: str
+) -> None:
+    """In its own place, as text."""
+    write("p.j2", "Be {{ mood }}.")
+    config = PersonLLMConfig(
+        model=MODELS[provider], api_key_id=provider, prompt_file="p.j2"
+    )
+
+    await prompted.complete_with_person(
+        SAID, "ada", config, variables={"mood": "brief"}
+    )
+
+    assert '"Be brief."' in json.dumps(server.requests[-1].json)
 
 
 async def test_a_person_takes_variables(
