@@ -192,7 +192,7 @@ class LLMInfraService:
                 tool_choice, response_format, text_format, reasoning_effort,
                 options (an LLMRequestOptions), timeout (s, one attempt), deadline (s,
                 the whole call), extra_body, and the labels execution_phase,
-                execution_id and trace_id, which are never sent.
+                execution_id, trace_id, person_name and node_id, which are never sent.
 
         Raises:
             InvalidRequestError: There are no messages, or the model cannot be placed.
@@ -208,7 +208,7 @@ class LLMInfraService:
         progress = self._begin(call)
         async with self._reporter.watch(progress), progress:
             result = await self._answer(call, progress)
-            return _finish(call.request, result, progress)
+            return self._finish(call.request, result, progress)
 
     @overload
     async def complete_with_person(
@@ -268,7 +268,7 @@ class LLMInfraService:
                 call, person_messages, person_id, llm_config, variables, progress
             )
             result = await self._answer(call, progress)
-            return _finish(call.request, result, progress)
+            return self._finish(call.request, result, progress)
 
     @overload
     def stream(
@@ -324,7 +324,7 @@ class LLMInfraService:
         return ChatStream[Any](
             partial(self._begin, call, is_stream=True),
             partial(self._open, call),
-            partial(_finish, call.request),
+            partial(self._finish, call.request),
             self._reporter,
         )
 
@@ -378,7 +378,7 @@ class LLMInfraService:
                 llm_config,
                 variables,
             ),
-            partial(_finish, call.request),
+            partial(self._finish, call.request),
             self._reporter,
         )
 
@@ -703,6 +703,25 @@ class LLMInfraService:
                     raise
             await asyncio.sleep(wait)
 
+    def _finish(
+        self, request: ChatRequest, result: ChatResult[Any], progress: CallProgress
+    ) -> ChatResult[Any]:
+        """Complete a result with what the call knows, and parse a structured answer.
+
+        A turn that calls tools is not the answer yet, and is not parsed.
+        """
+        progress.answer(result)
+        form = request.response_format
+        if form is None or not form.is_json:
+            return result
+        if result.parsed is None and not result.tool_calls:
+            try:
+                result.parsed = parse(form, result)
+            except StructuredOutputError as exc:
+                exc.model, exc.attempts = progress.model, progress.attempts
+                raise
+        return result
+
     # Around a call.
 
     async def _retry_question(
@@ -765,26 +784,6 @@ async def _open_stream(adapter: BaseLLMAdapter, request: ChatRequest) -> Opened:
     except BaseException:
         await items.aclose()
         raise
-
-
-def _finish(
-    request: ChatRequest, result: ChatResult[Any], progress: CallProgress
-) -> ChatResult[Any]:
-    """Complete a result with what the call knows, and parse a structured answer.
-
-    A turn that calls tools is not the answer yet, and is not parsed.
-    """
-    progress.answer(result)
-    form = request.response_format
-    if form is None or not form.is_json:
-        return result
-    if result.parsed is None and not result.tool_calls:
-        try:
-            result.parsed = parse(form, result)
-        except StructuredOutputError as exc:
-            exc.model, exc.attempts = progress.model, progress.attempts
-            raise
-    return result
 
 
 _SERVICE_NAMES = ("service", "provider", "service_name")

@@ -93,6 +93,10 @@ def as_asked(request: Received) -> Answer:
         return Answer(tool_calls=[("weather", {"city": "Bonn"})])
     if "web_search" in asked:
         return Answer(citations=[("https://example.test/", "The match")])
+    if "'message_ids'" in asked:
+        return Answer(text='{"message_ids": ["m2"]}')
+    if "'decision'" in asked:
+        return Answer(text='{"decision": true}')
     if "Rivers" in asked or "length_km" in asked:
         return Answer(text='{"rivers": [{"name": "Rhine", "length_km": 1233}]}')
     return Answer()

@@ -147,8 +147,12 @@ class GeminiAdapter(BaseLLMAdapter):
     )
 
     def check_model(self) -> None:
-        """Refuse a name that would be more than a name in the URL's path."""
+        """Refuse a name that would be more than a name in the URL's path.
+
+        Google's own form of a name, such as `models/gemini-2.5-flash`, is taken too.
+        """
         super().check_model()
+        self.model_name = self.model_name.removeprefix("models/")
         if _NOT_IN_A_PATH.search(self.model_name):
             raise self._invalid_model()
 
