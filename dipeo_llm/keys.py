@@ -5,7 +5,6 @@ Reads the environment for keys and for nothing else.
 
 import inspect
 import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from pydantic import SecretStr
 from dipeo_llm.adapters.factory import PROVIDERS, of_key
 from dipeo_llm.client import fits_a_header
 from dipeo_llm.errors import APIKeyError, APIKeyNotFoundError
+from dipeo_llm.key_shapes import is_like_key
 from dipeo_llm.ports import APIKeyPort, APIKeyRecord
 
 
@@ -199,15 +199,9 @@ class StaticAPIKeys:
 
 def _not_found(api_key_id: Any, hint: str) -> APIKeyNotFoundError:
     text = str(api_key_id)
-    if len(text) > 64 or _KEY.search(text):
+    if is_like_key(text):
         return APIKeyNotFoundError(
             "the given api_key_id looks like a key; pass the id under which the key is"
             f" kept ({hint})"
         )
     return APIKeyNotFoundError(f"there is no key {text!r}; {hint}")
-
-
-_KEY = re.compile(
-    r"\b(?:sk-|AIza|AQ\.|gsk_|xai-|key-|hf_|pplx-|r8_|nvapi-|AKIA|xox[a-z]-)"
-    r"|[0-9a-f]{32}"
-)

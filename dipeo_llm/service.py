@@ -5,6 +5,7 @@ below stand in the order in which a call runs through them.
 """
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,7 +43,7 @@ from dipeo_llm.litellm_import import load_litellm
 from dipeo_llm.message_formatter import MessageFormatter, check_messages
 from dipeo_llm.ports import APIKeyPort, LLMDomainService
 from dipeo_llm.retry import Deadline, RetryPolicy
-from dipeo_llm.settings import Settings
+from dipeo_llm.settings import Settings, warn_about_environment
 from dipeo_llm.streaming import ChatStream, Opened
 from dipeo_llm.structured import form_of, parse
 from dipeo_llm.system_prompt_handler import SystemPromptHandler
@@ -94,8 +95,9 @@ class LLMInfraService:
         self.api_key_service = api_key_service
         self.llm_domain_service = llm_domain_service
         self.settings = settings if settings is not None else Settings.from_env()
+        warn_about_environment(self.settings, os.environ)
         self._prompts = system_prompt_handler or SystemPromptHandler(
-            self.settings.base_dir
+            self.settings.base_dir, on_missing=self.settings.missing_prompt
         )
         self._formatter = MessageFormatter()
         self._create_adapter = adapter_factory or factory.create_adapter

@@ -41,7 +41,7 @@ Json: TypeAlias = dict[str, Any]
 
 DEFAULT_TEXT = "Hello from the loopback."
 MISSING_MODEL = "no-such-model"
-CHECK_RULES = os.environ.get("CHECK_PROVIDER_RULES") == "1"
+CHECK_RULES = os.environ.get("CHECK_PROVIDER_RULES", "1") == "1"
 """Whether every server checks every request against `tests.provider_rules`."""
 _HUGE = 64 * 1024 * 1024
 _serial = itertools.count(1)

@@ -50,7 +50,7 @@ async def test_an_installation_that_works_is_ok(examine: Examine) -> None:
     assert code == 0
     assert lines["Python"].startswith("ok 3.")
     assert lines["litellm"].startswith(f"ok {metadata.version('litellm')} (required: ")
-    assert lines["LiteLLM"] == "ok self-check: anthropic, google, ollama, openai"
+    assert lines["LiteLLM"] == "ok self-check: openai, anthropic, google, ollama"
     assert lines["prompt"] == f"ok folder {Path.cwd()} (the working directory)"
     assert lines["openai"].startswith("ok key in OPENAI_API_KEY, http://127.0.0.1:")
     assert lines["openai"].endswith(" answers and accepts the key")

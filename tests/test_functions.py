@@ -20,10 +20,10 @@ from dipeo_llm.domain import ToolCall, ToolConfig, ToolType
 from dipeo_llm.errors import InvalidRequestError, StructuredOutputError
 from dipeo_llm.functions import function_tool
 from dipeo_llm.service import LLMInfraService
+from tests.conftest import name_of
 from tests.provider_server import Answer, ProviderServer
 
 HELLO = [{"role": "user", "content": "hello"}]
-from tests.conftest import name_of
 
 
 class Unit(Enum):

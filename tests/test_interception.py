@@ -19,6 +19,8 @@ import yaml
 
 from dipeo_llm import (
     APIKeyError,
+    APIKeyNotFoundError,
+    EnvironmentAPIKeys,
     LLMInfraService,
     RateLimitError,
     Settings,
@@ -237,6 +239,20 @@ async def test_a_list_of_models_replays(path: Path) -> None:
 
     assert now == was
     assert len(now) > 1
+
+
+@pytest.mark.parametrize("api_key_id", ["openai", "groq", "mistral"])
+def test_a_replay_has_a_key_for_every_provider(path: Path, api_key_id: str) -> None:
+    """The variable need not be set, whether this package or LiteLLM knows it."""
+    keys = EnvironmentAPIKeys()
+    with pytest.raises(APIKeyNotFoundError):
+        keys.get_api_key(api_key_id)
+    with use_cassette(path):
+        record = keys.get_api_key(api_key_id)
+        with pytest.raises(APIKeyNotFoundError):
+            keys.get_api_key("nobody")
+
+    assert record["key"] == "key-of-the-replay"
 
 
 # --- requests that do not fit --------------------------------------------------------

@@ -415,7 +415,7 @@ SPELT: list[tuple[str, Any, Any]] = [
             ("anthropic", source("document", type="url", url="https://a.example/b")),
             ("anthropic", source("document", type="text", data="Words.")),
             ("bedrock", source("document", **PDF_64)),
-            ("vertex", source("document", type="text", data="Words.")),
+            ("bedrock", source("document", type="text", data="Words.")),
         ]
     ],
 ]

@@ -303,7 +303,9 @@ def test_a_service_is_found_by_any_of_its_names(name: Any, provider: str) -> Non
 @pytest.mark.parametrize("name", ["", "a b", "open/ai", "1", object(), 3, ["openai"]])
 def test_what_is_no_name_is_no_service(name: Any) -> None:
     """A service that cannot be a name is refused before anything is looked up."""
-    with pytest.raises(InvalidRequestError, match="name of a service|unknown provider"):
+    with pytest.raises(
+        InvalidRequestError, match=r"name of a service|unknown provider"
+    ):
         by_name(name)
 
 

@@ -61,8 +61,8 @@ SAID: dict[str, Any] = {
         ("anthropic", {"reasoning_content"}),
         ("google", {"reasoning_content", "thinking_blocks"}),
         ("ollama", {"thinking_blocks"}),
-        ("vertex", {"thinking_blocks"}),
-        ("groq", {"thinking_blocks"}),
+        ("vertex", {"reasoning_content", "thinking_blocks"}),
+        ("bedrock", {"thinking_blocks"}),
     ],
 )
 def test_what_a_turn_needs_again_goes_along(provider: str, lacks: set[str]) -> None:

@@ -193,6 +193,7 @@ def without_chance(result: ChatResult) -> dict[str, Any]:
         call["thought_signature"] = bool(call["thought_signature"])
     for block in told["thinking_blocks"]:
         block["signature"] = bool(block["signature"])
+    told["content_blocks"] = [block["type"] for block in told["content_blocks"]]
     return told
 
 
@@ -282,10 +283,15 @@ async def test_same_as_a_whole_answer(
 ) -> None:
     """What `result()` gives is what `complete` gives for the same answer."""
     server.default, options = ANSWERS[name]
-    whole = await service.complete(HELLO, MODELS[provider], provider, **options)
+    model = MODELS[provider]
+    if (provider, name) == ("openai", "a search"):
+        model = "gpt-4.1-mini"  # gpt-4.1-nano does not search
+    whole = await service.complete(HELLO, model, provider, **options)
 
-    chunks, result = await read(hello(service, provider, **options))
+    chunks, result = await read(service.stream(HELLO, model, provider, **options))
 
+    print(without_chance(result)["content_blocks"])
+    print(without_chance(whole)["content_blocks"])
     assert without_chance(result) == without_chance(whole)
     assert bool(result.request_id) == bool(whole.request_id)
     assert "".join(chunk.text for chunk in chunks) == result.text
@@ -760,6 +766,8 @@ async def test_a_person_streams(
     assert {k: v for k, v in one.items() if k not in differ} == {
         k: v for k, v in other.items() if k not in differ
     }
+    print(without_chance(result)["content_blocks"])
+    print(without_chance(whole)["content_blocks"])
     assert without_chance(result) == without_chance(whole)
     assert "".join(chunk.text for chunk in chunks) == result.text
 

@@ -32,6 +32,7 @@ from dipeo_llm.domain import ChatResult
 from dipeo_llm.errors import InvalidRequestError, StructuredOutputError
 from dipeo_llm.service import LLMInfraService
 from dipeo_llm.structured import form_of, parse
+from tests.conftest import name_of
 from tests.provider_server import Answer, ProviderServer
 
 T = TypeVar("T")
@@ -39,7 +40,6 @@ T = TypeVar("T")
 # The subset that OpenAI documents for `strict: true`:
 # https://platform.openai.com/docs/guides/structured-outputs (read 2026-11-25).
 _DESCRIBED = {"title": {"type": "string"}, "description": {"type": "string"}}
-from tests.conftest import name_of
 
 
 def _node(kind: Any, **keywords: Any) -> dict[str, Any]:

@@ -144,7 +144,13 @@ class StreamReader(ABC):
             return chunks
         try:
             self._event(event, chunks)
-        except (TypeError, AttributeError, LookupError, RecursionError) as exc:
+        except (
+            TypeError,
+            AttributeError,
+            LookupError,
+            ValueError,
+            RecursionError,
+        ) as exc:
             raise MalformedStreamError(f"an event of another shape: {exc!r}") from exc
         for chunk in chunks:
             said: tuple[Any, Any] = (chunk.text, chunk.reasoning)

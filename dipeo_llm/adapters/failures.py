@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import quote
 
 from dipeo_llm.errors import (
     APIKeyError,
@@ -29,6 +28,7 @@ from dipeo_llm.errors import (
     RateLimitError,
     ServiceUnavailableError,
 )
+from dipeo_llm.key_shapes import pattern_of
 
 _REQUEST_ID_HEADERS = ("x-request-id", "request-id", "x-goog-request-id")
 
@@ -369,12 +369,8 @@ def request_id(headers: Mapping[str, str], body: bytes = b"") -> str | None:
 
 def clean(text: str, secret: str = "") -> str:
     """Make a provider's message fit for one log line: no key, no control characters."""
-    for form in sorted(spellings(secret), key=len, reverse=True):
-        if len(secret) < _SHORTEST_KEY:
-            # A key such as "x" must not be redacted inside of words.
-            text = re.sub(rf"(?<![\w-]){re.escape(form)}(?![\w-])", "[key]", text)
-        else:
-            text = text.replace(form, "[key]")
+    if secret and (pattern := pattern_of({secret})):
+        text = pattern.sub("[key]", text)
     # Cut only after the redaction, so that no part of a key remains.
     text = text[:_MOST_READ]
     text = _ECHOED_KEY.sub(r"\1[key]", text)
@@ -384,15 +380,6 @@ def clean(text: str, secret: str = "") -> str:
     return line if len(line) <= _LONGEST else line[:_LONGEST] + "…"
 
 
-def spellings(secret: str) -> set[str]:
-    """Return the forms in which a server may echo a key: plain, in JSON, in a URL."""
-    if not secret:
-        return set()
-    in_json = json.dumps(secret)[1:-1]
-    return {secret, in_json, in_json.replace("/", "\\/"), quote(secret, safe="")}
-
-
-_SHORTEST_KEY = 8
 _LONGEST = 600
 _MOST_READ = 16 * _LONGEST
 

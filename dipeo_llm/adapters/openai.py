@@ -208,6 +208,12 @@ class ChatGPTAdapter(BaseLLMAdapter):
             return
         options, model = prepared.options, self.model_name
         effort = options.get("reasoning_effort")
+        has_search = any(
+            t.get("type") == "web_search" for t in options.get("tools", ())
+        )
+        if has_search and effort == "minimal":
+            # https://platform.openai.com/docs/guides/tools-web-search (2026-11-25)
+            options.pop("reasoning_effort")
         levels = next((e for name, e in _EFFORTS if name.match(model)), None)
         if _CHAT_ONLY.match(model) or (levels is not None and effort not in levels):
             options.pop("reasoning_effort", None)

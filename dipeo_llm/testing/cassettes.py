@@ -20,6 +20,8 @@ import pytest
 
 from dipeo_llm.adapters import factory as providers
 from dipeo_llm.client import is_loopback
+from dipeo_llm.errors import APIKeyNotFoundError
+from dipeo_llm.keys import EnvironmentAPIKeys
 from dipeo_llm.litellm_import import import_litellm
 from dipeo_llm.testing import matching
 from dipeo_llm.testing.cassette_file import (
@@ -531,7 +533,22 @@ def _keys_in_environment() -> Iterator[None]:
         for row in providers.PROVIDERS:
             if row.key_variables and not any(map(os.environ.get, row.key_variables)):
                 patch.setenv(row.key_variables[0], REPLAY_KEY)
+        # The providers that only LiteLLM knows are too many to be set one by one.
+        real = EnvironmentAPIKeys.get_api_key
+        patch.setattr(EnvironmentAPIKeys, "get_api_key", _with_replay_key(real))
         yield
+
+
+def _with_replay_key(real: Callable[..., Any]) -> Callable[..., Any]:
+    def get_api_key(self: EnvironmentAPIKeys, api_key_id: str) -> Any:
+        try:
+            return real(self, api_key_id)
+        except APIKeyNotFoundError as exc:
+            if exc.service is None:
+                raise
+            return {"id": api_key_id, "service": exc.service, "key": REPLAY_KEY}
+
+    return get_api_key
 
 
 @contextmanager
