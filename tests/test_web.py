@@ -23,7 +23,9 @@ QUESTION = {"text": "Hello"}
 def load_page() -> types.ModuleType:
     """Run the page's example as the module that a reader would save."""
     module = types.ModuleType("app")
-    document = Document.parse(str(PAGE), CodeBlockParser("python", lambda example: None))
+    document = Document.parse(
+        str(PAGE), CodeBlockParser("python", lambda example: None)
+    )
     (example,) = document
     exec(compile(example.parsed, str(PAGE), "exec"), module.__dict__)
     return module
@@ -79,7 +81,11 @@ async def test_a_stream(browser: httpx.AsyncClient, server: ProviderServer) -> N
     ("status", "ours"), [(400, 422), (401, 500), (404, 500), (429, 429), (503, 503)]
 )
 async def test_a_failure(
-    browser: httpx.AsyncClient, server: ProviderServer, path: str, status: int, ours: int
+    browser: httpx.AsyncClient,
+    server: ProviderServer,
+    path: str,
+    status: int,
+    ours: int,
 ) -> None:
     """It has a status also where a stream was asked for, and repeats no word."""
     server.default = error("openai", status, "a secret", headers={"retry-after": "90"})
