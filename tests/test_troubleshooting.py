@@ -62,9 +62,11 @@ class Place:
     async def stream(self) -> None:
         """Read a stream to its end."""
         settings = Settings(max_retries=0)
-        async with LLMInfraService(keys_for(self.server), settings=settings) as service:
-            async with service.stream(HELLO, MODEL, "openai") as stream:
-                await stream.result()
+        async with (
+            LLMInfraService(keys_for(self.server), settings=settings) as service,
+            service.stream(HELLO, MODEL, "openai") as stream,
+        ):
+            await stream.result()
 
     async def speak(self) -> None:
         """Speak as a person whose prompt file is missing."""
