@@ -144,6 +144,21 @@ async def test_the_examples_of_the_readme_ask_every_provider(
     assert "ollama Hello from the loopback." in capsys.readouterr().out
 
 
+async def test_the_tool_loop_of_the_guide_tells_the_model_what_happened(
+    leading_to_the_server: ProviderServer,
+) -> None:
+    """An async tool gets a date, and the exception of another is told to the model."""
+    await asyncio.to_thread(run_examples, ROOT / "docs" / "guide.md")
+
+    told = [
+        message["content"]
+        for request in leading_to_the_server.requests
+        for message in request.json.get("messages", ())
+        if message["role"] == "tool"
+    ]
+    assert told == ["sunny in Bonn on Thursday", "error: no room in Bonn"]
+
+
 PEERS = ("**dipeo_llm, direct engine**", "litellm.acompletion", "OpenAI SDK")
 FIGURES = [
     ("CPU of a call, µs", "### CPU of one call", 0),

@@ -50,7 +50,7 @@ class Place:
         **options: Any,
     ) -> None:
         """Ask once, without retries."""
-        usual = {"max_retries": 0, "base_dir": self.folder}
+        usual: dict[str, Any] = {"max_retries": 0, "base_dir": self.folder}
         settings = Settings(**usual | self.settings)
         async with LLMInfraService(
             keys or keys_for(self.server), settings=settings
