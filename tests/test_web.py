@@ -109,30 +109,33 @@ async def test_a_stream_that_breaks_off(
     assert last == 'event: error\ndata: {"error": "StreamInterruptedError"}'
 
 
-async def test_a_caller_that_goes_away(app: Any, server: ProviderServer) -> None:
-    """The connection to the provider is closed, long before the stream would end."""
-    server.reply(Answer("word " * 50, pieces=50, chunk_delay=0.2))
+async def ask_and_leave(app: Any, path: str, leave: asyncio.Event) -> list[Any]:
+    """Post the question, and hang up once *leave* is set; return what was sent back.
+
+    httpx's own transport cannot hang up.
+    """
     body = json.dumps(QUESTION).encode()
-    began = asyncio.Event()
     requests = iter([{"type": "http.request", "body": body, "more_body": False}])
+    sent = []
 
     async def receive() -> dict[str, Any]:
         for request in requests:
             return request
-        await began.wait()
+        await leave.wait()
         return {"type": "http.disconnect"}
 
     async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
         if message.get("body"):
-            began.set()
+            leave.set()
 
     scope = {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.0"},
         "http_version": "1.1",
         "method": "POST",
-        "path": "/stream",
-        "raw_path": b"/stream",
+        "path": path,
+        "raw_path": path.encode(),
         "root_path": "",
         "scheme": "http",
         "query_string": b"",
@@ -142,4 +145,27 @@ async def test_a_caller_that_goes_away(app: Any, server: ProviderServer) -> None
     }
     async with asyncio.timeout(5):
         await app(scope, receive, send)
-        await server.wait_closed_by_client()
+    return sent
+
+
+async def test_a_caller_that_leaves_a_stream(app: Any, server: ProviderServer) -> None:
+    """The connection to the provider is closed, long before the stream would end."""
+    server.reply(Answer("word " * 50, pieces=50, chunk_delay=0.2))
+
+    sent = await ask_and_leave(app, "/stream", asyncio.Event())
+
+    await server.wait_closed_by_client()
+    assert len(sent) < 10
+
+
+async def test_a_caller_that_does_not_wait_for_an_answer(
+    app: Any, server: ProviderServer
+) -> None:
+    """The handler runs on: FastAPI does not cancel it."""
+    server.reply(Answer("A river.", delay=0.3))
+    gone = asyncio.Event()
+    gone.set()
+
+    sent = await ask_and_leave(app, "/answer", gone)
+
+    assert sent[-1]["body"] == b'{"text":"A river."}'
