@@ -191,27 +191,19 @@ class OursThroughLiteLLM(Ours):
 
 
 class LiteLLM(Client):
-    """Bare `litellm.acompletion`, with the client that this package would give it."""
+    """Bare `litellm.acompletion`, with the client that it keeps for itself."""
 
     async def open(self) -> None:
         import litellm
 
-        from dipeo_llm import Settings
-        from dipeo_llm.adapters.base import _sdk_client, create_adapter
-        from dipeo_llm.adapters.translation import untold
-        from dipeo_llm.litellm_tables import know_model
+        from dipeo_llm import create_adapter
 
+        adapter = create_adapter(self.format, self.model, KEY, self.base_url)
+        adapter.teach(litellm)  # or it would ask Ollama about the model in each call
         self._litellm: Any = litellm
-        self._adapter = create_adapter(
-            self.format, self.model, KEY, self.base_url, settings=Settings()
-        )
-        self._lease = await self._adapter.client()
-        provider = self._adapter.provider
-        know_model(self._litellm, self.model, untold(provider, self.model))
         self._arguments: dict[str, Any] = {
-            "model": f"{provider.litellm}/{self.model}",
-            "custom_llm_provider": provider.litellm,
-            "client": _sdk_client(self._lease.client),
+            "model": f"{adapter.provider.litellm}/{self.model}",
+            "custom_llm_provider": adapter.provider.litellm,
             "api_key": KEY,
             "api_base": self.base_url,
             "timeout": 60,
@@ -235,8 +227,7 @@ class LiteLLM(Client):
                 yield text
 
     async def close(self) -> None:
-        await self._lease.release()
-        await self._adapter.aclose()
+        await self._litellm.close_litellm_async_clients()
 
 
 class LiteLLMRouter(Client):

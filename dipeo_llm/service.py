@@ -550,7 +550,10 @@ class LLMInfraService:
             self.api_key_service,
             api_key_id,
             service=provider.name if provider else None,
-            needs_key=provider is None or factory.needs_key(provider, self.settings),
+            # An id that was given is looked up, also where no key is needed.
+            needs_key=provider is None
+            or (bool(api_key_id) and provider.needs_key)
+            or factory.needs_key(provider, self.settings),
             owner=lambda name: factory.by_name(name).name,
             is_local=factory.is_local,
         )

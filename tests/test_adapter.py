@@ -1,6 +1,5 @@
 """An adapter by itself: what it opens, what it sends, and the fence around it."""
 
-import asyncio
 import gzip
 import json
 from collections.abc import AsyncIterator
@@ -21,7 +20,7 @@ from dipeo_llm import (
 from dipeo_llm.adapters.attempt import Attempt
 from dipeo_llm.domain import ChatRequest
 from tests.conftest import HELLO, MODELS, each_provider
-from tests.provider_server import Answer, Fault, ProviderServer, Raw, error
+from tests.provider_server import Answer, Fault, ProviderServer, Raw
 
 REQUEST = ChatRequest(messages=tuple(HELLO), timeout=20)
 CANARY = "sk-canary-0123456789abcdef"
@@ -197,58 +196,6 @@ async def test_calls_in_a_row_use_one_connection(
 
     assert len(server.requests) == 20
     assert server.connections == 1
-
-
-@each_provider
-async def test_a_connection_that_the_server_dropped(
-    server: ProviderServer, provider: str
-) -> None:
-    """A keep-alive connection that ended meanwhile is replaced without an error."""
-    adapter = adapter_of(server, provider)
-
-    await adapter.complete(REQUEST)
-    await server.drop_connections()
-    await asyncio.sleep(0.05)  # as long as it takes to hear of it
-    result = await adapter.complete(REQUEST)
-    await adapter.aclose()
-
-    assert result.text == SAID
-    assert (len(server.requests), server.connections) == (2, 2)
-
-
-@each_provider
-@pytest.mark.parametrize("status", [429, 500, 503])
-async def test_one_attempt_is_one_request(
-    server: ProviderServer, provider: str, status: int
-) -> None:
-    """Whatever LiteLLM makes of its own retries, an adapter sends once an attempt."""
-    adapter = adapter_of(server, provider)
-    # LiteLLM writes its own number of retries on the client that it is handed.
-    await adapter.complete(REQUEST)
-    server.reply(error(provider, status), error(provider, status))
-
-    for _ in range(2):
-        with pytest.raises(LLMServiceError):
-            await adapter.complete(REQUEST)
-    await adapter.aclose()
-
-    assert len(server.requests) == 3
-
-
-@each_provider
-@pytest.mark.parametrize("kind", ["reset", "close", "reset_mid_body"])
-async def test_a_broken_connection_is_not_sent_to_twice(
-    server: ProviderServer, provider: str, kind: str
-) -> None:
-    """A request that may have been billed is not repeated below the retry policy."""
-    adapter = adapter_of(server, provider)
-    server.reply(Fault(kind))
-
-    with pytest.raises(ServiceUnavailableError):
-        await adapter.complete(REQUEST)
-    await adapter.aclose()
-
-    assert len(server.requests) == 1
 
 
 # --- the bytes of an answer -----------------------------------------------------------

@@ -711,7 +711,10 @@ async def test_schema_prints_json_that_follows_it(
     run: Run, server: ProviderServer, folder: Path
 ) -> None:
     """The model is told the form, and a program can read the answer."""
-    schema = {"type": "object", "properties": {"rivers": {"type": "array"}}}
+    schema = {
+        "type": "object",
+        "properties": {"rivers": {"type": "array", "items": {"type": "string"}}},
+    }
     (folder / "rivers.json").write_text(json.dumps(schema))
     server.reply(Answer('{"rivers":["Rhine","\\u001b"]}'))
 

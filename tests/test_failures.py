@@ -13,6 +13,7 @@ import pytest
 
 from dipeo_llm import (
     APIKeyError,
+    CallError,
     ContentFilterError,
     ContextWindowError,
     DiPeOLLMError,
@@ -29,7 +30,6 @@ from dipeo_llm import (
     errors,
 )
 from dipeo_llm.adapters.failures import (
-    CallError,
     clean,
     from_answer,
     request_id,

@@ -23,6 +23,7 @@ import pytest
 
 from dipeo_llm import (
     APIKeyError,
+    ChatResult,
     DiPeOLLMError,
     InvalidRequestError,
     LLMInfraService,
@@ -301,7 +302,8 @@ async def ask(service: LLMInfraService, cell: Cell) -> str:
         "deadline": DEADLINE,
     }
     if not cell.streamed:
-        return (await service.complete(**asked)).text
+        result: ChatResult = await service.complete(**asked)
+        return result.text
     async with service.stream(**asked) as stream:
         async for _ in stream:
             pass

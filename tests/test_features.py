@@ -78,9 +78,10 @@ class Bench:
         **options: Any,
     ) -> ChatResult:
         """Ask for a whole answer."""
-        return await self.service.complete(
+        result: ChatResult = await self.service.complete(
             messages or HELLO, model or MODELS[self.provider], self.provider, **options
         )
+        return result
 
     async def stream(
         self, model: str | None = None, **options: Any

@@ -77,16 +77,6 @@ async def test_a_thousand_first_calls_share_one_client(
     assert server.max_in_flight <= 20
 
 
-async def test_calls_one_after_another_share_a_connection(
-    service: LLMInfraService, server: ProviderServer
-) -> None:
-    """A connection is kept for the next call."""
-    for _ in range(5):
-        await call(service)
-
-    assert server.connections == 1
-
-
 async def test_a_first_call_may_be_cancelled_at_any_moment(
     server: ProviderServer, keys: StaticAPIKeys
 ) -> None:

@@ -63,6 +63,8 @@ async def test_an_answer(
         Answer(
             input_tokens=20,
             output_tokens=5,
+            cached_tokens=8,
+            reasoning="Hm.",
             headers={"x-request-id": "req-1", "x-ratelimit-remaining-requests": "9"},
         )
     )
@@ -71,7 +73,10 @@ async def test_an_answer(
 
     assert (result.text, result.finish_reason) == (DEFAULT_TEXT, "stop")
     assert (result.service, result.model) == (provider, MODELS[provider])
-    assert (result.token_usage.input, result.token_usage.output) == (20, 5)
+    usage = result.token_usage
+    assert (usage.input, usage.output) == (20, 5)
+    assert usage.cached == (0 if provider == "ollama" else 8)
+    assert result.reasoning == (None if provider == "openai" else "Hm.")
     assert (result.request_id, result.attempts) == ("req-1", 1)
     assert result.rate_limits.requests_left == 9
     (request,) = server.requests

@@ -406,6 +406,7 @@ async def test_the_price_of_an_answer_with_audio(
     service: LLMInfraService, server: ProviderServer
 ) -> None:
     """The usage of a real answer reaches the calculation."""
+    server.rules = False  # its answer is all that counts
     _, model, usage, usd = PRICED["audio in and out"]
     message = {"role": "assistant", "content": "Hi"}
     answer = {

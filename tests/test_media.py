@@ -866,6 +866,7 @@ async def test_litellm_looks_nothing_up(
     engine: Any,
 ) -> None:
     """A URL that LiteLLM would fetch by itself is refused, or does not reach it."""
+    server.rules = False  # its URLs are bait
     settings = Settings(engine=engine, max_retries=0)
     call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     async with LLMInfraService(keys, settings=settings) as service:

@@ -30,7 +30,7 @@ from dipeo_llm.service import LLMInfraService
 from dipeo_llm.settings import Settings
 from dipeo_llm.system_prompt_handler import SystemPromptHandler
 from tests import conftest, provider_server
-from tests.conftest import HELLO, PROVIDERS
+from tests.conftest import HELLO, each_provider
 from tests.provider_server import Answer, ProviderServer, Raw, Received
 
 MODELS = {**conftest.MODELS, "responses": "gpt-4.1-nano"}
@@ -396,7 +396,7 @@ def breaking(place: int, by: Any) -> Any:
     return reply
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@each_provider
 @settings(
     max_examples=150,
     deadline=None,

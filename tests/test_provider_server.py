@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import os
 import re
 import signal
 import sys
@@ -15,13 +14,9 @@ from typing import Any
 import pytest
 
 from tests import provider_server
-from tests.conftest import MODELS
+from tests.conftest import MODELS, PROVIDERS, each_provider
 from tests.provider_server import PNG, Answer, Fault, ProviderServer, Raw, error
 
-# LiteLLM builds its models at their first use, with a warning from pydantic.
-pytestmark = pytest.mark.filterwarnings("ignore:Item '.*' on TypedDict class")
-
-PROVIDERS = ("openai", "anthropic", "google", "ollama")
 USER: list[dict[str, Any]] = [{"role": "user", "content": "hello"}]
 HEADERS = {
     "openai": {"authorization": "Bearer sk-test"},
@@ -29,7 +24,6 @@ HEADERS = {
     "google": {"x-goog-api-key": "AIza-test"},
     "ollama": {},
 }
-LITELLM = {"google": "gemini", "ollama": "ollama_chat"}
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +89,7 @@ def unchunk(data: bytes) -> Iterator[bytes]:
         data = data[int(size, 16) + 2 :]
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@each_provider
 async def test_bytes_of_a_stream(server: ProviderServer, provider: str) -> None:
     """A stream has its content type and its end mark, unless that is dropped."""
     path, body = chat(provider, stream=True)
@@ -118,7 +112,7 @@ async def test_bytes_of_a_stream(server: ProviderServer, provider: str) -> None:
     assert server.requests[-1].stream
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@each_provider
 @pytest.mark.parametrize("status", [400, 401, 429, 500, 503, 529])
 async def test_errors(server: ProviderServer, provider: str, status: int) -> None:
     """Each provider's error shape carries the words and the delay."""
@@ -219,7 +213,7 @@ async def test_refusals(
     assert (got, words in data.decode()) == (status, True), data
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@each_provider
 async def test_malformed_body_and_path(server: ProviderServer, provider: str) -> None:
     """Broken JSON is a 400, an unknown path a 404."""
     path, _ = chat(provider)
@@ -319,7 +313,7 @@ async def test_files_and_counts(server: ProviderServer) -> None:
     assert json.loads(data)["totalTokens"] > 0
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@each_provider
 async def test_stream_faults(server: ProviderServer, provider: str) -> None:
     """Cuts, errors and garbage in a stream, and any TCP split."""
     path, body = chat(provider, stream=True)
@@ -349,7 +343,7 @@ def is_json(data: bytes) -> bool:
     return True
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@each_provider
 async def test_faults_below_http(server: ProviderServer, provider: str) -> None:
     """Resets, closes, stalls and drips; a stall ends with its client."""
     path, body = chat(provider)
@@ -430,139 +424,6 @@ async def test_many_at_once_and_dropped_connections(server: ProviderServer) -> N
         assert await one() == 200
 
 
-@pytest.fixture(scope="session")
-def litellm() -> Any:
-    """LiteLLM, told not to ask the network for anything."""
-    for name in ("MODEL_COST_MAP", "ANTHROPIC_BETA_HEADERS"):
-        os.environ[f"LITELLM_LOCAL_{name}"] = "True"
-    os.environ["LITELLM_MODE"] = "PRODUCTION"
-    import litellm
-
-    litellm.suppress_debug_info = True
-    litellm.register_model(
-        {"ollama_chat/llama3.2": {"litellm_provider": "ollama_chat", "mode": "chat"}}
-    )
-    return litellm
-
-
-@pytest.fixture
-async def complete(litellm: Any, server: ProviderServer) -> AsyncIterator[Any]:
-    """`acompletion` of LiteLLM against the server, by provider."""
-
-    async def run(provider: str, **options: Any) -> Any:
-        base = server.base_url(provider)
-        options = {"messages": USER, "max_tokens": 32, **options}
-        return await litellm.acompletion(
-            model=f"{LITELLM.get(provider, provider)}/{MODELS[provider]}",
-            api_base=base,
-            api_key="sk-test",
-            max_retries=0,
-            num_retries=0,
-            timeout=10,
-            **options,
-        )
-
-    yield run
-    await litellm.close_litellm_async_clients()
-
-
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
-    },
-}
-CALLS = (("weather", {"city": "Oslo"}), ("weather", {"city": "Rome"}))
-
-
-@pytest.mark.parametrize("provider", PROVIDERS)
-async def test_litellm_plain(
-    server: ProviderServer, complete: Any, provider: str
-) -> None:
-    """LiteLLM reads text, finish, usage and reasoning."""
-    server.reply(
-        Answer("hi", input_tokens=20, cached_tokens=8, cache_write_tokens=2),
-        Answer("x", finish="length", reasoning="because", reasoning_tokens=3),
-    )
-    got = await complete(provider)
-    assert got.choices[0].message.content == "hi"
-    assert got.choices[0].finish_reason == "stop"
-    assert (got.usage.prompt_tokens, got.usage.completion_tokens) == (20, 5)
-    if provider != "ollama":
-        assert got.usage.prompt_tokens_details.cached_tokens == 8
-    got = await complete(provider)
-    assert got.choices[0].finish_reason == "length"
-    if provider != "openai":
-        assert got.choices[0].message.reasoning_content == "because"
-
-
-@pytest.mark.parametrize("provider", PROVIDERS)
-async def test_litellm_stream(
-    server: ProviderServer, complete: Any, provider: str, litellm: Any
-) -> None:
-    """LiteLLM reads the text, usage and reasoning of a stream."""
-    text = "Grüße aus dem Kreis 😀"
-    server.reply(Answer(text, pieces=6, reasoning="because"))
-    stream = await complete(
-        provider, stream=True, stream_options={"include_usage": True}
-    )
-    chunks = [chunk async for chunk in stream]
-    whole = litellm.stream_chunk_builder(chunks)
-    assert whole.choices[0].message.content == text
-    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (12, 5)
-    if provider != "openai":
-        assert whole.choices[0].message.reasoning_content == "because"
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("provider", PROVIDERS)
-async def test_litellm_tools(
-    server: ProviderServer, complete: Any, provider: str, stream: bool, litellm: Any
-) -> None:
-    """LiteLLM reads tool calls, and its tool results are accepted."""
-    server.reply(Answer(tool_calls=CALLS))
-    got = await complete(provider, tools=[TOOL], stream=stream)
-    chunks = [chunk async for chunk in got] if stream else []
-    if stream:
-        got = litellm.stream_chunk_builder(chunks)
-    calls = got.choices[0].message.tool_calls
-    if stream and provider == "ollama":
-        # LiteLLM gives the calls of every line the index 0 and its builder glues them.
-        calls = [c for k in chunks for c in k.choices[0].delta.tool_calls or ()]
-    found = [(c.function.name, json.loads(c.function.arguments)) for c in calls]
-    assert found == list(CALLS)
-    assert got.choices[0].finish_reason == "tool_calls"
-    server.reply(Answer("done"))
-    turn: dict[str, Any] = {"role": "assistant", "content": None}
-    turn["tool_calls"] = [call.model_dump() for call in calls]
-    results = [
-        {"role": "tool", "tool_call_id": call.id, "name": "weather", "content": "wet"}
-        for call in calls
-    ]
-    got = await complete(provider, tools=[TOOL], messages=[*USER, turn, *results])
-    assert got.choices[0].message.content == "done"
-
-
-async def test_litellm_search_images_and_choices(
-    server: ProviderServer, complete: Any
-) -> None:
-    """LiteLLM reads citations, choices and images."""
-    cited = [("https://example.org/a", "A page")]
-    server.reply(*(Answer("found", citations=cited) for _ in range(3)))
-    for provider in PROVIDERS[:3]:
-        got = await complete(provider)
-        assert got.choices[0].message.content == "found"
-        assert "https://example.org/a" in str(got.model_dump())
-    server.reply(Answer("a", n_texts=["b"]), Answer("a", n_texts=["b"]))
-    for provider in ("openai", "google"):
-        got = await complete(provider, n=2)
-        assert [c.message.content for c in got.choices] == ["a", "b"]
-    server.reply(Answer(images=[PNG]))
-    got = await complete("google")
-    assert got.choices[0].message.images[0]["image_url"]["url"].startswith("data:")
-
-
 @pytest.fixture
 async def openai_client(server: ProviderServer) -> AsyncIterator[Any]:
     """The OpenAI SDK against the server."""
@@ -597,7 +458,10 @@ async def test_openai_sdk_chat(server: ProviderServer, openai_client: Any) -> No
     ("answer", "kinds"),
     [
         (Answer("hi", reasoning="so"), ["reasoning", "message"]),
-        (Answer(tool_calls=CALLS), ["function_call", "function_call"]),
+        (
+            Answer(tool_calls=[("weather", {"city": c}) for c in ("Oslo", "Rome")]),
+            ["function_call", "function_call"],
+        ),
         (Answer(images=[PNG]), ["image_generation_call"]),
         (Answer("s", citations=[("http://a", "A")]), ["web_search_call", "message"]),
         (Answer(refusal="no"), ["message"]),

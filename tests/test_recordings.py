@@ -464,6 +464,7 @@ async def test_a_recorded_answer(
     direct: LLMInfraService,
 ) -> None:
     """A whole answer means what its bytes say."""
+    server.rules = False  # requests of other days
     recording = RECORDINGS[name]
     server.reply(recording.reply())
 
@@ -485,6 +486,7 @@ async def test_a_recorded_stream(
     direct: LLMInfraService,
 ) -> None:
     """A stream's chunks and its result mean what its bytes say."""
+    server.rules = False  # requests of other days
     recording = RECORDINGS[name]
     server.reply(recording.reply())
 
@@ -831,6 +833,7 @@ async def test_a_recorded_loop(
     direct: LLMInfraService,
 ) -> None:
     """A tool's result goes back with all that the recorded client sent back."""
+    server.rules = False  # requests of other days
     one, two = RECORDINGS[first], RECORDINGS[second]
     server.reply(one.reply(), two.reply())
     messages = conversation(one)
@@ -863,6 +866,7 @@ async def ask(
     """Ask as the recording's client did, for a whole answer or a stream."""
     asked = (messages, recording.model, recording.provider)
     if not recording.streamed:
-        return await service.complete(*asked, **asking(recording))
+        result: ChatResult = await service.complete(*asked, **asking(recording))
+        return result
     async with service.stream(*asked, **asking(recording)) as stream:
         return await stream.result()

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, ClassVar
 from urllib.parse import quote, urlencode, urlsplit
@@ -848,8 +849,11 @@ class BaseLLMAdapter:
     ) -> SecretStr:
         if not isinstance(api_key, SecretStr):
             api_key = SecretStr((api_key or "").strip())
-        is_local = http.is_loopback(urlsplit(base_url or "").hostname or "")
-        if self.provider.needs_key and not api_key and not is_local:
+        if (
+            self.provider.needs_key
+            and not api_key
+            and not http.is_loopback(urlsplit(base_url or "").hostname or "")
+        ):
             raise APIKeyNotFoundError(
                 f"{self.provider.name} needs a key", **self._fields()
             )
@@ -902,7 +906,7 @@ class BaseLLMAdapter:
                 service=row.name,
             )
         try:
-            return self.complete_base_url(http_url(url))
+            return self.complete_base_url(_check_url(url))
         except ValueError as exc:
             raise InvalidRequestError(
                 f"the base URL of {row.name} cannot be used: {exc}", service=row.name
@@ -945,6 +949,7 @@ _UNREADABLE = (
 """What reading JSON of an unknown shape may raise."""
 _TOKEN = re.compile(r"eyJ[\w-]+\.[\w-]+\.")
 """A JSON Web Token (RFC 7519)."""
+_check_url = lru_cache(maxsize=256)(http_url)
 _PROCESS = os.urandom(16)
 _seen_options: set[tuple[str, str, str]] = set()
 
