@@ -182,13 +182,19 @@ CASES: dict[str, Case] = {
 }
 
 
+def _forget_warnings() -> None:
+    for value in vars(settings_module).values():
+        if hasattr(value, "cache_clear"):
+            value.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let what is logged once be logged again."""
     monkeypatch.setattr("dipeo_llm.adapters.base._seen_options", set())
-    settings_module._warn_once.cache_clear()
+    _forget_warnings()
     yield
-    settings_module._warn_once.cache_clear()
+    _forget_warnings()
 
 
 def test_the_page_has_the_cases() -> None:
