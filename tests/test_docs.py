@@ -114,6 +114,10 @@ def as_asked(request: Received) -> Answer:
         return Answer(tool_calls=[("forecast", day), ("book", {"city": "Bonn"})])
     if "web_search" in asked:
         return Answer(citations=[("https://example.test/", "The match")])
+    if "'message_ids'" in asked:
+        return Answer(text='{"message_ids": ["m2"]}')
+    if "'decision'" in asked:
+        return Answer(text='{"decision": true}')
     if "length_km" in asked:
         river = {"name": "Inn", "length_km": 517}
         return Answer(
