@@ -9,7 +9,7 @@ import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Self, TypeVar, Unpack, cast, overload
+from typing import Any, Self, TypeVar, Unpack, overload
 from weakref import WeakSet
 
 from dipeo_llm import media
@@ -28,6 +28,7 @@ from dipeo_llm.domain import (
     TokenCount,
     TokenUsage,
     Tool,
+    label,
     person_defaults,
     request_from_options,
 )
@@ -39,10 +40,13 @@ from dipeo_llm.errors import (
     StructuredOutputError,
 )
 from dipeo_llm.keys import Key, find_key
+from dipeo_llm.ledger import Usage
 from dipeo_llm.litellm_import import load_litellm
 from dipeo_llm.message_formatter import MessageFormatter, check_messages
 from dipeo_llm.ports import APIKeyPort, LLMDomainService
-from dipeo_llm.retry import Deadline, RetryPolicy
+from dipeo_llm.progress import CallProgress
+from dipeo_llm.reports import CallHook, CallReporter
+from dipeo_llm.retry import RetryPolicy
 from dipeo_llm.settings import Settings, warn_about_environment
 from dipeo_llm.streaming import ChatStream, Opened
 from dipeo_llm.structured import form_of, parse
@@ -64,6 +68,7 @@ class _Call:
     api_key_id: str | None
     service: Any
     """The name of the provider, None where the model string decides."""
+    person_id: str | None = None
 
 
 class LLMInfraService:
@@ -81,6 +86,9 @@ class LLMInfraService:
             base directory.
         adapter_factory: Makes the adapter of a call, such as
             a `dipeo_llm.testing.MockLLMAdapter()` in a test; None is `create_adapter`.
+        on_call: A function or a coroutine function, called once after each call with
+            its `CallRecord`, however the call ended. The call returns after it, or at
+            once if it was cancelled; `aclose` waits for it. Its exceptions are logged.
     """
 
     def __init__(
@@ -91,6 +99,7 @@ class LLMInfraService:
         settings: Settings | None = None,
         system_prompt_handler: SystemPromptHandler | None = None,
         adapter_factory: AdapterFactory | None = None,
+        on_call: CallHook | None = None,
     ) -> None:
         self.api_key_service = api_key_service
         self.llm_domain_service = llm_domain_service
@@ -101,6 +110,7 @@ class LLMInfraService:
         )
         self._formatter = MessageFormatter()
         self._create_adapter = adapter_factory or factory.create_adapter
+        self._reporter = CallReporter(on_call)
         self._pool = new_pool(self.settings)
         self._loading: set[asyncio.Task[Any]] = set()
         self._ended: WeakSet[asyncio.Task[Any]] = WeakSet()
@@ -125,11 +135,13 @@ class LLMInfraService:
         """Close every open client. May be called twice.
 
         Calls in flight have `settings.close_grace` seconds to end; then their
-        connection is closed and they raise ServiceUnavailableError.
+        connection is closed and they raise ServiceUnavailableError. `on_call` has as
+        long, and is then cancelled.
         """
         self._closed = True
         grace = self.settings.close_grace
         await asyncio.gather(self._pool.aclose(grace), self._end_loading(grace))
+        await self._reporter.aclose(grace)
 
     @overload
     async def complete(
@@ -175,7 +187,7 @@ class LLMInfraService:
                 tool_choice, response_format, text_format, reasoning_effort,
                 options (an LLMRequestOptions), timeout (s, one attempt), deadline (s,
                 the whole call), extra_body, and the labels execution_phase,
-                execution_id and trace_id, which are never sent.
+                execution_id, trace_id, person_name and node_id, which are never sent.
 
         Raises:
             InvalidRequestError: There are no messages, or the model cannot be placed.
@@ -188,9 +200,10 @@ class LLMInfraService:
         Cancelling the call closes its connection; the pooled client lives on.
         """
         call = self._check_call(options, model, api_key_id, messages)
-        async with Deadline(call.request.deadline) as deadline:
-            result = await self._answer(call, deadline)
-        return _finish(call.request, result, deadline)
+        progress = _begin(call)
+        async with self._reporter.watch(progress), progress:
+            result = await self._answer(call, progress)
+            return self._finish(call.request, result, progress)
 
     @overload
     async def complete_with_person(
@@ -236,11 +249,12 @@ class LLMInfraService:
 
         A prompt file is read in a thread. Cancelling is as for `complete`.
         """
-        call = self._check_person_call(options, llm_config)
-        async with Deadline(call.request.deadline) as deadline:
+        call = self._check_person_call(options, person_id, llm_config)
+        progress = _begin(call)
+        async with self._reporter.watch(progress), progress:
             call = await self._compose(call, person_messages, person_id, llm_config)
-            result = await self._answer(call, deadline)
-        return _finish(call.request, result, deadline)
+            result = await self._answer(call, progress)
+            return self._finish(call.request, result, progress)
 
     @overload
     def stream(
@@ -294,9 +308,10 @@ class LLMInfraService:
         """
         call = self._check_call(options, model, api_key_id, messages)
         return ChatStream[Any](
+            partial(_begin, call, is_stream=True),
             partial(self._open, call),
-            partial(_finish, call.request),
-            deadline=call.request.deadline,
+            partial(self._finish, call.request),
+            self._reporter,
         )
 
     @overload
@@ -334,13 +349,14 @@ class LLMInfraService:
 
         Arguments are as for `complete_with_person`, the rest as for `stream`.
         """
-        call = self._check_person_call(options, llm_config)
+        call = self._check_person_call(options, person_id, llm_config)
         return ChatStream(
+            partial(_begin, call, is_stream=True),
             partial(
                 self._open_with_person, call, person_messages, person_id, llm_config
             ),
-            partial(_finish, call.request),
-            deadline=call.request.deadline,
+            partial(self._finish, call.request),
+            self._reporter,
         )
 
     async def count_tokens(
@@ -372,8 +388,8 @@ class LLMInfraService:
         call = self._check_call(options, model, api_key_id, messages)
         adapter = await self._find_adapter(call)
         request = await self._prepare_media(call.request, adapter)
-        return await self._retry(
-            adapter, partial(adapter.count_tokens, request), Deadline()
+        return await self._retry_question(
+            adapter, partial(adapter.count_tokens, request)
         )
 
     def capabilities(self, model: str, *, service: Any = None) -> Capabilities:
@@ -402,7 +418,7 @@ class LLMInfraService:
         Every page of the provider's own list is read.
         """
         adapter = await self._find_key_adapter(api_key_id, None)
-        return await self._retry(adapter, adapter.list_models, Deadline())
+        return await self._retry_question(adapter, adapter.list_models)
 
     async def validate_api_key(
         self, api_key_id: str, provider: str | None = None
@@ -422,9 +438,7 @@ class LLMInfraService:
         """
         adapter = await self._find_key_adapter(api_key_id, provider)
         try:
-            await self._retry(
-                adapter, partial(adapter.list_models, pages=1), Deadline()
-            )
+            await self._retry_question(adapter, partial(adapter.list_models, pages=1))
         except APIKeyError:
             return False
         return True
@@ -449,6 +463,17 @@ class LLMInfraService:
         except InvalidRequestError:
             return None
 
+    def usage(self, *, reset: bool = False) -> Usage:
+        """Return what the calls of this service have used so far.
+
+        Tokens and USD, in all and by person, model, provider and `execution_id`. A
+        stream counts when it has ended or was left.
+
+        Args:
+            reset: Whether to start again at zero; no call is lost in between.
+        """
+        return self._reporter.ledger.usage(reset=reset)
+
     def _reopen(self) -> None:
         if self._closed:
             # The old pool stays closed: a call that outlived `aclose` finds no way back.
@@ -470,11 +495,19 @@ class LLMInfraService:
         request = replace(request, messages=check_messages(messages))
         return _Call(request, model, api_key_id, service)
 
-    def _check_person_call(self, options: dict[str, Any], llm_config: Any) -> _Call:
+    def _check_person_call(
+        self, options: dict[str, Any], person_id: Any, llm_config: Any
+    ) -> _Call:
         """Check what a caller gave for a person; `_compose` adds the messages."""
         service = _take_service(options) or getattr(llm_config, "service", None)
         request = self._check_options(options, person_defaults(llm_config))
-        return _Call(request, llm_config.model, llm_config.api_key_id, service)
+        return _Call(
+            request,
+            llm_config.model,
+            llm_config.api_key_id,
+            service,
+            label(person_id),
+        )
 
     def _check_options(
         self, options: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
@@ -506,11 +539,11 @@ class LLMInfraService:
         request = replace(call.request, messages=check_messages(messages))
         return replace(call, request=request)
 
-    async def _answer(self, call: _Call, deadline: Deadline) -> ChatResult[Any]:
+    async def _answer(self, call: _Call, progress: CallProgress) -> ChatResult[Any]:
         """Find the adapter, prepare the media, and try until there is a result."""
         adapter = await self._find_adapter(call)
         request = await self._prepare_media(call.request, adapter)
-        return await self._retry(adapter, partial(adapter.complete, request), deadline)
+        return await self._retry(adapter, partial(adapter.complete, request), progress)
 
     async def _open_with_person(
         self,
@@ -518,18 +551,18 @@ class LLMInfraService:
         person_messages: Sequence[Any],
         person_id: Any,
         llm_config: Any,
-        deadline: Deadline,
+        progress: CallProgress,
     ) -> Opened:
         """Compose a person's conversation, which may read a file, and open a stream."""
         call = await self._compose(call, person_messages, person_id, llm_config)
-        return await self._open(call, deadline)
+        return await self._open(call, progress)
 
-    async def _open(self, call: _Call, deadline: Deadline) -> Opened:
+    async def _open(self, call: _Call, progress: CallProgress) -> Opened:
         """Do as `_answer` for a stream, until its first chunk is there."""
         adapter = await self._find_adapter(call)
         request = await self._prepare_media(call.request, adapter)
         return await self._retry(
-            adapter, partial(_open_stream, adapter, request), deadline
+            adapter, partial(_open_stream, adapter, request), progress
         )
 
     async def _find_adapter(self, call: _Call) -> BaseLLMAdapter:
@@ -591,43 +624,54 @@ class LLMInfraService:
         self,
         adapter: BaseLLMAdapter,
         attempt: Callable[[], Awaitable[_T]],
-        deadline: Deadline,
+        progress: CallProgress,
     ) -> _T:
         """Make attempts until one succeeds or another is not worth it.
 
         N retries are N + 1 attempts, and an attempt sends at most one request. The
-        deadline counts them; an error carries their number in `attempts`.
+        progress counts them; an error carries their number in `attempts`.
         """
-        deadline.service, deadline.model = adapter.provider.name, adapter.model_name
-        policy = RetryPolicy(self.settings, deadline)
-        # The first attempt is made outside stamina's loop, which costs more than all
-        # else here; its failure is then raised again as the loop's first. The loop would
-        # keep the last failure, and with it the conversation, in a cycle: so that one is
-        # raised outside of it.
-        deadline.attempts = 1
-        try:
-            return await attempt()
-        except DiPeOLLMError as exc:
-            if policy.is_last(exc):
-                raise
-        async for step in policy.steps():
-            with step:
-                if step.num == 1:
-                    raise cast("DiPeOLLMError", deadline.last)
-                deadline.attempts += 1
-                try:
-                    return await attempt()
-                except DiPeOLLMError as exc:
-                    if policy.is_last(exc):
-                        break
+        progress.place(
+            adapter.provider.name, adapter.model_name, adapter.endpoint.base_url
+        )
+        policy = RetryPolicy(self.settings, progress)
+        while True:
+            progress.begin_attempt()
+            try:
+                return await attempt()
+            except DiPeOLLMError as exc:
+                wait = policy.next_wait(exc)
+                if wait is None:
                     raise
-        del step
-        try:
-            raise cast("DiPeOLLMError", deadline.last)
-        finally:
-            deadline.last = None
+            await asyncio.sleep(wait)
+
+    def _finish(
+        self, request: ChatRequest, result: ChatResult[Any], progress: CallProgress
+    ) -> ChatResult[Any]:
+        """Complete a result with what the call knows, and parse a structured answer.
+
+        A turn that calls tools is not the answer yet, and is not parsed.
+        """
+        progress.answer(result)
+        form = request.response_format
+        if form is None or not form.is_json:
+            return result
+        if result.parsed is None and not result.tool_calls:
+            try:
+                result.parsed = parse(form, result)
+            except StructuredOutputError as exc:
+                exc.model, exc.attempts = progress.model, progress.attempts
+                raise
+        return result
 
     # Around a call.
+
+    async def _retry_question(
+        self, adapter: BaseLLMAdapter, attempt: Callable[[], Awaitable[_T]]
+    ) -> _T:
+        """Do as `_retry` for what is not a call: it has no deadline and no record."""
+        async with CallProgress() as progress:
+            return await self._retry(adapter, attempt, progress)
 
     async def _find_key_adapter(
         self, api_key_id: str, provider: str | None
@@ -684,27 +728,22 @@ async def _open_stream(adapter: BaseLLMAdapter, request: ChatRequest) -> Opened:
         raise
 
 
-def _finish(
-    request: ChatRequest, result: ChatResult[Any], deadline: Deadline
-) -> ChatResult[Any]:
-    """Complete a result with what the call knows, and parse a structured answer.
-
-    A turn that calls tools is not the answer yet, and is not parsed.
-    """
-    if deadline.requests is None:
-        # A request that met a stale connection was sent twice in its attempt.
-        deadline.requests = deadline.attempts - 1 + result.attempts
-    result.attempts = deadline.requests
-    form = request.response_format
-    if form is None or not form.is_json:
-        return result
-    if result.parsed is None and not result.tool_calls:
-        try:
-            result.parsed = parse(form, result)
-        except StructuredOutputError as exc:
-            exc.model, exc.attempts = deadline.model, deadline.attempts
-            raise
-    return result
+def _begin(call: _Call, *, is_stream: bool = False) -> CallProgress:
+    """Start the clock of a call."""
+    request, form = call.request, call.request.response_format
+    options = dict(request.sampling)
+    if request.tools:
+        options["tools"] = len(request.tools)
+    if form is not None:
+        options["response_format"] = form.response_format.get("type")
+    return CallProgress(
+        request.deadline,
+        model=label(call.model),
+        person_id=call.person_id,
+        is_stream=is_stream,
+        options=options,
+        labels=request.labels,
+    )
 
 
 _SERVICE_NAMES = ("service", "provider", "service_name")

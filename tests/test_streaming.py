@@ -187,8 +187,7 @@ def calls_of(chunks: Iterable[StreamChunk]) -> list[tuple[str, Any]]:
 
 def without_chance(result: ChatResult) -> dict[str, Any]:
     """Everything that a result says but the provider's ids and its raw answer."""
-    told = result.model_dump(exclude={"raw_response", "request_id", "content_blocks"})
-    told["blocks"] = [block["type"] for block in result.content_blocks]
+    told = result.model_dump(exclude={"raw_response", "request_id"})
     for call in told["tool_calls"]:
         del call["id"]
         call["thought_signature"] = bool(call["thought_signature"])
@@ -252,7 +251,7 @@ ANSWERS: dict[str, tuple[Answer, dict[str, Any]]] = {
         {"tools": [clock]},
     ),
     "choices": (Answer("one", n_texts=["two", "three"]), {"n": 3}),
-    "JSON": (Answer('{"a": 1}'), {"response_format": {"type": "json_object"}}),
+    "a schema": (Answer('{"a": 1}'), {"response_format": {"type": "object"}}),
     "limits": (
         Answer(
             headers={

@@ -106,9 +106,6 @@ class BaseLLMAdapter:
     """Matches a name that the provider takes for a tool."""
     longest_tool_name: ClassVar[int] = 64
     """Most characters of such a name."""
-    most_stops: ClassVar[int | None] = None
-    """Most texts of `stop`; None is no limit."""
-    highest_temperature: ClassVar[float] = 2.0
     headers: ClassVar[frozenset[str] | None] = http.STANDARD_HEADERS
     """Headers that may leave beside the key; None forwards what LiteLLM sets."""
 
@@ -315,15 +312,16 @@ class BaseLLMAdapter:
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         """Refuse options that the provider refuses, whatever the model."""
-        name, stop = self.provider.name, options.get("stop")
-        if self.most_stops and isinstance(stop, list) and len(stop) > self.most_stops:
+        row, stop = self.provider, options.get("stop")
+        most, highest = row.most_stops, row.highest_temperature
+        if most and isinstance(stop, list) and len(stop) > most:
             raise self.invalid(
-                f"`stop` has {len(stop)} texts; {name} takes at most {self.most_stops}"
+                f"`stop` has {len(stop)} texts; {row.name} takes at most {most}"
             )
-        if options.get("temperature", 0) > self.highest_temperature:
+        if highest is not None and options.get("temperature", 0) > highest:
             raise self.invalid(
-                f"temperature={options['temperature']} is too high; {name} takes at"
-                f" most {self.highest_temperature:g}"
+                f"temperature={options['temperature']} is too high; {row.name} takes at"
+                f" most {highest:g}"
             )
         choice = options.get("tool_choice")
         if isinstance(choice, dict):

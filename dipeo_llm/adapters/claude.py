@@ -46,6 +46,8 @@ ANTHROPIC = Provider(
     base_url="https://api.anthropic.com",
     key_header="x-api-key",
     key_variables=("ANTHROPIC_API_KEY",),
+    # https://docs.anthropic.com/en/api/messages (2026-11-25)
+    highest_temperature=1.0,
     claims=re.compile(r"claude-[\w.-]+"),
     # https://platform.claude.com/docs/en/build-with-claude/vision
     # https://platform.claude.com/docs/en/build-with-claude/pdf-support (2026-11-23)
@@ -92,8 +94,6 @@ class ClaudeAdapter(BaseLLMAdapter):
     """Talks to a Claude model."""
 
     rows = (ANTHROPIC,)
-    # https://docs.anthropic.com/en/api/messages (2026-11-25)
-    highest_temperature = 1.0
     probe = Probe("claude-sonnet-4-5", ("messages", "max_tokens", "system", "tools"))
     # https://docs.anthropic.com/en/api/models-list (2026-11-23)
     model_list = ModelList("/v1/models", "data", "id", {"limit": 1000}, _next_page)

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NoReturn
 from urllib.parse import quote
 
@@ -65,6 +65,8 @@ GOOGLE = Provider(
     claims=re.compile(
         r"(?:models/)?(?:gemini-[\w.-]+|gemma-\d[\w.-]*|learnlm-[\w.-]+)"
     ),
+    most_stops=5,
+    highest_temperature=2.0,
     media=_MEDIA,
 )
 
@@ -76,7 +78,9 @@ VERTEX = Provider(
     name="vertex",
     litellm="vertex_ai",
     aliases=("vertex_ai", "vertexai", "vertex_ai_beta"),
-    media=replace(_MEDIA),
+    most_stops=5,
+    highest_temperature=2.0,
+    media=_MEDIA,
 )
 
 # The name stands in the URL's path.
@@ -130,7 +134,6 @@ class GeminiAdapter(BaseLLMAdapter):
     rows = (GOOGLE, VERTEX)
     # https://ai.google.dev/api/caching#FunctionDeclaration (2026-11-25)
     tool_name = re.compile(r"[a-zA-Z_][a-zA-Z0-9_.:-]{0,63}")
-    most_stops = 5
     probe = Probe("gemini-2.5-flash", ("contents", "generationConfig", "tools"))
     # https://ai.google.dev/api/models#method:-models.list (2026-11-23)
     model_list = ModelList(
@@ -144,8 +147,12 @@ class GeminiAdapter(BaseLLMAdapter):
     )
 
     def check_model(self) -> None:
-        """Refuse a name that would be more than a name in the URL's path."""
+        """Refuse a name that would be more than a name in the URL's path.
+
+        Google's own form of a name, such as `models/gemini-2.5-flash`, is taken too.
+        """
         super().check_model()
+        self.model_name = self.model_name.removeprefix("models/")
         if _NOT_IN_A_PATH.search(self.model_name):
             raise self._invalid_model()
 

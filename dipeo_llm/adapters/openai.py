@@ -63,6 +63,8 @@ OPENAI = Provider(
     path="/v1",
     key_variables=("OPENAI_API_KEY",),
     system_role="developer",
+    most_stops=4,
+    highest_temperature=2.0,
     client="sdk",
     claims=re.compile(
         r"(?:ft:)?(?:gpt-(?!oss)[\w.-]+|chatgpt-[\w.-]+|o[1-9](?:-[\w.-]+)?"
@@ -128,7 +130,6 @@ class ChatGPTAdapter(BaseLLMAdapter):
     """Talks to OpenAI, or to a server that speaks its chat completions."""
 
     rows = (OPENAI, DEEPSEEK)
-    most_stops = 4
     probe = Probe("gpt-4.1-nano", ("messages", "max_tokens", "temperature", "tools"))
     # https://platform.openai.com/docs/api-reference/models/list (2026-11-23)
     model_list = ModelList("/models", "data", "id")

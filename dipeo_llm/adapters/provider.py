@@ -41,6 +41,10 @@ class Provider:
     """Whether a provider without an adapter of its own speaks OpenAI's format."""
     extra_headers: tuple[tuple[str, str], ...] = ()
     """Headers that the provider requires beside its format's."""
+    most_stops: int | None = None
+    """Most texts of `stop`; None is no known limit."""
+    highest_temperature: float | None = None
+    """None is no known limit."""
     has_prices: bool = True
     """Whether its tokens have a price; False for models that run locally."""
     claims: re.Pattern[str] = re.compile(r"(?!)")
