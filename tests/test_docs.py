@@ -11,6 +11,7 @@ import inspect
 import json
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
@@ -23,8 +24,9 @@ from dipeo_llm import DiPeOLLMError, EnvironmentAPIKeys, LLMInfraService, Settin
 from dipeo_llm.adapters import factory
 from dipeo_llm.adapters.factory import PROVIDERS
 from dipeo_llm.cli.command import dipeo_llm as program
+from tests.conftest import HELLO, keys_for
 from tests.conftest import PROVIDERS as SERVED
-from tests.provider_server import Answer, ProviderServer, Received
+from tests.provider_server import Answer, ProviderServer, Received, error
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -146,6 +148,24 @@ async def test_the_examples_of_the_readme_ask_every_provider(
     asked = {request.provider for request in leading_to_the_server.requests}
     assert asked == set(SERVED)
     assert "ollama Hello from the loopback." in capsys.readouterr().out
+
+
+async def test_the_log_lines_of_the_readme_are_those_of_a_call(
+    server: ProviderServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A line for the retry, then one for the call; only numbers and ids differ."""
+    caplog.set_level("INFO", "dipeo_llm.calls")
+    server.reply(error("openai", 429), Answer())
+    settings = Settings(max_retries=3, retry_wait=0)
+    async with LLMInfraService(keys_for(server), settings=settings) as service:
+        await service.complete(HELLO, "gpt-4.1-nano", "openai")
+
+    def plain(lines: Iterable[str]) -> list[str]:
+        return [re.sub(r"(?<=request )\S+|\d+\.\d+", "…", line) for line in lines]
+
+    shown = re.search(r"```text\n(openai/.*?)```", TEXTS[README], re.DOTALL)
+    assert shown is not None
+    assert plain(caplog.messages) == plain(shown[1].splitlines())
 
 
 async def test_the_tool_loop_of_the_guide_tells_the_model_what_happened(
