@@ -134,7 +134,7 @@ class LLMInfraService:
         May be called twice; opens a service again that was closed.
         """
         self._reopen()
-        await load_litellm()
+        await self._load_litellm()
 
     async def aclose(self) -> None:
         """Close every open client. May be called twice.
@@ -482,9 +482,10 @@ class LLMInfraService:
         first time, in a thread.
         """
         try:
-            return (await self._place(model, None))[0].name
+            placed = await self._place(model, None)
         except InvalidRequestError:
             return None
+        return placed[0].name if placed else None
 
     def usage(self, *, reset: bool = False) -> Usage:
         """Return what the calls of this service have used so far.
@@ -625,15 +626,27 @@ class LLMInfraService:
 
     async def _find_adapter(self, call: _Call) -> BaseLLMAdapter:
         """Place the model, find the key, and make the adapter."""
-        provider, name = await self._place(call.model, call.service)
+        placed = await self._place(call.model, call.service)
+        if placed is None and call.api_key_id:
+            key = await self._find_key(call.api_key_id, None)
+            if key.service:
+                placed = factory.find_by_key(call.model, key.service)
+        if placed is None:
+            raise factory.unknown_model(call.model)
+        provider, name = placed
         key = await self._find_key(call.api_key_id, provider)
         return self._make_adapter(provider, name, key)
 
-    async def _place(self, model: str, service: Any) -> tuple[Provider, str]:
+    async def _place(self, model: str, service: Any) -> tuple[Provider, str] | None:
         """Find the provider of a model string, and the name without a prefix."""
         if factory.needs_litellm(model, service):
-            await load_litellm()
-        return factory.resolve(model, service)
+            await self._load_litellm()
+        return factory.find(model, service)
+
+    async def _load_litellm(self) -> None:
+        """Import LiteLLM, which knows whether the settings name its providers rightly."""
+        await load_litellm()
+        factory.check_base_urls(self.settings.base_urls)
 
     async def _find_key(self, api_key_id: str | None, provider: Provider | None) -> Key:
         """Ask the application for the key of a provider, or of the key's own."""
