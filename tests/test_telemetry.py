@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from dipeo_llm.domain import ChatResult, Message, PersonLLMConfig, TokenUsage
+from dipeo_llm.domain import LABELS, ChatResult, Message, PersonLLMConfig, TokenUsage
 from dipeo_llm.errors import DiPeOLLMError, LLMServiceError, RateLimitError
 from dipeo_llm.keys import StaticAPIKeys
 from dipeo_llm.record import AttemptRecord, CallRecord
@@ -284,11 +284,7 @@ async def test_labels_are_on_the_span_and_on_no_metric(
     service: LLMInfraService, collected: Collected
 ) -> None:
     """An id in a metric would be a time series for each user."""
-    labels: dict[str, Any] = {
-        "execution_phase": "x-phase",
-        "execution_id": "x-1",
-        "trace_id": "x-2",
-    }
+    labels: dict[str, Any] = {name: f"x-{name}" for name in LABELS}
     said = [Message(from_person_id="ada", to_person_id="bob", content="Hello")]
     bob = PersonLLMConfig(model=MODEL, api_key_id="openai")
 
