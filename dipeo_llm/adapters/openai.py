@@ -176,12 +176,20 @@ class ChatGPTAdapter(BaseLLMAdapter):
             if message["role"] == "tool":
                 message.pop("name", None)
             calls = message.get("tool_calls")
-            if not calls or self.is_openai or self.provider.name in _REFUSES_REASONING:
+            is_refused = (
+                self._is_openais_model or self.provider.name in _REFUSES_REASONING
+            )
+            if not calls or is_refused:
                 message.pop("reasoning_content", None)
             if calls:
                 message["tool_calls"] = [self._prepare_call(call) for call in calls]
         drop_cache_control(prepared)
         return prepared
+
+    @property
+    def _is_openais_model(self) -> bool:
+        """Whether OpenAI's rules hold: its own server, or a proxy in front of it."""
+        return self.is_openai or bool(OPENAI.claims.fullmatch(self.model_name))
 
     @property
     def _system_role(self) -> str:
@@ -199,7 +207,7 @@ class ChatGPTAdapter(BaseLLMAdapter):
         own = call.get("provider_specific_fields")
         kept["id"] = _shorten(str(call.get("id") or ""))
         signature = own.get("thought_signature") if isinstance(own, Mapping) else None
-        if signature and not self.is_openai:
+        if signature and not self._is_openais_model:
             kept["extra_content"] = {"google": {"thought_signature": signature}}
         return kept
 
@@ -257,7 +265,7 @@ class ChatGPTAdapter(BaseLLMAdapter):
     def _check_abilities(self, options: Mapping[str, Any]) -> None:
         """Refuse what cannot be left out without changing the answer's meaning."""
         model, tools = self.model_name, options.get("tools", ())
-        for tool in tools if self.is_openai or OPENAI.claims.match(model) else ():
+        for tool in tools if self._is_openais_model else ():
             function = tool.get("function") or {}
             if found := (function.get("parameters") or {}).keys() & _NOT_AT_THE_ROOT:
                 raise self.invalid(
@@ -477,8 +485,9 @@ def _read_usage(body: Mapping[str, Any]) -> Any:
 
 
 def _read_call(body: Mapping[str, Any], index: int, call: JSON) -> ToolCall:
-    call_id = call.get("id") or make_call_id(body.get("id"), index, call)
-    made = read_tool_call(call_id, *read_function(call))
+    function = read_function(call)
+    call_id = call.get("id") or make_call_id(body.get("id"), index, function)
+    made = read_tool_call(call_id, *function)
     # Gemini's OpenAI endpoint, and LiteLLM's own results.
     extra = (call.get("extra_content") or {}).get("google") or {}
     own = call.get("provider_specific_fields") or {}
