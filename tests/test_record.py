@@ -532,10 +532,15 @@ async def test_a_stream_that_cannot_be_opened_is_recorded(
     assert (record.first_chunk, record.chunks, record.requests) == (None, 0, 2)
 
 
-def test_a_stream_that_outlives_its_loop_is_recorded() -> None:
-    """The garbage collector finds it when its loop is closed; a function still runs."""
-    records: list[CallRecord] = []
-    service = mocked(["a", "b"], on_call=records.append)
+@pytest.mark.parametrize("is_coroutine", [False, True])
+def test_a_stream_that_outlives_its_loop_is_recorded(
+    caplog: pytest.LogCaptureFixture, *, is_coroutine: bool
+) -> None:
+    """The garbage collector finds it; there is no loop any more to run a coroutine."""
+    hook = _Hook()
+    service = mocked(
+        ["a", "b"], on_call=hook.coroutine if is_coroutine else hook.function
+    )
     held: list[ChatStream] = []
 
     async def main() -> None:
@@ -546,8 +551,10 @@ def test_a_stream_that_outlives_its_loop_is_recorded() -> None:
     held.clear()
     gc.collect()
 
-    assert [record.status for record in records] == ["left"]
-    assert service.usage().total.calls == 1
+    statuses = [record.status for record in hook.records]
+    assert statuses == ([] if is_coroutine else ["left"])
+    assert ("on_call was not awaited" in caplog.text) is is_coroutine
+    assert service.usage().total.cancelled == 1
 
 
 # --- the hook -------------------------------------------------------------------------
