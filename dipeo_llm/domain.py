@@ -400,9 +400,11 @@ class LLMRequestOptions(BaseModel):
     extra_body: Mapping[str, Any] | None = None
     """Merged into the request's JSON, object by object; wins over the rest."""
     execution_phase: Any = None
-    """The application's own labels, like the two below; never sent."""
+    """The application's own labels, like the four below; never sent."""
     execution_id: Any = None
     trace_id: Any = None
+    person_name: Any = None
+    node_id: Any = None
 
 
 class CommonOptions(TypedDict, total=False):
@@ -427,6 +429,8 @@ class CommonOptions(TypedDict, total=False):
     execution_phase: Any
     execution_id: Any
     trace_id: Any
+    person_name: Any
+    node_id: Any
     options: Any
     """An LLMRequestOptions, a mapping, or any object with its attributes."""
     provider: ServiceName | None

@@ -129,7 +129,7 @@ class LLMInfraService:
         May be called twice; opens a service again that was closed.
         """
         self._reopen()
-        await load_litellm()
+        await self._load_litellm()
 
     async def aclose(self) -> None:
         """Close every open client. May be called twice.
@@ -187,7 +187,7 @@ class LLMInfraService:
                 tool_choice, response_format, text_format, reasoning_effort,
                 options (an LLMRequestOptions), timeout (s, one attempt), deadline (s,
                 the whole call), extra_body, and the labels execution_phase,
-                execution_id and trace_id, which are never sent.
+                execution_id, trace_id, person_name and node_id, which are never sent.
 
         Raises:
             InvalidRequestError: There are no messages, or the model cannot be placed.
@@ -203,7 +203,7 @@ class LLMInfraService:
         progress = _begin(call)
         async with self._reporter.watch(progress), progress:
             result = await self._answer(call, progress)
-            return _finish(call.request, result, progress)
+            return self._finish(call.request, result, progress)
 
     @overload
     async def complete_with_person(
@@ -254,7 +254,7 @@ class LLMInfraService:
         async with self._reporter.watch(progress), progress:
             call = await self._compose(call, person_messages, person_id, llm_config)
             result = await self._answer(call, progress)
-            return _finish(call.request, result, progress)
+            return self._finish(call.request, result, progress)
 
     @overload
     def stream(
@@ -310,7 +310,7 @@ class LLMInfraService:
         return ChatStream[Any](
             partial(_begin, call, is_stream=True),
             partial(self._open, call),
-            partial(_finish, call.request),
+            partial(self._finish, call.request),
             self._reporter,
         )
 
@@ -355,7 +355,7 @@ class LLMInfraService:
             partial(
                 self._open_with_person, call, person_messages, person_id, llm_config
             ),
-            partial(_finish, call.request),
+            partial(self._finish, call.request),
             self._reporter,
         )
 
@@ -459,9 +459,10 @@ class LLMInfraService:
         first time, in a thread.
         """
         try:
-            return (await self._place(model, None))[0].name
+            placed = await self._place(model, None)
         except InvalidRequestError:
             return None
+        return placed[0].name if placed else None
 
     def usage(self, *, reset: bool = False) -> Usage:
         """Return what the calls of this service have used so far.
@@ -567,15 +568,27 @@ class LLMInfraService:
 
     async def _find_adapter(self, call: _Call) -> BaseLLMAdapter:
         """Place the model, find the key, and make the adapter."""
-        provider, name = await self._place(call.model, call.service)
+        placed = await self._place(call.model, call.service)
+        if placed is None and call.api_key_id:
+            key = await self._find_key(call.api_key_id, None)
+            if key.service:
+                placed = factory.find_by_key(call.model, key.service)
+        if placed is None:
+            raise factory.unknown_model(call.model)
+        provider, name = placed
         key = await self._find_key(call.api_key_id, provider)
         return self._make_adapter(provider, name, key)
 
-    async def _place(self, model: str, service: Any) -> tuple[Provider, str]:
+    async def _place(self, model: str, service: Any) -> tuple[Provider, str] | None:
         """Find the provider of a model string, and the name without a prefix."""
         if factory.needs_litellm(model, service):
-            await load_litellm()
-        return factory.resolve(model, service)
+            await self._load_litellm()
+        return factory.find(model, service)
+
+    async def _load_litellm(self) -> None:
+        """Import LiteLLM, which knows whether the settings name its providers rightly."""
+        await load_litellm()
+        factory.check_base_urls(self.settings.base_urls)
 
     async def _find_key(self, api_key_id: str | None, provider: Provider | None) -> Key:
         """Ask the application for the key of a provider, or of the key's own."""
@@ -644,6 +657,25 @@ class LLMInfraService:
                 if wait is None:
                     raise
             await asyncio.sleep(wait)
+
+    def _finish(
+        self, request: ChatRequest, result: ChatResult[Any], progress: CallProgress
+    ) -> ChatResult[Any]:
+        """Complete a result with what the call knows, and parse a structured answer.
+
+        A turn that calls tools is not the answer yet, and is not parsed.
+        """
+        progress.answer(result)
+        form = request.response_format
+        if form is None or not form.is_json:
+            return result
+        if result.parsed is None and not result.tool_calls:
+            try:
+                result.parsed = parse(form, result)
+            except StructuredOutputError as exc:
+                exc.model, exc.attempts = progress.model, progress.attempts
+                raise
+        return result
 
     # Around a call.
 
@@ -725,26 +757,6 @@ def _begin(call: _Call, *, is_stream: bool = False) -> CallProgress:
         options=options,
         labels=request.labels,
     )
-
-
-def _finish(
-    request: ChatRequest, result: ChatResult[Any], progress: CallProgress
-) -> ChatResult[Any]:
-    """Complete a result with what the call knows, and parse a structured answer.
-
-    A turn that calls tools is not the answer yet, and is not parsed.
-    """
-    progress.answer(result)
-    form = request.response_format
-    if form is None or not form.is_json:
-        return result
-    if result.parsed is None and not result.tool_calls:
-        try:
-            result.parsed = parse(form, result)
-        except StructuredOutputError as exc:
-            exc.model, exc.attempts = progress.model, progress.attempts
-            raise
-    return result
 
 
 _SERVICE_NAMES = ("service", "provider", "service_name")

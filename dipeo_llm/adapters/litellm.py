@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import SecretStr
 
 from dipeo_llm import client as http
-from dipeo_llm import litellm_import
+from dipeo_llm import litellm_import, litellm_providers
 from dipeo_llm.adapters.attempt import CompletionAttempt
 from dipeo_llm.adapters.base import BaseLLMAdapter, rename_tool
 from dipeo_llm.adapters.events import StreamReader
@@ -232,9 +232,14 @@ class LiteLLMAdapter(BaseLLMAdapter):
                 **attempt.request.extra_body,
             }
         self.preparer.teach(attempt.litellm)
+        # Of some LiteLLM calls another endpoint; those that speak OpenAI's format it
+        # reaches under the name of the config that translates for them.
+        name = row.litellm
+        if row.speaks_openai:
+            name = litellm_providers.describe(attempt.litellm, name).config
         arguments: JSON = {
-            "model": f"{row.litellm}/{self.model_name}",
-            "custom_llm_provider": row.litellm,
+            "model": f"{name}/{self.model_name}",
+            "custom_llm_provider": name,
             "messages": prepared.messages,
             **prepared.options,
             "client": self._sdk_client(client, attempt),
