@@ -595,7 +595,7 @@ SAMPLING = (
 
 _LONGEST_LABEL = 256
 
-LABELS = ("execution_phase", "execution_id", "trace_id")
+LABELS = ("execution_phase", "execution_id", "trace_id", "person_name", "node_id")
 """The application's own labels of a call."""
 
 OPTIONS = frozenset({*LLMRequestOptions.model_fields, "options"})
