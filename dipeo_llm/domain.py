@@ -167,7 +167,11 @@ class PersonLLMConfig(BaseModel):
     system_prompt: str | None = None
     """Used if `prompt_file` is None or cannot be read."""
     prompt_file: str | None = None
-    """Path of a text file, relative to the base directory."""
+    """Path of a text file, relative to the base directory; a template if it ends in
+    `.j2`."""
+    prompt_variables: dict[str, Any] | None = None
+    """Values for a template. Unless it is None, the prompt is a template under any file
+    name, and `system_prompt` too."""
     temperature: _Temperature | None = None
     """The person's default, like the two below; an option of the call wins."""
     max_tokens: _Count | None = None
@@ -772,6 +776,7 @@ class Person(BaseModel):
         llm_service: "LLMServicePort",
         from_person_id: str = "system",
         *,
+        variables: Mapping[str, Any] | None = None,
         service: ServiceName | None = None,
         response_format: ResponseFormat[T] | None = None,
         tools: None = None,
@@ -784,6 +789,7 @@ class Person(BaseModel):
         llm_service: "LLMServicePort",
         from_person_id: str = "system",
         *,
+        variables: Mapping[str, Any] | None = None,
         service: ServiceName | None = None,
         response_format: ResponseFormat[T] | None = None,
         tools: Sequence[Tool] | None,
@@ -802,7 +808,7 @@ class Person(BaseModel):
             prompt: The message to this person.
             llm_service: The service that makes the call.
             from_person_id: The speaker: another person's id, or "system".
-            **options: As for `LLMServicePort.complete_with_person`.
+            **options: As for `LLMServicePort.complete_with_person`; `variables` too.
 
         Raises:
             ValueError: This person has no `llm_config`.

@@ -9,7 +9,7 @@ import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Self, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, overload
 from weakref import WeakSet
 
 from dipeo_llm import media
@@ -52,6 +52,9 @@ from dipeo_llm.streaming import ChatStream, Opened
 from dipeo_llm.structured import form_of, parse
 from dipeo_llm.system_prompt_handler import SystemPromptHandler
 
+if TYPE_CHECKING:
+    from dipeo_llm.telemetry import Telemetry
+
 _T = TypeVar("_T")
 
 AdapterFactory = Callable[..., BaseLLMAdapter]
@@ -89,6 +92,7 @@ class LLMInfraService:
         on_call: A function or a coroutine function, called once after each call with
             its `CallRecord`, however the call ended. The call returns after it, or at
             once if it was cancelled; `aclose` waits for it. Its exceptions are logged.
+        telemetry: A `dipeo_llm.telemetry.Telemetry()`, to report calls to OpenTelemetry.
     """
 
     def __init__(
@@ -100,6 +104,7 @@ class LLMInfraService:
         system_prompt_handler: SystemPromptHandler | None = None,
         adapter_factory: AdapterFactory | None = None,
         on_call: CallHook | None = None,
+        telemetry: "Telemetry | None" = None,
     ) -> None:
         self.api_key_service = api_key_service
         self.llm_domain_service = llm_domain_service
@@ -110,7 +115,7 @@ class LLMInfraService:
         )
         self._formatter = MessageFormatter()
         self._create_adapter = adapter_factory or factory.create_adapter
-        self._reporter = CallReporter(on_call)
+        self._reporter = CallReporter(on_call, telemetry)
         self._pool = new_pool(self.settings)
         self._loading: set[asyncio.Task[Any]] = set()
         self._ended: WeakSet[asyncio.Task[Any]] = WeakSet()
@@ -200,7 +205,7 @@ class LLMInfraService:
         Cancelling the call closes its connection; the pooled client lives on.
         """
         call = self._check_call(options, model, api_key_id, messages)
-        progress = _begin(call)
+        progress = self._begin(call)
         async with self._reporter.watch(progress), progress:
             result = await self._answer(call, progress)
             return self._finish(call.request, result, progress)
@@ -212,6 +217,7 @@ class LLMInfraService:
         person_id: Any,
         llm_config: Any,
         *,
+        variables: Mapping[str, Any] | None = None,
         service: ServiceName | None = None,
         response_format: ResponseFormat[T] | None = None,
         tools: None = None,
@@ -224,6 +230,7 @@ class LLMInfraService:
         person_id: Any,
         llm_config: Any,
         *,
+        variables: Mapping[str, Any] | None = None,
         service: ServiceName | None = None,
         response_format: ResponseFormat[T] | None = None,
         tools: Sequence[Tool] | None,
@@ -234,6 +241,8 @@ class LLMInfraService:
         person_messages: Sequence[Any],
         person_id: Any,
         llm_config: Any,
+        *,
+        variables: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> ChatResult[Any]:
         """Answer a conversation as one of its persons.
@@ -242,17 +251,22 @@ class LLMInfraService:
             person_messages: Objects with the attributes of `Message`, oldest first.
             person_id: Who answers; its own messages become the assistant's.
             llm_config: An object with the attributes of `PersonLLMConfig`.
+            variables: Values for a prompt template, beside the configuration's
+                `prompt_variables`; with either, the person's prompt is a template.
             **options: As for `complete`; a `service` wins over the configuration's.
 
         Raises:
             DiPeOLLMError, TypeError, RuntimeError: As `complete`.
 
-        A prompt file is read in a thread. Cancelling is as for `complete`.
+        A prompt file is read, and a template rendered, in a thread. Cancelling is as
+        for `complete`.
         """
         call = self._check_person_call(options, person_id, llm_config)
-        progress = _begin(call)
+        progress = self._begin(call)
         async with self._reporter.watch(progress), progress:
-            call = await self._compose(call, person_messages, person_id, llm_config)
+            call = await self._compose(
+                call, person_messages, person_id, llm_config, variables, progress
+            )
             result = await self._answer(call, progress)
             return self._finish(call.request, result, progress)
 
@@ -308,7 +322,7 @@ class LLMInfraService:
         """
         call = self._check_call(options, model, api_key_id, messages)
         return ChatStream[Any](
-            partial(_begin, call, is_stream=True),
+            partial(self._begin, call, is_stream=True),
             partial(self._open, call),
             partial(self._finish, call.request),
             self._reporter,
@@ -321,6 +335,7 @@ class LLMInfraService:
         person_id: Any,
         llm_config: Any,
         *,
+        variables: Mapping[str, Any] | None = None,
         service: ServiceName | None = None,
         response_format: ResponseFormat[T] | None = None,
         tools: None = None,
@@ -333,6 +348,7 @@ class LLMInfraService:
         person_id: Any,
         llm_config: Any,
         *,
+        variables: Mapping[str, Any] | None = None,
         service: ServiceName | None = None,
         response_format: ResponseFormat[T] | None = None,
         tools: Sequence[Tool] | None,
@@ -343,6 +359,8 @@ class LLMInfraService:
         person_messages: Sequence[Any],
         person_id: Any,
         llm_config: Any,
+        *,
+        variables: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> ChatStream[Any]:
         """Answer a conversation as one of its persons, as a stream.
@@ -351,9 +369,14 @@ class LLMInfraService:
         """
         call = self._check_person_call(options, person_id, llm_config)
         return ChatStream(
-            partial(_begin, call, is_stream=True),
+            partial(self._begin, call, is_stream=True),
             partial(
-                self._open_with_person, call, person_messages, person_id, llm_config
+                self._open_with_person,
+                call,
+                person_messages,
+                person_id,
+                llm_config,
+                variables,
             ),
             partial(self._finish, call.request),
             self._reporter,
@@ -525,14 +548,44 @@ class LLMInfraService:
         )
         return replace(request, response_format=form_of(request.response_format))
 
+    def _begin(self, call: _Call, *, is_stream: bool = False) -> CallProgress:
+        """Start the clock of a call."""
+        request, form = call.request, call.request.response_format
+        options = dict(request.sampling)
+        if request.tools:
+            options["tools"] = len(request.tools)
+        if form is not None:
+            options["response_format"] = form.response_format.get("type")
+        progress = CallProgress(
+            request.deadline,
+            model=label(call.model),
+            person_id=call.person_id,
+            is_stream=is_stream,
+            options=options,
+            labels=request.labels,
+        )
+        return self._reporter.begin(progress)
+
     async def _compose(
-        self, call: _Call, person_messages: Sequence[Any], person_id: Any, config: Any
+        self,
+        call: _Call,
+        person_messages: Sequence[Any],
+        person_id: Any,
+        config: Any,
+        variables: Mapping[str, Any] | None,
+        progress: CallProgress,
     ) -> _Call:
         """Add the conversation as the person sees it, with the system prompt."""
-        if getattr(config, "prompt_file", None):
-            prompt = await asyncio.to_thread(self._prompts.get_system_prompt, config)
+        find = self._prompts.get_system_prompt
+        # A handler of the application's own may know no variables.
+        given = () if variables is None else (variables,)
+        is_template = given or getattr(config, "prompt_variables", None) is not None
+        if is_template or getattr(config, "prompt_file", None):
+            prompt = await asyncio.to_thread(find, config, *given)
         else:
-            prompt = self._prompts.get_system_prompt(config)
+            prompt = find(config)
+        progress.prompt = getattr(prompt, "template", None)
+        progress.prompt_version = getattr(prompt, "version", None)
         # The adapter translates the role "system": only it knows the provider for
         # certain when the model string decides.
         messages = self._formatter.format_messages_for_llm(
@@ -543,6 +596,7 @@ class LLMInfraService:
 
     async def _answer(self, call: _Call, progress: CallProgress) -> ChatResult[Any]:
         """Find the adapter, prepare the media, and try until there is a result."""
+        progress.send(call.request.messages)
         adapter = await self._find_adapter(call, progress)
         request = await self._prepare_media(call.request, adapter)
         return await self._retry(adapter, partial(adapter.complete, request), progress)
@@ -553,14 +607,18 @@ class LLMInfraService:
         person_messages: Sequence[Any],
         person_id: Any,
         llm_config: Any,
+        variables: Mapping[str, Any] | None,
         progress: CallProgress,
     ) -> Opened:
         """Compose a person's conversation, which may read a file, and open a stream."""
-        call = await self._compose(call, person_messages, person_id, llm_config)
+        call = await self._compose(
+            call, person_messages, person_id, llm_config, variables, progress
+        )
         return await self._open(call, progress)
 
     async def _open(self, call: _Call, progress: CallProgress) -> Opened:
         """Do as `_answer` for a stream, until its first chunk is there."""
+        progress.send(call.request.messages)
         adapter = await self._find_adapter(call, progress)
         request = await self._prepare_media(call.request, adapter)
         return await self._retry(
@@ -743,24 +801,6 @@ async def _open_stream(adapter: BaseLLMAdapter, request: ChatRequest) -> Opened:
     except BaseException:
         await items.aclose()
         raise
-
-
-def _begin(call: _Call, *, is_stream: bool = False) -> CallProgress:
-    """Start the clock of a call."""
-    request, form = call.request, call.request.response_format
-    options = dict(request.sampling)
-    if request.tools:
-        options["tools"] = len(request.tools)
-    if form is not None:
-        options["response_format"] = form.response_format.get("type")
-    return CallProgress(
-        request.deadline,
-        model=label(call.model),
-        person_id=call.person_id,
-        is_stream=is_stream,
-        options=options,
-        labels=request.labels,
-    )
 
 
 _SERVICE_NAMES = ("service", "provider", "service_name")

@@ -134,6 +134,8 @@ async def test_the_examples_of_a_page_run_as_they_are(page: Path) -> None:
     """A reader who copies an example gets what the page says, and not an error."""
     if "from fastapi import" in TEXTS[page]:
         pytest.importorskip("fastapi")
+    if "opentelemetry" in TEXTS[page]:
+        pytest.importorskip("opentelemetry.exporter.prometheus")
     ran = await asyncio.to_thread(run_examples, page)
 
     assert ran == TEXTS[page].count("```python\n")
