@@ -366,6 +366,7 @@ _TRIED_DIRECT = (
 _TRIED_LITELLM = "on loopback: acompletion sends one request, through our client"
 _NOTES = {
     "bedrock": "on loopback: Converse, call and stream, with a key and with SigV4",
+    "bytez": f"{_TRIED_LITELLM}; LiteLLM ignores a base_url, so the fence refuses one",
     "deepseek": _TRIED_DIRECT,
     "vertex": "on loopback: call and stream, in Gemini's format with Google's token",
 }
@@ -394,7 +395,7 @@ def list_providers() -> list[ProviderRow]:
             continue
         facts = litellm_providers.describe(litellm, name)
         tried = _TRIED_DIRECT if facts.speaks_openai else _TRIED_LITELLM
-        notes = facts.refusal or tried
+        notes = facts.refusal or _NOTES.get(name, tried)
         if name in DIFFERS:
             notes += f", but for: {DIFFERS[name]}"
         rows.append(

@@ -149,6 +149,13 @@ class GeminiAdapter(BaseLLMAdapter):
         frozenset({"contents", "tools", "toolConfig", "system_instruction"}),
     )
 
+    def __init__(
+        self, provider: Provider | str, model_name: str, *args: Any, **named: Any
+    ) -> None:
+        """Take a name with or without "models/", as Google's list has it."""
+        name = model_name.removeprefix("models/")
+        super().__init__(provider, name, *args, **named)
+
     def check_model(self) -> None:
         """Refuse a name that would be more than a name in the URL's path.
 
@@ -387,8 +394,8 @@ def _put_schemas(body: JSON, schemas: _Schemas) -> None:
         for declared in tool.get("function_declarations", ()):
             declared.pop("parameters", None)
             schema = schemas.functions.get(declared["name"])
-            if schema and schema.get("properties"):
-                declared["parametersJsonSchema"] = simplify(schema, unread=_UNREAD)
+            if schema and _takes_arguments(schema):
+                declared["parametersJsonSchema"] = _simplify(schema)
     if schemas.has_search:
         body["tools"].append({"googleSearch": {}})
         config = body.setdefault("toolConfig", {})
@@ -400,7 +407,21 @@ def _put_schemas(body: JSON, schemas: _Schemas) -> None:
     if schemas.answer is not None:
         for name in ("responseSchema", "response_schema", "response_json_schema"):
             config.pop(name, None)
-        config["responseJsonSchema"] = simplify(schemas.answer, unread=_UNREAD)
+        config["responseJsonSchema"] = _simplify(schemas.answer)
+
+
+def _takes_arguments(schema: Mapping[str, Any]) -> bool:
+    """Say whether the parameters of a function may hold anything."""
+    may_be_more = isinstance(schema.get("additionalProperties"), Mapping)
+    others = schema.keys() - {*_ABOUT_NOTHING, "properties", "additionalProperties"}
+    return bool(schema.get("properties")) or may_be_more or bool(others)
+
+
+_ABOUT_NOTHING = frozenset({"type", "title", "description", "required", "$schema"})
+
+
+def _simplify(schema: JSON) -> Any:
+    return simplify(schema, unread=_UNREAD, plain_enums=True)
 
 
 def _parts(candidate: Mapping[str, Any]) -> list[JSON]:

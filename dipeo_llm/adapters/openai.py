@@ -5,6 +5,7 @@ request must go there.
 """
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -124,6 +125,18 @@ _EFFORTS: tuple[tuple[re.Pattern[str], frozenset[str]], ...] = (
     ),
     (re.compile(r"gpt-5-chat|(?:gpt-5.*-)?chat-latest"), frozenset()),
 )
+# Names of models that are not OpenAI's, wherever they are served. A name with a slash is
+# a repository's (vLLM, TGI, OpenRouter), one with a size after a colon is Ollama's.
+_OF_OTHERS = re.compile(
+    r"(?!(?:openai|azure)/)[^/]+/|[^:]+:\d+(?:\.\d+)?[bm]"
+    r"|(?:qw(?:en|q)|(?:code)?llama|mi[sx]tral|magistral|devstral|codestral|pixtral"
+    r"|ministral|(?:code)?gemm[ai]|gemini|claude|phi-?\d|deepseek|kimi|moonshot|glm|grok"
+    r"|command|granite|minimax|abab|yi-|hunyuan|ernie|doubao|step-|nemotron|olmo|falcon"
+    r"|exaone|smollm|lfm|jamba|nova|sonar|gpt-oss|llava|vicuna|hermes)",
+    re.IGNORECASE,
+)
+# https://platform.openai.com/docs/guides/structured-outputs (2026-11-25)
+_NOT_AT_THE_ROOT = frozenset({"oneOf", "anyOf", "allOf", "enum", "not"})
 # They answer 400 or 422 to a field of a message that they do not know:
 # https://console.groq.com/docs/openai, https://docs.mistral.ai/api,
 # https://inference-docs.cerebras.ai/api-reference/chat-completions (2026-11-25).
@@ -166,7 +179,7 @@ class ChatGPTAdapter(BaseLLMAdapter):
         prepared = keep_fields(
             messages,
             OPENAI_FIELDS | {"reasoning_content"} | own,
-            system_role=self.provider.system_role,
+            system_role=self._system_role,
         )
         for message in prepared:
             message.setdefault("content", None)
@@ -177,19 +190,38 @@ class ChatGPTAdapter(BaseLLMAdapter):
             if message["role"] == "tool":
                 message.pop("name", None)
             calls = message.get("tool_calls")
-            if not calls or self.is_openai or self.provider.name in _REFUSES_REASONING:
+            is_refused = (
+                self._is_openais_model or self.provider.name in _REFUSES_REASONING
+            )
+            if not calls or is_refused:
                 message.pop("reasoning_content", None)
             if calls:
                 message["tool_calls"] = [self._prepare_call(call) for call in calls]
         drop_cache_control(prepared)
         return prepared
 
+    @property
+    def _is_openais_model(self) -> bool:
+        """Whether OpenAI's rules hold: its own server, or a proxy in front of it."""
+        return self.is_openai or bool(OPENAI.claims.fullmatch(self.model_name))
+
+    @property
+    def _system_role(self) -> str:
+        """The role of a system prompt; "developer" is OpenAI's.
+
+        Most servers of other models answer 400 to it, or pass the prompt over:
+        https://github.com/michelle-avery/openai-compatible-conversation/issues/21,
+        https://github.com/vastsa/PI-Desktop/issues/30 (2026-11-25).
+        """
+        is_other = not self.is_openai and _OF_OTHERS.match(self.model_name)
+        return "system" if is_other else self.provider.system_role
+
     def _prepare_call(self, call: JSON) -> JSON:
         kept = {k: v for k, v in call.items() if k in {"id", "type", "function"}}
         own = call.get("provider_specific_fields")
         kept["id"] = _shorten(str(call.get("id") or ""))
         signature = own.get("thought_signature") if isinstance(own, Mapping) else None
-        if signature and not self.is_openai:
+        if signature and not self._is_openais_model:
             kept["extra_content"] = {"google": {"thought_signature": signature}}
         return kept
 
@@ -247,6 +279,13 @@ class ChatGPTAdapter(BaseLLMAdapter):
     def _check_abilities(self, options: Mapping[str, Any]) -> None:
         """Refuse what cannot be left out without changing the answer's meaning."""
         model, tools = self.model_name, options.get("tools", ())
+        for tool in tools if self._is_openais_model else ():
+            function = tool.get("function") or {}
+            if found := (function.get("parameters") or {}).keys() & _NOT_AT_THE_ROOT:
+                raise self.invalid(
+                    f"the parameters of the tool {function['name']!r} have"
+                    f" {min(found)!r} at the root, which openai refuses"
+                )
         has_functions = any(tool.get("type") == "function" for tool in tools)
         has_schema = (options.get("response_format") or {}).get("type") == "json_schema"
         refused = None
@@ -282,6 +321,8 @@ class ChatGPTAdapter(BaseLLMAdapter):
         if any(tool.get("type") != "function" for tool in tools) or (
             tools and self.is_openai and _LATEST.match(self.model_name)
         ):
+            return self.sibling("responses")
+        if self.is_openai and any(map(_is_result_with_media, prepared.messages)):
             return self.sibling("responses")
         effort = options.get("reasoning_effort")
         if tools and _must_bridge(
@@ -383,22 +424,54 @@ def _shorten(call_id: str) -> str:
     return f"call_{blake2b(call_id.encode(), digest_size=16).hexdigest()}"
 
 
+def _is_result_with_media(message: Message) -> bool:
+    """Say whether a tool gave more than text, which chat completions do not take.
+
+    Source: https://platform.openai.com/docs/api-reference/chat/create (2026-11-25).
+    """
+    content = message.get("content")
+    parts = content if message["role"] == "tool" and isinstance(content, list) else ()
+    return any(isinstance(p, Mapping) and p.get("type") != "text" for p in parts)
+
+
 def _must_bridge(
     litellm: Any, model: str, tools: Any, effort: Any, base_url: str | None
 ) -> bool:
-    """Ask LiteLLM whether a request with tools must go to the Responses endpoint."""
+    """Ask LiteLLM whether a request with tools must go to the Responses endpoint.
+
+    A LiteLLM that has moved or changed its check counts as one that says no.
+    """
     try:
-        from litellm.responses.bridge_check import responses_api_bridge_check as check
+        info, _ = _bridge_check(litellm)(
+            model=model,
+            custom_llm_provider="openai",
+            tools=tools,
+            reasoning_effort=effort,
+            api_base=base_url,
+        )
+        return bool(info.get("mode") == "responses")
+    except Exception as exc:  # noqa: BLE001 - any change in LiteLLM means the same here
+        key = ("bridge check", id(litellm))
+        if key not in _warned:
+            _warned.add(key)
+            _log.warning(
+                "the installed LiteLLM does not say which requests need OpenAI's"
+                " Responses endpoint (%r); they go to chat completions",
+                exc,
+            )
+        return False
+
+
+def _bridge_check(litellm: Any) -> Any:
+    try:
+        from litellm.responses.bridge_check import responses_api_bridge_check
     except ImportError:  # 1.105
-        check = litellm.main.responses_api_bridge_check
-    info, _ = check(
-        model=model,
-        custom_llm_provider="openai",
-        tools=tools,
-        reasoning_effort=effort,
-        api_base=base_url,
-    )
-    return bool(info.get("mode") == "responses")
+        return litellm.main.responses_api_bridge_check
+    return responses_api_bridge_check
+
+
+_log = logging.getLogger("dipeo_llm")
+_warned: set[tuple[str, int]] = set()
 
 
 def read_chat_completion(body: Mapping[str, Any]) -> Reading:
@@ -472,8 +545,9 @@ def _read_usage(body: Mapping[str, Any]) -> Any:
 
 
 def _read_call(body: Mapping[str, Any], index: int, call: JSON) -> ToolCall:
-    call_id = call.get("id") or make_call_id(body.get("id"), index, call)
-    made = read_tool_call(call_id, *read_function(call))
+    function = read_function(call)
+    call_id = call.get("id") or make_call_id(body.get("id"), index, function)
+    made = read_tool_call(call_id, *function)
     # Gemini's OpenAI endpoint, and LiteLLM's own results.
     extra = (call.get("extra_content") or {}).get("google") or {}
     own = call.get("provider_specific_fields") or {}

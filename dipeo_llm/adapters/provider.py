@@ -27,8 +27,6 @@ class Provider:
     """A base URL to be filled in, where only its user knows the address."""
     path: str = ""
     """Appended to a base URL that has no path."""
-    derives_address: bool = False
-    """Whether LiteLLM derives the address from a region or a project."""
     key_header: str = "authorization"
     """The header that carries the key; "authorization" carries a Bearer token."""
     needs_key: bool = True
