@@ -58,12 +58,17 @@ if TYPE_CHECKING:
         EnvironmentAPIKeys as EnvironmentAPIKeys,
         StaticAPIKeys as StaticAPIKeys,
     )
+    from dipeo_llm.ledger import Usage as Usage, UsageTotals as UsageTotals
     from dipeo_llm.message_formatter import MessageFormatter as MessageFormatter
     from dipeo_llm.ports import (
         APIKeyPort as APIKeyPort,
         APIKeyRecord as APIKeyRecord,
         LLMDomainService as LLMDomainService,
         LLMServicePort as LLMServicePort,
+    )
+    from dipeo_llm.record import (
+        AttemptRecord as AttemptRecord,
+        CallRecord as CallRecord,
     )
     from dipeo_llm.service import LLMInfraService as LLMInfraService
     from dipeo_llm.settings import Settings as Settings
@@ -93,8 +98,10 @@ _MODULES = {
         "StructuredOutputError"
     ),
     "keys": "EnvironmentAPIKeys StaticAPIKeys",
+    "ledger": "Usage UsageTotals",
     "message_formatter": "MessageFormatter",
     "ports": "APIKeyPort APIKeyRecord LLMDomainService LLMServicePort",
+    "record": "AttemptRecord CallRecord",
     "service": "LLMInfraService",
     "settings": "Settings",
     "streaming": "ChatStream",

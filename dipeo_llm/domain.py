@@ -167,7 +167,11 @@ class PersonLLMConfig(BaseModel):
     system_prompt: str | None = None
     """Used if `prompt_file` is None or cannot be read."""
     prompt_file: str | None = None
-    """Path of a text file, relative to the base directory."""
+    """Path of a text file, relative to the base directory; a template if it ends in
+    `.j2`."""
+    prompt_variables: dict[str, Any] | None = None
+    """Values for a template. Unless it is None, the prompt is a template under any file
+    name, and `system_prompt` too."""
     temperature: _Temperature | None = None
     """The person's default, like the two below; an option of the call wins."""
     max_tokens: _Count | None = None
@@ -329,6 +333,13 @@ class TokenUsage(BaseModel):
         self.total = self.total or self.input + self.output
         return self
 
+    def __add__(self, other: "TokenUsage") -> "TokenUsage":
+        """Return the tokens of both; `sum(usages, TokenUsage())` adds up many."""
+        if not isinstance(other, TokenUsage):
+            return NotImplemented
+        mine, others = vars(self), vars(other)
+        return TokenUsage(**{name: mine[name] + others[name] for name in mine})
+
 
 class RateLimits(BaseModel):
     """The rate limits that the provider reports for the key; None if it does not."""
@@ -393,9 +404,11 @@ class LLMRequestOptions(BaseModel):
     extra_body: Mapping[str, Any] | None = None
     """Merged into the request's JSON, object by object; wins over the rest."""
     execution_phase: Any = None
-    """The application's own labels, like the two below; never sent."""
+    """The application's own labels, like the four below; never sent."""
     execution_id: Any = None
     trace_id: Any = None
+    person_name: Any = None
+    node_id: Any = None
 
 
 class CommonOptions(TypedDict, total=False):
@@ -420,6 +433,8 @@ class CommonOptions(TypedDict, total=False):
     execution_phase: Any
     execution_id: Any
     trace_id: Any
+    person_name: Any
+    node_id: Any
     options: Any
     """An LLMRequestOptions, a mapping, or any object with its attributes."""
     provider: ServiceName | None
@@ -582,6 +597,11 @@ SAMPLING = (
 )
 """The options that are sent to the provider unchanged, under OpenAI's names."""
 
+_LONGEST_LABEL = 256
+
+LABELS = ("execution_phase", "execution_id", "trace_id", "person_name", "node_id")
+"""The application's own labels of a call."""
+
 OPTIONS = frozenset({*LLMRequestOptions.model_fields, "options"})
 """Every keyword that a call takes besides messages, model, key and service."""
 
@@ -607,6 +627,8 @@ class ChatRequest:
     """Seconds to wait for a stream's next chunk; None is `timeout`."""
     deadline: float | None = None
     """Seconds for the whole call, which only the service enforces."""
+    labels: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Those of LABELS that were given; for the record of the call, never sent."""
 
 
 def request_from_options(
@@ -650,7 +672,13 @@ def request_from_options(
         timeout=read["timeout"] or default_timeout,
         idle_timeout=read["idle_timeout"] or default_idle_timeout,
         deadline=read["deadline"],
+        labels={name: label(read[name]) for name in LABELS if read[name] is not None},
     )
+
+
+def label(value: Any) -> str:
+    """Return an application's label as text, at most 256 characters of it."""
+    return str(getattr(value, "value", value))[:_LONGEST_LABEL]
 
 
 def unknown_keyword(name: str, known: Iterable[str]) -> TypeError:
@@ -748,6 +776,7 @@ class Person(BaseModel):
         llm_service: "LLMServicePort",
         from_person_id: str = "system",
         *,
+        variables: Mapping[str, Any] | None = None,
         service: ServiceName | None = None,
         response_format: ResponseFormat[T] | None = None,
         tools: None = None,
@@ -760,6 +789,7 @@ class Person(BaseModel):
         llm_service: "LLMServicePort",
         from_person_id: str = "system",
         *,
+        variables: Mapping[str, Any] | None = None,
         service: ServiceName | None = None,
         response_format: ResponseFormat[T] | None = None,
         tools: Sequence[Tool] | None,
@@ -778,7 +808,7 @@ class Person(BaseModel):
             prompt: The message to this person.
             llm_service: The service that makes the call.
             from_person_id: The speaker: another person's id, or "system".
-            **options: As for `LLMServicePort.complete_with_person`.
+            **options: As for `LLMServicePort.complete_with_person`; `variables` too.
 
         Raises:
             ValueError: This person has no `llm_config`.

@@ -1,137 +1,77 @@
-"""Whether an attempt is retried, after how long, and until when.
+"""Whether a failed attempt is retried, and after how long.
 
-The only retry policy: LiteLLM and the SDKs below it get 0 retries. stamina runs the loop
-and sleeps; this module decides.
+The only retry policy: LiteLLM and the SDKs below it get 0 retries. The service runs the
+loop and sleeps. stamina would run it too, but only with its global hooks, which are the
+application's to set and print a bare "stamina.retry_scheduled" by default; so of stamina
+only the switches that turn retries off and end the waits in tests are used.
 """
 
-import asyncio
-import math
-from collections.abc import AsyncIterator
-from types import TracebackType
-from typing import Any, Self
+import random
 
-from dipeo_llm.errors import (
-    CallError,
-    DiPeOLLMError,
-    InvalidRequestError,
-    LLMTimeoutError,
-)
+from dipeo_llm.call_log import log_retry
+from dipeo_llm.errors import CallError, DiPeOLLMError, InvalidRequestError
+from dipeo_llm.progress import CallProgress
 from dipeo_llm.settings import Settings
-
-
-class Deadline:
-    """The deadline of a whole call: key, prompt, media, attempts and waits together.
-
-    As an async context manager it cancels its block when the time is over.
-
-    Args:
-        seconds: From now, on the running event loop; None: without a deadline.
-    """
-
-    def __init__(self, seconds: float | None = None) -> None:
-        now = asyncio.get_running_loop().time()
-        self.seconds = seconds
-        self.ends = None if seconds is None else now + seconds
-        """On the event loop's clock."""
-        self.service: str | None = None
-        self.model: str | None = None
-        self.attempts = 0
-        """Attempts started so far."""
-        self.requests: int | None = None
-        """Requests of the whole call; None before its end."""
-        self.last: DiPeOLLMError | None = None
-        """The failure of the previous attempt."""
-        self._limit = asyncio.timeout_at(self.ends)
-
-    async def __aenter__(self) -> Self:
-        await self._limit.__aenter__()
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        last, self.last = self.last, None
-        try:
-            await self._limit.__aexit__(kind, exc, trace)
-        except TimeoutError:
-            self.last = last
-            raise self.error() from last
-
-    def left(self) -> float:
-        """Return the seconds that remain."""
-        if self.ends is None:
-            return math.inf
-        return self.ends - asyncio.get_running_loop().time()
-
-    def error(self) -> LLMTimeoutError:
-        """Return the error for a call that took too long."""
-        before = f"; the previous attempt failed with: {self.last}" if self.last else ""
-        outcome = (
-            f"{self.service} did not answer" if self.attempts else "nothing was sent"
-        )
-        return LLMTimeoutError(
-            f"{outcome} within the deadline of {self.seconds:g} s{before}",
-            service=self.service,
-            model=self.model,
-            attempts=self.attempts,
-            retryable=False,
-        )
 
 
 class RetryPolicy:
     """Decides, after each failed attempt of one call, whether to make another and when.
 
     Args:
-        settings: The waits and their limits.
-        deadline: Counts the attempts, and ends the call.
+        settings: The number of attempts, the waits and their limits.
+        progress: Counts the attempts, and knows the deadline.
     """
 
-    def __init__(self, settings: Settings, deadline: Deadline) -> None:
+    def __init__(self, settings: Settings, progress: CallProgress) -> None:
         self._settings = settings
-        self._deadline = deadline
+        self._progress = progress
 
-    def __call__(self, error: Exception) -> bool | float:
-        """Return False to give up, True to back off, or the seconds to wait.
+    def next_wait(self, error: DiPeOLLMError) -> float | None:
+        """Note a failed attempt, and return the seconds to wait before the next.
 
-        A wait that the provider asks for and that is longer than `retry_after_max`, or
-        than the rest of the deadline, ends the call at once: the error says in
-        `retry_after` when to come back.
+        Returns None to give up. A wait that the provider asks for and that is longer
+        than `retry_after_max`, or than the rest of the deadline, ends the call at once:
+        the error says in `retry_after` when to come back.
         """
-        if not getattr(error, "retryable", False):
-            return False
-        wait = getattr(error, "retry_after", None)
-        if self._deadline.left() <= (wait or 0.0):
-            return False
-        if wait is None:
-            return True
-        return False if wait > self._settings.retry_after_max else float(wait)
-
-    def is_last(self, error: DiPeOLLMError) -> bool:
-        """Note a failed attempt, and say whether it was the last."""
-        deadline = self._deadline
-        deadline.last = error
+        progress = self._progress
+        progress.end_attempt(error)
         if isinstance(error, CallError):
             was_sent = bool(error.status_code) or not isinstance(
                 error, InvalidRequestError
             )
-            error.attempts = deadline.attempts - (not was_sent)
-        return deadline.attempts > self._settings.max_retries or self(error) is False
+            error.attempts = progress.attempts - (not was_sent)
+        wait = self._decide(error)
+        if wait is None:
+            progress.last = None
+            return None
+        progress.retry(error, wait)
+        log_retry(progress, error, wait, self._settings.max_retries + 1)
+        return wait
 
-    def steps(self) -> AsyncIterator[Any]:
-        """Return stamina's steps; it waits between them."""
+    def _decide(self, error: DiPeOLLMError) -> float | None:
+        settings, progress = self._settings, self._progress
+        if progress.attempts > settings.max_retries:
+            return None
+        if not getattr(error, "retryable", False):
+            return None
+        asked: float | None = getattr(error, "retry_after", None)
+        if progress.left() <= (asked or 0.0):
+            return None
+        if asked is not None and asked > settings.retry_after_max:
+            return None
+        # Imported by the first failure, because the import takes 25 ms.
         import stamina
 
-        settings = self._settings
-        return aiter(
-            stamina.retry_context(
-                on=self,
-                attempts=settings.max_retries + 1,
-                timeout=None,
-                wait_initial=settings.retry_wait,
-                wait_max=settings.retry_wait_max,
-                wait_jitter=settings.retry_wait,
-            )
-        )
+        if not stamina.is_active():
+            return None
+        if stamina.is_testing():
+            return 0.0
+        return float(asked) if asked is not None else self._backoff()
+
+    def _backoff(self) -> float:
+        """Return the wait where the provider asks for none: doubled each time."""
+        first, longest = self._settings.retry_wait, self._settings.retry_wait_max
+        # 2 ** 64 times any wait is longer than any limit, and is still a float.
+        grown = first * 2.0 ** min(self._progress.attempts - 1, 64)
+        jitter = random.uniform(0, first)  # noqa: S311 - nothing is secret about it
+        return min(longest, grown + jitter)

@@ -9,7 +9,7 @@ import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Self, TypeVar, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, overload
 from weakref import WeakSet
 
 from dipeo_llm import media
@@ -28,6 +28,7 @@ from dipeo_llm.domain import (
     TokenCount,
     TokenUsage,
     Tool,
+    label,
     person_defaults,
     request_from_options,
 )
@@ -39,14 +40,20 @@ from dipeo_llm.errors import (
     StructuredOutputError,
 )
 from dipeo_llm.keys import Key, find_key
+from dipeo_llm.ledger import Usage
 from dipeo_llm.litellm_import import load_litellm
 from dipeo_llm.message_formatter import MessageFormatter, check_messages
 from dipeo_llm.ports import APIKeyPort, LLMDomainService
-from dipeo_llm.retry import Deadline, RetryPolicy
+from dipeo_llm.progress import CallProgress
+from dipeo_llm.reports import CallHook, CallReporter
+from dipeo_llm.retry import RetryPolicy
 from dipeo_llm.settings import Settings, warn_about_environment
 from dipeo_llm.streaming import ChatStream, Opened
 from dipeo_llm.structured import form_of, parse
 from dipeo_llm.system_prompt_handler import SystemPromptHandler
+
+if TYPE_CHECKING:
+    from dipeo_llm.telemetry import Telemetry
 
 _T = TypeVar("_T")
 
@@ -64,6 +71,7 @@ class _Call:
     api_key_id: str | None
     service: Any
     """The name of the provider, None where the model string decides."""
+    person_id: str | None = None
 
 
 class LLMInfraService:
@@ -81,6 +89,10 @@ class LLMInfraService:
             base directory.
         adapter_factory: Makes the adapter of a call, such as
             a `dipeo_llm.testing.MockLLMAdapter()` in a test; None is `create_adapter`.
+        on_call: A function or a coroutine function, called once after each call with
+            its `CallRecord`, however the call ended. The call returns after it, or at
+            once if it was cancelled; `aclose` waits for it. Its exceptions are logged.
+        telemetry: A `dipeo_llm.telemetry.Telemetry()`, to report calls to OpenTelemetry.
     """
 
     def __init__(
@@ -91,6 +103,8 @@ class LLMInfraService:
         settings: Settings | None = None,
         system_prompt_handler: SystemPromptHandler | None = None,
         adapter_factory: AdapterFactory | None = None,
+        on_call: CallHook | None = None,
+        telemetry: "Telemetry | None" = None,
     ) -> None:
         self.api_key_service = api_key_service
         self.llm_domain_service = llm_domain_service
@@ -101,6 +115,7 @@ class LLMInfraService:
         )
         self._formatter = MessageFormatter()
         self._create_adapter = adapter_factory or factory.create_adapter
+        self._reporter = CallReporter(on_call, telemetry)
         self._pool = new_pool(self.settings)
         self._loading: set[asyncio.Task[Any]] = set()
         self._ended: WeakSet[asyncio.Task[Any]] = WeakSet()
@@ -119,17 +134,19 @@ class LLMInfraService:
         May be called twice; opens a service again that was closed.
         """
         self._reopen()
-        await load_litellm()
+        await self._load_litellm()
 
     async def aclose(self) -> None:
         """Close every open client. May be called twice.
 
         Calls in flight have `settings.close_grace` seconds to end; then their
-        connection is closed and they raise ServiceUnavailableError.
+        connection is closed and they raise ServiceUnavailableError. `on_call` has as
+        long, and is then cancelled.
         """
         self._closed = True
         grace = self.settings.close_grace
         await asyncio.gather(self._pool.aclose(grace), self._end_loading(grace))
+        await self._reporter.aclose(grace)
 
     @overload
     async def complete(
@@ -175,7 +192,7 @@ class LLMInfraService:
                 tool_choice, response_format, text_format, reasoning_effort,
                 options (an LLMRequestOptions), timeout (s, one attempt), deadline (s,
                 the whole call), extra_body, and the labels execution_phase,
-                execution_id and trace_id, which are never sent.
+                execution_id, trace_id, person_name and node_id, which are never sent.
 
         Raises:
             InvalidRequestError: There are no messages, or the model cannot be placed.
@@ -188,9 +205,10 @@ class LLMInfraService:
         Cancelling the call closes its connection; the pooled client lives on.
         """
         call = self._check_call(options, model, api_key_id, messages)
-        async with Deadline(call.request.deadline) as deadline:
-            result = await self._answer(call, deadline)
-        return _finish(call.request, result, deadline)
+        progress = self._begin(call)
+        async with self._reporter.watch(progress), progress:
+            result = await self._answer(call, progress)
+            return self._finish(call.request, result, progress)
 
     @overload
     async def complete_with_person(
@@ -199,6 +217,7 @@ class LLMInfraService:
         person_id: Any,
         llm_config: Any,
         *,
+        variables: Mapping[str, Any] | None = None,
         service: ServiceName | None = None,
         response_format: ResponseFormat[T] | None = None,
         tools: None = None,
@@ -211,6 +230,7 @@ class LLMInfraService:
         person_id: Any,
         llm_config: Any,
         *,
+        variables: Mapping[str, Any] | None = None,
         service: ServiceName | None = None,
         response_format: ResponseFormat[T] | None = None,
         tools: Sequence[Tool] | None,
@@ -221,6 +241,8 @@ class LLMInfraService:
         person_messages: Sequence[Any],
         person_id: Any,
         llm_config: Any,
+        *,
+        variables: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> ChatResult[Any]:
         """Answer a conversation as one of its persons.
@@ -229,18 +251,24 @@ class LLMInfraService:
             person_messages: Objects with the attributes of `Message`, oldest first.
             person_id: Who answers; its own messages become the assistant's.
             llm_config: An object with the attributes of `PersonLLMConfig`.
+            variables: Values for a prompt template, beside the configuration's
+                `prompt_variables`; with either, the person's prompt is a template.
             **options: As for `complete`; a `service` wins over the configuration's.
 
         Raises:
             DiPeOLLMError, TypeError, RuntimeError: As `complete`.
 
-        A prompt file is read in a thread. Cancelling is as for `complete`.
+        A prompt file is read, and a template rendered, in a thread. Cancelling is as
+        for `complete`.
         """
-        call = self._check_person_call(options, llm_config)
-        async with Deadline(call.request.deadline) as deadline:
-            call = await self._compose(call, person_messages, person_id, llm_config)
-            result = await self._answer(call, deadline)
-        return _finish(call.request, result, deadline)
+        call = self._check_person_call(options, person_id, llm_config)
+        progress = self._begin(call)
+        async with self._reporter.watch(progress), progress:
+            call = await self._compose(
+                call, person_messages, person_id, llm_config, variables, progress
+            )
+            result = await self._answer(call, progress)
+            return self._finish(call.request, result, progress)
 
     @overload
     def stream(
@@ -294,9 +322,10 @@ class LLMInfraService:
         """
         call = self._check_call(options, model, api_key_id, messages)
         return ChatStream[Any](
+            partial(self._begin, call, is_stream=True),
             partial(self._open, call),
-            partial(_finish, call.request),
-            deadline=call.request.deadline,
+            partial(self._finish, call.request),
+            self._reporter,
         )
 
     @overload
@@ -306,6 +335,7 @@ class LLMInfraService:
         person_id: Any,
         llm_config: Any,
         *,
+        variables: Mapping[str, Any] | None = None,
         service: ServiceName | None = None,
         response_format: ResponseFormat[T] | None = None,
         tools: None = None,
@@ -318,6 +348,7 @@ class LLMInfraService:
         person_id: Any,
         llm_config: Any,
         *,
+        variables: Mapping[str, Any] | None = None,
         service: ServiceName | None = None,
         response_format: ResponseFormat[T] | None = None,
         tools: Sequence[Tool] | None,
@@ -328,19 +359,27 @@ class LLMInfraService:
         person_messages: Sequence[Any],
         person_id: Any,
         llm_config: Any,
+        *,
+        variables: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> ChatStream[Any]:
         """Answer a conversation as one of its persons, as a stream.
 
         Arguments are as for `complete_with_person`, the rest as for `stream`.
         """
-        call = self._check_person_call(options, llm_config)
+        call = self._check_person_call(options, person_id, llm_config)
         return ChatStream(
+            partial(self._begin, call, is_stream=True),
             partial(
-                self._open_with_person, call, person_messages, person_id, llm_config
+                self._open_with_person,
+                call,
+                person_messages,
+                person_id,
+                llm_config,
+                variables,
             ),
-            partial(_finish, call.request),
-            deadline=call.request.deadline,
+            partial(self._finish, call.request),
+            self._reporter,
         )
 
     async def count_tokens(
@@ -372,8 +411,8 @@ class LLMInfraService:
         call = self._check_call(options, model, api_key_id, messages)
         adapter = await self._find_adapter(call)
         request = await self._prepare_media(call.request, adapter)
-        return await self._retry(
-            adapter, partial(adapter.count_tokens, request), Deadline()
+        return await self._retry_question(
+            adapter, partial(adapter.count_tokens, request)
         )
 
     def capabilities(self, model: str, *, service: Any = None) -> Capabilities:
@@ -402,7 +441,7 @@ class LLMInfraService:
         Every page of the provider's own list is read.
         """
         adapter = await self._find_key_adapter(api_key_id, None)
-        return await self._retry(adapter, adapter.list_models, Deadline())
+        return await self._retry_question(adapter, adapter.list_models)
 
     async def validate_api_key(
         self, api_key_id: str, provider: str | None = None
@@ -422,9 +461,7 @@ class LLMInfraService:
         """
         adapter = await self._find_key_adapter(api_key_id, provider)
         try:
-            await self._retry(
-                adapter, partial(adapter.list_models, pages=1), Deadline()
-            )
+            await self._retry_question(adapter, partial(adapter.list_models, pages=1))
         except APIKeyError:
             return False
         return True
@@ -445,9 +482,21 @@ class LLMInfraService:
         first time, in a thread.
         """
         try:
-            return (await self._place(model, None))[0].name
+            placed = await self._place(model, None)
         except InvalidRequestError:
             return None
+        return placed[0].name if placed else None
+
+    def usage(self, *, reset: bool = False) -> Usage:
+        """Return what the calls of this service have used so far.
+
+        Tokens and USD, in all and by person, model, provider and `execution_id`. A
+        stream counts when it has ended or was left.
+
+        Args:
+            reset: Whether to start again at zero; no call is lost in between.
+        """
+        return self._reporter.ledger.usage(reset=reset)
 
     def _reopen(self) -> None:
         if self._closed:
@@ -470,11 +519,19 @@ class LLMInfraService:
         request = replace(request, messages=check_messages(messages))
         return _Call(request, model, api_key_id, service)
 
-    def _check_person_call(self, options: dict[str, Any], llm_config: Any) -> _Call:
+    def _check_person_call(
+        self, options: dict[str, Any], person_id: Any, llm_config: Any
+    ) -> _Call:
         """Check what a caller gave for a person; `_compose` adds the messages."""
         service = _take_service(options) or getattr(llm_config, "service", None)
         request = self._check_options(options, person_defaults(llm_config))
-        return _Call(request, llm_config.model, llm_config.api_key_id, service)
+        return _Call(
+            request,
+            llm_config.model,
+            llm_config.api_key_id,
+            service,
+            label(person_id),
+        )
 
     def _check_options(
         self, options: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
@@ -490,14 +547,44 @@ class LLMInfraService:
         )
         return replace(request, response_format=form_of(request.response_format))
 
+    def _begin(self, call: _Call, *, is_stream: bool = False) -> CallProgress:
+        """Start the clock of a call."""
+        request, form = call.request, call.request.response_format
+        options = dict(request.sampling)
+        if request.tools:
+            options["tools"] = len(request.tools)
+        if form is not None:
+            options["response_format"] = form.response_format.get("type")
+        progress = CallProgress(
+            request.deadline,
+            model=label(call.model),
+            person_id=call.person_id,
+            is_stream=is_stream,
+            options=options,
+            labels=request.labels,
+        )
+        return self._reporter.begin(progress)
+
     async def _compose(
-        self, call: _Call, person_messages: Sequence[Any], person_id: Any, config: Any
+        self,
+        call: _Call,
+        person_messages: Sequence[Any],
+        person_id: Any,
+        config: Any,
+        variables: Mapping[str, Any] | None,
+        progress: CallProgress,
     ) -> _Call:
         """Add the conversation as the person sees it, with the system prompt."""
-        if getattr(config, "prompt_file", None):
-            prompt = await asyncio.to_thread(self._prompts.get_system_prompt, config)
+        find = self._prompts.get_system_prompt
+        # A handler of the application's own may know no variables.
+        given = () if variables is None else (variables,)
+        is_template = given or getattr(config, "prompt_variables", None) is not None
+        if is_template or getattr(config, "prompt_file", None):
+            prompt = await asyncio.to_thread(find, config, *given)
         else:
-            prompt = self._prompts.get_system_prompt(config)
+            prompt = find(config)
+        progress.prompt = getattr(prompt, "template", None)
+        progress.prompt_version = getattr(prompt, "version", None)
         # The adapter translates the role "system": only it knows the provider for
         # certain when the model string decides.
         messages = self._formatter.format_messages_for_llm(
@@ -506,11 +593,12 @@ class LLMInfraService:
         request = replace(call.request, messages=check_messages(messages))
         return replace(call, request=request)
 
-    async def _answer(self, call: _Call, deadline: Deadline) -> ChatResult[Any]:
+    async def _answer(self, call: _Call, progress: CallProgress) -> ChatResult[Any]:
         """Find the adapter, prepare the media, and try until there is a result."""
+        progress.send(call.request.messages)
         adapter = await self._find_adapter(call)
         request = await self._prepare_media(call.request, adapter)
-        return await self._retry(adapter, partial(adapter.complete, request), deadline)
+        return await self._retry(adapter, partial(adapter.complete, request), progress)
 
     async def _open_with_person(
         self,
@@ -518,31 +606,47 @@ class LLMInfraService:
         person_messages: Sequence[Any],
         person_id: Any,
         llm_config: Any,
-        deadline: Deadline,
+        variables: Mapping[str, Any] | None,
+        progress: CallProgress,
     ) -> Opened:
         """Compose a person's conversation, which may read a file, and open a stream."""
-        call = await self._compose(call, person_messages, person_id, llm_config)
-        return await self._open(call, deadline)
+        call = await self._compose(
+            call, person_messages, person_id, llm_config, variables, progress
+        )
+        return await self._open(call, progress)
 
-    async def _open(self, call: _Call, deadline: Deadline) -> Opened:
+    async def _open(self, call: _Call, progress: CallProgress) -> Opened:
         """Do as `_answer` for a stream, until its first chunk is there."""
+        progress.send(call.request.messages)
         adapter = await self._find_adapter(call)
         request = await self._prepare_media(call.request, adapter)
         return await self._retry(
-            adapter, partial(_open_stream, adapter, request), deadline
+            adapter, partial(_open_stream, adapter, request), progress
         )
 
     async def _find_adapter(self, call: _Call) -> BaseLLMAdapter:
         """Place the model, find the key, and make the adapter."""
-        provider, name = await self._place(call.model, call.service)
+        placed = await self._place(call.model, call.service)
+        if placed is None and call.api_key_id:
+            key = await self._find_key(call.api_key_id, None)
+            if key.service:
+                placed = factory.find_by_key(call.model, key.service)
+        if placed is None:
+            raise factory.unknown_model(call.model)
+        provider, name = placed
         key = await self._find_key(call.api_key_id, provider)
         return self._make_adapter(provider, name, key)
 
-    async def _place(self, model: str, service: Any) -> tuple[Provider, str]:
+    async def _place(self, model: str, service: Any) -> tuple[Provider, str] | None:
         """Find the provider of a model string, and the name without a prefix."""
         if factory.needs_litellm(model, service):
-            await load_litellm()
-        return factory.resolve(model, service)
+            await self._load_litellm()
+        return factory.find(model, service)
+
+    async def _load_litellm(self) -> None:
+        """Import LiteLLM, which knows whether the settings name its providers rightly."""
+        await load_litellm()
+        factory.check_base_urls(self.settings.base_urls)
 
     async def _find_key(self, api_key_id: str | None, provider: Provider | None) -> Key:
         """Ask the application for the key of a provider, or of the key's own."""
@@ -591,43 +695,54 @@ class LLMInfraService:
         self,
         adapter: BaseLLMAdapter,
         attempt: Callable[[], Awaitable[_T]],
-        deadline: Deadline,
+        progress: CallProgress,
     ) -> _T:
         """Make attempts until one succeeds or another is not worth it.
 
         N retries are N + 1 attempts, and an attempt sends at most one request. The
-        deadline counts them; an error carries their number in `attempts`.
+        progress counts them; an error carries their number in `attempts`.
         """
-        deadline.service, deadline.model = adapter.provider.name, adapter.model_name
-        policy = RetryPolicy(self.settings, deadline)
-        # The first attempt is made outside stamina's loop, which costs more than all
-        # else here; its failure is then raised again as the loop's first. The loop would
-        # keep the last failure, and with it the conversation, in a cycle: so that one is
-        # raised outside of it.
-        deadline.attempts = 1
-        try:
-            return await attempt()
-        except DiPeOLLMError as exc:
-            if policy.is_last(exc):
-                raise
-        async for step in policy.steps():
-            with step:
-                if step.num == 1:
-                    raise cast("DiPeOLLMError", deadline.last)
-                deadline.attempts += 1
-                try:
-                    return await attempt()
-                except DiPeOLLMError as exc:
-                    if policy.is_last(exc):
-                        break
+        progress.place(
+            adapter.provider.name, adapter.model_name, adapter.endpoint.base_url
+        )
+        policy = RetryPolicy(self.settings, progress)
+        while True:
+            progress.begin_attempt()
+            try:
+                return await attempt()
+            except DiPeOLLMError as exc:
+                wait = policy.next_wait(exc)
+                if wait is None:
                     raise
-        del step
-        try:
-            raise cast("DiPeOLLMError", deadline.last)
-        finally:
-            deadline.last = None
+            await asyncio.sleep(wait)
+
+    def _finish(
+        self, request: ChatRequest, result: ChatResult[Any], progress: CallProgress
+    ) -> ChatResult[Any]:
+        """Complete a result with what the call knows, and parse a structured answer.
+
+        A turn that calls tools is not the answer yet, and is not parsed.
+        """
+        progress.answer(result)
+        form = request.response_format
+        if form is None or not form.is_json:
+            return result
+        if result.parsed is None and not result.tool_calls:
+            try:
+                result.parsed = parse(form, result)
+            except StructuredOutputError as exc:
+                exc.model, exc.attempts = progress.model, progress.attempts
+                raise
+        return result
 
     # Around a call.
+
+    async def _retry_question(
+        self, adapter: BaseLLMAdapter, attempt: Callable[[], Awaitable[_T]]
+    ) -> _T:
+        """Do as `_retry` for what is not a call: it has no deadline and no record."""
+        async with CallProgress() as progress:
+            return await self._retry(adapter, attempt, progress)
 
     async def _find_key_adapter(
         self, api_key_id: str, provider: str | None
@@ -682,29 +797,6 @@ async def _open_stream(adapter: BaseLLMAdapter, request: ChatRequest) -> Opened:
     except BaseException:
         await items.aclose()
         raise
-
-
-def _finish(
-    request: ChatRequest, result: ChatResult[Any], deadline: Deadline
-) -> ChatResult[Any]:
-    """Complete a result with what the call knows, and parse a structured answer.
-
-    A turn that calls tools is not the answer yet, and is not parsed.
-    """
-    if deadline.requests is None:
-        # A request that met a stale connection was sent twice in its attempt.
-        deadline.requests = deadline.attempts - 1 + result.attempts
-    result.attempts = deadline.requests
-    form = request.response_format
-    if form is None or not form.is_json:
-        return result
-    if result.parsed is None and not result.tool_calls:
-        try:
-            result.parsed = parse(form, result)
-        except StructuredOutputError as exc:
-            exc.model, exc.attempts = deadline.model, deadline.attempts
-            raise
-    return result
 
 
 _SERVICE_NAMES = ("service", "provider", "service_name")

@@ -5,6 +5,7 @@ that ends with the first chunk.
 """
 
 import asyncio
+import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, Generic, NamedTuple, Self
 
@@ -15,7 +16,8 @@ from dipeo_llm.errors import (
     ServiceUnavailableError,
     StreamInterruptedError,
 )
-from dipeo_llm.retry import Deadline
+from dipeo_llm.progress import CallProgress
+from dipeo_llm.reports import CallReporter
 
 Items = AsyncGenerator[StreamChunk | ChatResult[Any], None]
 """What an adapter's `stream` gives: chunks, and as the last item the result."""
@@ -29,8 +31,8 @@ class Opened(NamedTuple):
     """The first of its items, already taken from them."""
 
 
-Start = Callable[[Deadline], Awaitable[Opened]]
-"""Opens a stream before a deadline, trying again if need be."""
+Start = Callable[[CallProgress], Awaitable[Opened]]
+"""Opens a stream before its deadline, trying again if need be."""
 
 
 class ChatStream(Generic[T]):
@@ -42,22 +44,24 @@ class ChatStream(Generic[T]):
     close it.
 
     Args:
+        begin: Starts the clock of the call.
         start: Opens the stream, with retries.
         finish: Completes the result, such as by parsing it.
-        deadline: Seconds for the whole stream, from opening it.
+        reporter: Reports the call when the stream has ended or was left.
     """
 
     def __init__(
         self,
+        begin: Callable[[], CallProgress],
         start: Start,
-        finish: Callable[[ChatResult[Any], Deadline], ChatResult[Any]],
-        *,
-        deadline: float | None = None,
+        finish: Callable[[ChatResult[Any], CallProgress], ChatResult[Any]],
+        reporter: CallReporter,
     ) -> None:
+        self._begin = begin
         self._start = start
         self._finish = finish
-        self._seconds = deadline
-        self._deadline: Deadline | None = None
+        self._reporter = reporter
+        self._progress: CallProgress | None = None
         self._items: Items | None = None
         self._next: StreamChunk | ChatResult[Any] | None = None
         self._text: list[str] = []
@@ -75,15 +79,30 @@ class ChatStream(Generic[T]):
             DiPeOLLMError: As `LLMInfraService.complete`.
             RuntimeError: It was opened before; ask the service for another.
         """
-        if self._deadline is not None:
+        if self._progress is not None:
             raise RuntimeError("a stream is opened once: ask the service for another")
-        self._deadline = Deadline(self._seconds)
-        async with self._deadline:
-            self._items, self._next = await self._start(self._deadline)
+        progress = self._progress = self._begin()
+        try:
+            async with progress:
+                self._items, self._next = await self._start(progress)
+        except BaseException as exc:
+            progress.fail(exc)
+            await self._reporter.report(progress)
+            raise
+        if isinstance(self._next, StreamChunk):
+            progress.add_chunk()
         return self
 
-    async def __aexit__(self, *exc: object) -> None:
+    async def __aexit__(self, *raised: object) -> None:
+        for error in raised:
+            if isinstance(error, asyncio.CancelledError) and self._progress is not None:
+                self._progress.fail(error)
         await self.aclose()
+
+    # Bound here, because the interpreter clears a module's names when it ends.
+    def __del__(self, is_ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if self._progress is not None and not is_ending():
+            self._reporter.report_dropped(self._progress)
 
     def __aiter__(self) -> Self:
         return self
@@ -100,6 +119,7 @@ class ChatStream(Generic[T]):
             item = await self._pull()
         if isinstance(item, ChatResult):
             self._result = item
+            await self._end()
             raise StopAsyncIteration
         if item.text:
             self._text.append(item.text)
@@ -121,9 +141,9 @@ class ChatStream(Generic[T]):
                 await anext(self)
             except StopAsyncIteration:
                 break
-        if self._result is None or self._deadline is None:
+        if self._result is None or self._progress is None:
             raise RuntimeError("the stream was left before its end: no whole result")
-        return self._finish(self._result, self._deadline)
+        return self._finish(self._result, self._progress)
 
     async def aclose(self) -> None:
         """Close the connection. May be called twice, and by any task of the loop.
@@ -138,8 +158,22 @@ class ChatStream(Generic[T]):
             await asyncio.wait([self._left_alone])
         items, self._items = self._items, None
         self._next = None
-        if items is not None:
-            await items.aclose()
+        try:
+            if items is not None:
+                await items.aclose()
+        finally:
+            if self._progress is not None:
+                await self._reporter.report(self._progress)
+
+    async def _end(self) -> None:
+        """Report a stream that was read to its end."""
+        if self._result is None or self._progress is None:
+            return
+        try:
+            self._finish(self._result, self._progress)
+        except LLMServiceError as exc:
+            self._progress.fail(exc)  # `result` raises it
+        await self._reporter.report(self._progress)
 
     async def _pull(self) -> StreamChunk | ChatResult[Any]:
         """Take the next item, in time."""
@@ -147,26 +181,30 @@ class ChatStream(Generic[T]):
             raise StreamInterruptedError(**self._broken)
         if self._result is not None:
             raise StopAsyncIteration
-        if self._items is None or self._deadline is None:
+        if self._items is None or self._progress is None:
             raise RuntimeError(
                 "the stream is not open: read it inside `async with`, before its end"
             )
         self._reader = asyncio.current_task()
         cancelled = self._reader.cancelling() if self._reader is not None else 0
         try:
-            if self._deadline.ends is None:
-                return await anext(self._items)
-            async with asyncio.timeout_at(self._deadline.ends):
-                return await anext(self._items)
+            if self._progress.ends is None:
+                item = await anext(self._items)
+            else:
+                async with asyncio.timeout_at(self._progress.ends):
+                    item = await anext(self._items)
         except asyncio.CancelledError:
             self._cancelled(self._reader, cancelled)
             raise
         except (StopAsyncIteration, TimeoutError, LLMServiceError, APIKeyError) as exc:
-            raise await self._interrupted(exc, self._deadline) from exc
+            raise await self._interrupted(exc, self._progress) from exc
         finally:
             self._reader = None
             if self._left_alone is not None and not self._left_alone.done():
                 self._left_alone.set_result(None)
+        if isinstance(item, StreamChunk):
+            self._progress.add_chunk()
+        return item
 
     def _cancelled(self, reader: "asyncio.Task[object] | None", before: int) -> None:
         """Note that a stream cannot be read on: what waited for the chunk is gone.
@@ -177,34 +215,41 @@ class ChatStream(Generic[T]):
         """
         if self._left_alone is None or reader is None:
             self._break(LLMServiceError("its reading was cancelled"))
+            if self._progress is not None:
+                self._progress.fail(asyncio.CancelledError())
             return
         error = self._break(LLMServiceError("it was closed while it was read"))
         if reader.uncancel() <= before:
             raise error from None
 
-    async def _interrupted(self, exc: Exception, deadline: Deadline) -> Exception:
+    async def _interrupted(self, exc: Exception, progress: CallProgress) -> Exception:
         """Close a broken stream; make its error, and remember it for who asks again."""
+        error = self._explain(exc, progress)
+        progress.fail(error)
         await self.aclose()
+        return error
+
+    def _explain(self, exc: Exception, progress: CallProgress) -> Exception:
         if isinstance(exc, TimeoutError):
-            if deadline.left() > 0:
+            if progress.left() > 0:
                 return exc  # somebody else's
-            exc = deadline.error()
+            exc = progress.deadline_error()
         if not isinstance(exc, LLMServiceError | APIKeyError):
             exc = ServiceUnavailableError("it ended without a result")
         return self._break(exc)
 
     def _break(self, cause: LLMServiceError | APIKeyError) -> StreamInterruptedError:
-        deadline = self._deadline
+        progress = self._progress
         self._broken = {
             "message": f"the stream broke off after {sum(map(len, self._text))} characters:"
             f" {cause}",
             "partial_text": "".join(self._text),
-            "service": cause.service or (deadline.service if deadline else None),
-            "model": cause.model or (deadline.model if deadline else None),
+            "service": cause.service or (progress.service if progress else None),
+            "model": cause.model or (progress.model if progress else None),
             "status_code": cause.status_code,
             "retry_after": cause.retry_after,
             "request_id": cause.request_id,
-            "attempts": deadline.attempts if deadline else 0,
+            "attempts": progress.attempts if progress else 0,
             "details": {"cause": type(cause).__name__, **cause.details},
         }
         return StreamInterruptedError(**self._broken)

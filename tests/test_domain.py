@@ -496,7 +496,8 @@ def test_the_timeout_of_a_call_wins(options: dict[str, Any], timeout: float) -> 
 
 def test_labels_are_taken_and_never_sent() -> None:
     """The application's own labels are accepted and travel nowhere."""
-    labels = {"execution_phase": "a", "execution_id": "b", "trace_id": "c"}
+    names = ("execution_phase", "execution_id", "trace_id", "person_name", "node_id")
+    labels = dict.fromkeys(names, "a")
 
     request = request_from_options(USER, labels, default_timeout=5)
 

@@ -198,6 +198,7 @@ SCENARIOS: dict[str, Scenario] = {
         answer=Answer('{"name": "B"}'),
     ),
     "some JSON": Scenario(
+        [{"role": "user", "content": "Write JSON."}],
         options={"response_format": {"type": "json_object"}},
         answer=Answer('{"name": "B"}'),
     ),

@@ -26,12 +26,6 @@ HEADERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is sent here is made by hand, and much of it is wrong on purpose."""
-    monkeypatch.setattr(provider_server, "CHECK_RULES", False)
-
-
 @pytest.fixture
 async def server() -> AsyncIterator[ProviderServer]:
     """A strict server."""
@@ -541,13 +535,15 @@ async def test_command(fast: bool) -> None:
 async def test_a_request_that_the_provider_would_refuse_fails_the_test(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With the switch on, unless the test says that it sends nonsense on purpose."""
+    """What the package sends is checked, unless the test says that it is wrong."""
     monkeypatch.setattr(provider_server, "CHECK_RULES", True)
     path, body = chat("openai", top_k=5)
+    ours = HEADERS["openai"] | {"user-agent": "dipeo-llm"}
     with pytest.raises(AssertionError, match="top_k: unknown field"):
         async with ProviderServer() as running:
-            await call(running, path, body)
+            await call(running, path, body, headers=ours)
     async with ProviderServer() as running:
         running.rules = False
+        await call(running, path, body, headers=ours)
+    async with ProviderServer() as running:
         await call(running, path, body)
-        assert running.broken_rules == []

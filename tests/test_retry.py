@@ -25,7 +25,8 @@ from dipeo_llm import (
     StaticAPIKeys,
 )
 from dipeo_llm.adapters.attempt import Attempt
-from dipeo_llm.retry import Deadline, RetryPolicy
+from dipeo_llm.progress import CallProgress
+from dipeo_llm.retry import RetryPolicy
 from dipeo_llm.testing import MockLLMAdapter
 from tests.conftest import PROVIDERS
 from tests.provider_server import Answer, Fault, ProviderServer, Raw, Received, error
@@ -84,55 +85,73 @@ def times(server: ProviderServer, *replies: Answer | Raw | Fault) -> list[float]
 # --- the decision -------------------------------------------------------------------
 
 
+BACKOFF = pytest.approx(3.0, abs=1.0)
+
+
 @pytest.mark.parametrize(
-    ("error", "left", "answer"),
+    ("error", "left", "wait"),
     [
-        (ServiceUnavailableError("x"), math.inf, True),
-        (ServiceUnavailableError("x", retryable=False), math.inf, False),
-        (LLMTimeoutError("x"), math.inf, True),
-        (InvalidRequestError("x"), math.inf, False),
-        (InvalidRequestError("x", retryable=True), math.inf, True),
-        (APIKeyError("x"), math.inf, False),
-        (RateLimitError("x"), math.inf, True),
+        (ServiceUnavailableError("x"), math.inf, BACKOFF),
+        (ServiceUnavailableError("x", retryable=False), math.inf, None),
+        (LLMTimeoutError("x"), math.inf, BACKOFF),
+        (InvalidRequestError("x"), math.inf, None),
+        (InvalidRequestError("x", retryable=True), math.inf, BACKOFF),
+        (APIKeyError("x"), math.inf, None),
+        (RateLimitError("x"), math.inf, BACKOFF),
         (RateLimitError("x", retry_after=0.0), math.inf, 0.0),
         (RateLimitError("x", retry_after=0.3), math.inf, 0.3),
         (RateLimitError("x", retry_after=30.0), math.inf, 30.0),
-        (RateLimitError("x", retry_after=30.1), math.inf, False),
+        (RateLimitError("x", retry_after=30.1), math.inf, None),
         (RateLimitError("x", retry_after=5.0), 6.0, 5.0),
-        (RateLimitError("x", retry_after=5.0), 5.0, False),
-        (RateLimitError("x", retry_after=5.0), 4.0, False),
-        (ServiceUnavailableError("x"), 0.1, True),
-        (ServiceUnavailableError("x"), 0.0, False),
-        (ServiceUnavailableError("x"), -1.0, False),
-        (RateLimitError("x", retryable=False, retry_after=1.0), math.inf, False),
-        (ValueError("x"), math.inf, False),
-        (TimeoutError("x"), math.inf, False),
+        (RateLimitError("x", retry_after=5.0), 5.0, None),
+        (RateLimitError("x", retry_after=5.0), 4.0, None),
+        (ServiceUnavailableError("x"), 0.1, BACKOFF),
+        (ServiceUnavailableError("x"), 0.0, None),
+        (ServiceUnavailableError("x"), -1.0, None),
+        (RateLimitError("x", retryable=False, retry_after=1.0), math.inf, None),
+        (DiPeOLLMError("x"), math.inf, None),
     ],
 )
-async def test_decision(error: Exception, left: float, answer: bool | float) -> None:
+async def test_decision(error: DiPeOLLMError, left: float, wait: float | None) -> None:
     """Give up, back off, or wait as long as the provider asks and the deadline lets."""
-    settings = Settings(retry_after_max=30.0)
+    settings = Settings(retry_after_max=30.0, retry_wait=2.0, retry_wait_max=9.0)
+    progress = CallProgress(None if left == math.inf else left + 0.05)
+    progress.begin_attempt()
+    if left <= 0 or left == getattr(error, "retry_after", None):
+        await asyncio.sleep(0.1)
 
-    deadline = Deadline()
-    deadline.left = lambda: left  # type: ignore[method-assign]
-    got = RetryPolicy(settings, deadline)(error)
+    assert RetryPolicy(settings, progress).next_wait(error) == wait
 
-    assert got == answer
-    assert type(got) is type(answer)
+
+async def test_the_backoff_grows_to_its_limit() -> None:
+    """Doubled each time, with jitter, whatever the number of attempts."""
+    settings = Settings(max_retries=100_000, retry_wait=1.0, retry_wait_max=9.0)
+    progress = CallProgress()
+    policy = RetryPolicy(settings, progress)
+
+    waits = []
+    for _ in range(2_000):
+        progress.begin_attempt()
+        waits.append(policy.next_wait(ServiceUnavailableError("x")))
+
+    assert [math.floor(wait or 0.0) for wait in waits[:3]] == [1, 2, 4]
+    assert set(waits[4:]) == {9.0}
 
 
 async def test_a_deadline_tells_what_failed_before() -> None:
     """The error at the deadline is a timeout that is not worth another try."""
-    deadline = Deadline(2.5)
-    deadline.service, deadline.model, deadline.attempts = "openai", "m", 2
-    deadline.last = ServiceUnavailableError("it is down")
+    progress = CallProgress(2.5)
+    progress.place("openai", "m", None)
+    progress.begin_attempt()
+    progress.last = ServiceUnavailableError("it is down")
 
-    got = deadline.error()
+    got = progress.deadline_error()
 
     assert type(got) is LLMTimeoutError
     assert "2.5 s" in str(got)
     assert "it is down" in str(got)
     assert (got.service, got.model, got.retryable) == ("openai", "m", False)
+    assert got.attempts == 1
 
 
 # --- how often ------------------------------------------------------------------------

@@ -635,6 +635,8 @@ async def test_labels_are_never_sent(
         execution_phase="planning",
         execution_id="exec-1",
         trace_id="trace-1",
+        person_name="Optimist",
+        node_id="node-1",
     )
 
     plain, labelled = server.requests

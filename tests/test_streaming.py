@@ -252,7 +252,7 @@ ANSWERS: dict[str, tuple[Answer, dict[str, Any]]] = {
         {"tools": [clock]},
     ),
     "choices": (Answer("one", n_texts=["two", "three"]), {"n": 3}),
-    "JSON": (Answer('{"a": 1}'), {"response_format": {"type": "json_object"}}),
+    "a schema": (Answer('{"a": 1}'), {"response_format": {"type": "object"}}),
     "limits": (
         Answer(
             headers={

@@ -662,7 +662,7 @@ class BaseLLMAdapter:
             InvalidRequestError: The provider has no list that is known here.
             APIKeyError, LLMServiceError: As the provider answers.
         """
-        listed = self.model_list
+        listed = await self.find_model_list()
         if listed is None or self.endpoint.base_url is None:
             raise InvalidRequestError(
                 f"{self.provider.name} has no list of models that is known here",
@@ -678,6 +678,10 @@ class BaseLLMAdapter:
             found.update(self._read_names(listed, page))
             following = listed.next_page(page)
         return sorted(found)
+
+    async def find_model_list(self) -> ModelList | None:
+        """Return where the models are listed; None where no list is known here."""
+        return self.model_list
 
     def _read_names(self, listed: ModelList, page: Page) -> list[str]:
         rows = page.get(listed.rows)
@@ -894,22 +898,15 @@ class BaseLLMAdapter:
             service=self.provider.name,
         )
 
-    def _find_base_url(self, given: str | None) -> str | None:
+    def _find_base_url(self, given: str | None) -> str:
         row = self.provider
-        names = (row.name, row.litellm, *row.aliases)
-        # A member of a string enum may stand for a name.
-        urls = {
-            str(getattr(k, "value", k)): v for k, v in self.settings.base_urls.items()
-        }
-        set_up = next((urls[name] for name in names if name in urls), None)
-        url = given or set_up or row.base_url
+        url = given or row.find_base_url(self.settings.base_urls) or row.base_url
         if url is None:
-            if row.derives_address:
-                return None
             # LiteLLM would take it from the environment, and the key would go there.
+            example = row.base_url_example
             raise InvalidRequestError(
-                f"{row.name} needs a base_url, in the key's record or in"
-                " Settings.base_urls",
+                f"{row.name} needs a base_url{f' such as {example}' if example else ''},"
+                " in the key's record or in Settings.base_urls",
                 service=row.name,
             )
         try:

@@ -35,6 +35,7 @@ from dipeo_llm.domain import (
     WebSearchResult,
 )
 from dipeo_llm.errors import InvalidRequestError
+from dipeo_llm.litellm_providers import EXAMPLES
 from dipeo_llm.litellm_tables import know_model
 from dipeo_llm.media import PDF, MediaRules
 
@@ -78,6 +79,8 @@ VERTEX = Provider(
     name="vertex",
     litellm="vertex_ai",
     aliases=("vertex_ai", "vertexai", "vertex_ai_beta"),
+    base_url_example=EXAMPLES["vertex_ai"],
+    client=None,  # LiteLLM signs in at Google with a client of its own
     most_stops=5,
     highest_temperature=2.0,
     media=_MEDIA,
@@ -163,8 +166,12 @@ class GeminiAdapter(BaseLLMAdapter):
         super().__init__(provider, name, *args, **named)
 
     def check_model(self) -> None:
-        """Refuse a name that would be more than a name in the URL's path."""
+        """Refuse a name that would be more than a name in the URL's path.
+
+        Google's own form of a name, such as `models/gemini-2.5-flash`, is taken too.
+        """
         super().check_model()
+        self.model_name = self.model_name.removeprefix("models/")
         if _NOT_IN_A_PATH.search(self.model_name):
             raise self._invalid_model()
 

@@ -7,11 +7,13 @@ request must go there.
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from hashlib import blake2b
 from typing import Any
 from urllib.parse import urlsplit
 
+from dipeo_llm.adapters.attempt import Attempt
 from dipeo_llm.adapters.base import BaseLLMAdapter
 from dipeo_llm.adapters.events import StreamReader
 from dipeo_llm.adapters.provider import ModelList, Probe, Provider
@@ -46,7 +48,8 @@ from dipeo_llm.domain import (
     WebSearchResult,
 )
 from dipeo_llm.errors import InvalidRequestError
-from dipeo_llm.litellm_providers import describe, translate_openai
+from dipeo_llm.litellm_import import load_litellm
+from dipeo_llm.litellm_providers import describe, path_below, translate_openai
 from dipeo_llm.litellm_tables import known_model_info, model_info
 from dipeo_llm.media import PDF, PICTURES, MediaRules
 
@@ -60,6 +63,7 @@ _MEDIA = MediaRules(
 OPENAI = Provider(
     name="openai",
     litellm="openai",
+    aliases=("chatgpt", "gpt"),
     base_url="https://api.openai.com/v1",
     path="/v1",
     key_variables=("OPENAI_API_KEY",),
@@ -139,6 +143,13 @@ _NOT_AT_THE_ROOT = frozenset({"oneOf", "anyOf", "allOf", "enum", "not"})
 # https://console.groq.com/docs/openai, https://docs.mistral.ai/api,
 # https://inference-docs.cerebras.ai/api-reference/chat-completions (2026-11-25).
 _REFUSES_REASONING = frozenset({"groq", "mistral", "cerebras"})
+# Together's and Mistral's words for a reason to finish, and the form that `tool_calls`
+# replaced: https://docs.together.ai/reference/chat-completions-1,
+# https://docs.mistral.ai/api (2026-11-25).
+_FINISH = {"function_call": "tool_calls", "eos": "stop", "model_length": "length"}
+# LiteLLM asks models that take no JSON schema, such as most of Groq's, for JSON through
+# a tool of this name.
+_JSON_TOOL = "json_tool_call"
 
 
 class ChatGPTAdapter(BaseLLMAdapter):
@@ -164,9 +175,12 @@ class ChatGPTAdapter(BaseLLMAdapter):
         behind this format to one without its thought signature
         (https://ai.google.dev/gemini-api/docs/thought-signatures; all 2026-11-25).
         """
+        # OpenRouter wants the blocks of a thought back as it sent them:
+        # https://openrouter.ai/docs/use-cases/reasoning-tokens (2026-11-25).
+        own = {"reasoning_details"} if self.provider.name == "openrouter" else set()
         prepared = keep_fields(
             messages,
-            OPENAI_FIELDS | {"reasoning_content"},
+            OPENAI_FIELDS | {"reasoning_content"} | own,
             system_role=self._system_role,
         )
         for message in prepared:
@@ -373,6 +387,26 @@ class ChatGPTAdapter(BaseLLMAdapter):
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         return Outgoing("/chat/completions", JSON_HEADERS, body)
 
+    async def find_model_list(self) -> ModelList:
+        """Return the list beside the chat's path, which is not the base URL's for all."""
+        if self.provider is OPENAI:
+            return self.model_list
+        litellm = await load_litellm()
+        facts = describe(litellm, self.provider.litellm)
+        chat = path_below(litellm, facts, "", self.endpoint.base_url or "")
+        beside = chat.rstrip("/").removesuffix("/chat/completions")
+        return replace(self.model_list, path=f"{beside}{self.model_list.path}")
+
+    def _check_object(self, attempt: Attempt) -> Mapping[str, Any]:
+        """Return the JSON of an answer; Together's list of models is a bare array.
+
+        Source: https://docs.together.ai/reference/models-1 (2026-11-25).
+        """
+        is_bare = attempt.body.lstrip().startswith(b"[")
+        if is_bare and self.provider.name == "together_ai":
+            attempt.body = bytearray(b'{"data":%b}' % bytes(attempt.body))
+        return super()._check_object(attempt)
+
     def has_answer(self, body: Mapping[str, Any]) -> bool:
         """Say whether each choice has a message, or was filtered whole by Azure."""
         choices = body.get("choices")
@@ -464,10 +498,15 @@ def read_chat_completion(body: Mapping[str, Any]) -> Reading:
     messages = [choice.get("message") or {} for choice in choices]
     first = messages[0] if messages else {}
     texts = [_join_text(message.get("content")) for message in messages]
-    finish = choices[0].get("finish_reason") if choices else None
+    finish: Any = choices[0].get("finish_reason") if choices else None
     calls = first.get("tool_calls") or ()
     if not calls and first.get("function_call"):  # the form that `tool_calls` replaced
         calls = [{"function": first["function_call"]}]
+    made = [_read_call(body, index, call) for index, call in enumerate(calls)]
+    if answers := [call.arguments_text for call in made if call.name == _JSON_TOOL]:
+        texts[0] = answers[0]
+        made = [call for call in made if call.name != _JSON_TOOL]
+        finish = "stop" if finish == "tool_calls" and not made else finish
     return Reading(
         text=texts[0] if texts else "",
         texts=texts if len(texts) > 1 else [],
@@ -475,23 +514,44 @@ def read_chat_completion(body: Mapping[str, Any]) -> Reading:
         or first.get("reasoning")
         or _join_thinking(first.get("content"))
         or None,
-        tool_calls=[_read_call(body, index, call) for index, call in enumerate(calls)],
-        finish="tool_calls" if finish == "function_call" else finish,
+        tool_calls=made,
+        finish=_FINISH.get(finish, finish),
         refusal=first.get("refusal") or None,
         model=body.get("model"),
         id=body.get("id"),
         usage=_read_usage(body),
-        searches=merge_pages(
-            WebSearchResult(url=c.get("url", ""), title=c.get("title") or "")
-            for a in first.get("annotations") or ()
-            if (c := a.get("url_citation"))
-        ),
+        searches=merge_pages(_read_searches(body, first)),
         images=[
             image
             for part in first.get("images") or ()
             if (image := _read_image(part.get("image_url", {}).get("url", "")))
         ],
     )
+
+
+def _read_searches(body: Mapping[str, Any], message: JSON) -> Iterator[WebSearchResult]:
+    """Yield the pages that an answer rests on.
+
+    OpenAI and OpenRouter annotate the message. Perplexity lists its `search_results`
+    beside the choices, and the URLs alone as `citations`, as xAI does
+    (https://docs.perplexity.ai/api-reference/chat-completions-post,
+    https://docs.x.ai/docs/guides/live-search; both 2026-11-25).
+    """
+    for annotation in message.get("annotations") or ():
+        if cited := annotation.get("url_citation"):
+            yield WebSearchResult(
+                url=cited.get("url", ""), title=cited.get("title") or ""
+            )
+    for page in body.get("search_results") or ():
+        if url := page.get("url"):
+            yield WebSearchResult(
+                url=url,
+                title=page.get("title") or "",
+                snippet=page.get("snippet") or "",
+            )
+    for url in body.get("citations") or ():
+        if isinstance(url, str):
+            yield WebSearchResult(url=url, title="")
 
 
 def _read_usage(body: Mapping[str, Any]) -> Any:
@@ -543,6 +603,7 @@ def _read_image(url: str) -> ImageGenerationResult | None:
     )
 
 
+_HEAD = ("id", "model", "usage", "service_tier", "citations", "search_results")
 _OPENAI_TEXTS = ("content", "refusal", "reasoning_content", "reasoning")
 
 
@@ -559,7 +620,7 @@ class OpenAIStream(StreamReader):
         """The call that a fragment with this index goes to, by choice and index."""
 
     def _event(self, event: JSON, chunks: list[StreamChunk]) -> None:
-        for name in ("id", "model", "usage", "service_tier"):
+        for name in _HEAD:
             if event.get(name) is not None:
                 self._head[name] = event[name]
         for choice in event.get("choices") or ():
@@ -618,7 +679,10 @@ class OpenAIStream(StreamReader):
             kept["text"].append(arguments)
         if call.get("extra_content"):
             kept["extra"] = call["extra_content"]
-        if choice == 0:
+        if kept["name"] == _JSON_TOOL:
+            if choice == 0 and arguments:
+                chunks.append(StreamChunk(arguments))
+        elif choice == 0:
             told = kept["id"] if call.get("id") else None
             chunks.append(
                 StreamChunk(
