@@ -545,8 +545,8 @@ class ChatResult(BaseModel, Generic[T]):
     thinking_blocks: list[dict[str, Any]] = Field(default_factory=list, repr=False)
     """Anthropic's thinking blocks; `to_messages` sends them back."""
     content_blocks: list[dict[str, Any]] = Field(default_factory=list, repr=False)
-    """Anthropic's whole content, where its own tools worked in it; `to_messages` sends
-    it back, so that a turn that paused can continue."""
+    """Anthropic's or Google's whole content, where their own tools worked in it;
+    `to_messages` sends it back, so that a turn that paused can continue."""
 
     def to_messages(self) -> list[dict[str, Any]]:
         """Return what to append to a conversation to continue it after this turn.

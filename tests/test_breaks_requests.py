@@ -487,6 +487,60 @@ async def test_servers_of_other_models_get_the_role_system(
     assert server.requests[-1].json["messages"][0]["role"] == role
 
 
+# --- options ---------------------------------------------------------------------------
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "enormous")
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("tools", [[], [tool(A)]], ids=["plain", "tool"])
+@pytest.mark.parametrize(
+    ("provider", "model"),
+    [
+        ("openai", "gpt-5"),
+        ("openai", "gpt-5.1"),
+        ("openai", "gpt-5.4"),
+        ("openai", "gpt-6-astra"),
+        ("openai", "gpt-9-of-next-year"),
+        ("anthropic", "claude-opus-4-6"),
+        ("google", "gemini-3-flash-preview"),
+        ("ollama", "gpt-oss:20b"),
+    ],
+)
+async def test_any_effort_is_taken_or_left_out(
+    asking: Requests, provider: str, model: str, effort: str, tools: list[Any]
+) -> None:
+    """Not every model knows every word, and "max" is known to Responses only."""
+    found = await asking.of(provider, model, reasoning_effort=effort, tools=tools)
+
+    assert isinstance(found, InvalidRequestError) or found.wrong() == []
+
+
+@pytest.mark.parametrize(
+    ("provider", "model", "options"),
+    [
+        ("openai", "gpt-6.1", {"max_tokens": 256_000}),
+        ("openai", "ft:gpt-4.1-mini:org::id", {"max_tokens": 256_000}),
+        ("openai", "gpt-9-of-next-year", {"max_tokens": 9, "temperature": 0.5}),
+        ("google", "gemini-2.0-flash", {"max_tokens": 256_000}),
+        ("google", "gemini-9-of-next-year", {"max_tokens": 2**40}),
+    ],
+)
+async def test_options_of_models_outside_litellms_table(
+    asking: Requests, provider: str, model: str, options: dict[str, Any]
+) -> None:
+    """Tuned, retired and new models are not in it, or without their limit."""
+    await sent(asking, provider, model, **options)
+
+
+async def test_a_seed_that_google_refuses(asking: Requests) -> None:
+    """Google's seed has 32 bits."""
+    found = await asking.of("google", MODELS["google"], seed=2**40)
+
+    assert isinstance(found, InvalidRequestError)
+    assert "seed" in str(found)
+
+
 # --- a LiteLLM that has changed --------------------------------------------------------
 
 

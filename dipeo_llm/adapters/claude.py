@@ -374,8 +374,11 @@ def _kept_blocks(message: Mapping[str, Any]) -> list[JSON]:
     """Return the content blocks that a result of Claude's kept for the next request."""
     own = message.get("provider_specific_fields")
     blocks = own.get("content_blocks") if isinstance(own, Mapping) else None
-    is_whole = isinstance(blocks, list) and all(isinstance(b, dict) for b in blocks)
-    return blocks if isinstance(blocks, list) and is_whole else []
+    if not isinstance(blocks, list):
+        return []
+    # Google's parts have no type.
+    is_ours = all(isinstance(block, dict) and block.get("type") for block in blocks)
+    return blocks if is_ours else []
 
 
 def _take_blocks(messages: list[Message]) -> dict[str, list[JSON]]:

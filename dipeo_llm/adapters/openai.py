@@ -50,7 +50,7 @@ from dipeo_llm.domain import (
 from dipeo_llm.errors import InvalidRequestError
 from dipeo_llm.litellm_import import load_litellm
 from dipeo_llm.litellm_providers import describe, path_below, translate_openai
-from dipeo_llm.litellm_tables import model_info
+from dipeo_llm.litellm_tables import known_model_info, model_info
 from dipeo_llm.media import PDF, PICTURES, MediaRules
 
 # https://platform.openai.com/docs/guides/images-vision#image-input-requirements
@@ -93,9 +93,11 @@ _TAKES_NO_STOP = re.compile(r"(?:ft:)?o[34](?:-|$)")
 _REASONS = re.compile(r"(?:ft:)?o[1-9](?:-|:|$)")
 # Names without a version, which LiteLLM does not know (1.110.2), for models that reason:
 # https://platform.openai.com/docs/models (2026-11-25).
-# A row of LiteLLM's table without its limit (1.110.2).
-_CYBER = re.compile(r"gpt-5\.\d+-cyber")
-_LATEST = re.compile(r"(?:gpt-[a-z]+-|chat-)latest")
+# Rows that LiteLLM's table lacks, or has without their limit (1.110.2).
+_NEWER = re.compile(r"gpt-(?:[5-9]|\d\d)")
+_LATEST = re.compile(r"(?:gpt-[a-z]+-|chat-)latest|gpt-(?:[7-9]|\d\d)")
+_TUNED = re.compile(r"ft:([^:]+)")
+_ALL_EFFORTS = frozenset({None, "none", "minimal", "low", "medium", "high", "xhigh"})
 # They search in every answer and take little else:
 # https://platform.openai.com/docs/guides/tools-web-search?api-mode=chat (2026-11-25).
 _SEARCH_PREVIEW = re.compile(r"gpt-4o(?:-mini)?-search-preview")
@@ -264,6 +266,8 @@ class ChatGPTAdapter(BaseLLMAdapter):
         levels = next((e for name, e in _EFFORTS if name.match(model)), None)
         if _CHAT_ONLY.match(model) or (levels is not None and effort not in levels):
             options.pop("reasoning_effort", None)
+        if levels is None and self._is_openais_model and not self._knows(effort):
+            options.pop("reasoning_effort", None)
         if _REASONS.match(model) or _LATEST.match(model):
             if "max_tokens" in options:
                 options["max_completion_tokens"] = options.pop("max_tokens")
@@ -275,6 +279,13 @@ class ChatGPTAdapter(BaseLLMAdapter):
             for name in ("temperature", "top_p", "n", "seed"):
                 options.pop(name, None)
         self._check_abilities(options)
+
+    def _knows(self, effort: Any) -> bool:
+        """Say whether the model may take an effort; LiteLLM would send any word."""
+        if effort != "max":
+            return effort in _ALL_EFFORTS
+        info = known_model_info("openai", self.model_name, "openai")
+        return bool(info.get("supports_max_reasoning_effort"))
 
     def _check_abilities(self, options: Mapping[str, Any]) -> None:
         """Refuse what cannot be left out without changing the answer's meaning."""
@@ -303,8 +314,12 @@ class ChatGPTAdapter(BaseLLMAdapter):
 
     def output_limit(self) -> int | None:
         """Return the most tokens of an answer, None if unknown."""
-        is_cyber = self.provider is OPENAI and _CYBER.match(self.model_name)
-        return super().output_limit() or (128_000 if is_cyber else None)
+        if (limit := super().output_limit()) or self.provider is not OPENAI:
+            return limit
+        if tuned := _TUNED.match(self.model_name):
+            info = known_model_info("openai", tuned[1], "openai")
+            return info.get("max_output_tokens")
+        return 128_000 if _NEWER.match(self.model_name) else None
 
     def other_endpoint(
         self, litellm: Any, prepared: PreparedRequest
@@ -325,6 +340,9 @@ class ChatGPTAdapter(BaseLLMAdapter):
         if self.is_openai and any(map(_is_result_with_media, prepared.messages)):
             return self.sibling("responses")
         effort = options.get("reasoning_effort")
+        if self.is_openai and effort == "max":
+            # https://platform.openai.com/docs/guides/reasoning (2026-11-25)
+            return self.sibling("responses")
         if tools and _must_bridge(
             litellm, self.model_name, tools, effort, self.endpoint.base_url
         ):
