@@ -13,7 +13,8 @@ EVERYWHERE = ["openai", "anthropic", "google", "ollama", "deepseek", "vertex", "
 def prepare(provider: str, *messages: dict[str, Any]) -> list[dict[str, Any]]:
     """Prepare some messages in a conversation that gives calls and results their other."""
     first = {"role": "user", "content": "Hello"}
-    before = after = ()
+    before: tuple[dict[str, Any], ...] = ()
+    after: tuple[dict[str, Any], ...] = ()
     if messages[0]["role"] in {"tool", "function"}:
         call = {"role": "assistant", "content": "b", "tool_calls": [CALL]}
         before = (call,)
