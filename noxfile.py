@@ -76,6 +76,18 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", *(session.posargs or ["-n", "2", "--dist", "worksteal"]))
 
 
+@nox.session(default=False)
+def telemetry(session: nox.Session) -> None:
+    """Test telemetry beside the OpenAI SDK's own, and with Prometheus if it is there.
+
+    `prometheus` and `promtool` are looked for on the PATH; Debian has both in its
+    package `prometheus`.
+    """
+    install(session, "telemetry")
+    tests = ["tests/test_telemetry.py", "tests/test_prometheus.py"]
+    session.run("pytest", "-rs", *tests, *session.posargs)
+
+
 @nox.session
 def redis(session: nox.Session) -> None:
     """Run the tests of the shared cache on a real Redis server, out of a wheel."""

@@ -171,7 +171,11 @@ class PersonLLMConfig(BaseModel):
     system_prompt: str | None = None
     """Used if `prompt_file` is None or cannot be read."""
     prompt_file: str | None = None
-    """Path of a text file, relative to the base directory."""
+    """Path of a text file, relative to the base directory; a template if it ends in
+    `.j2`."""
+    prompt_variables: dict[str, Any] | None = None
+    """Values for a template. Unless it is None, the prompt is a template under any file
+    name, and `system_prompt` too."""
     temperature: _Temperature | None = None
     """The person's default, like the two below; an option of the call wins."""
     max_tokens: _Count | None = None
@@ -563,8 +567,8 @@ class ChatResult(BaseModel, Generic[T]):
     thinking_blocks: list[dict[str, Any]] = Field(default_factory=list, repr=False)
     """Anthropic's thinking blocks; `to_messages` sends them back."""
     content_blocks: list[dict[str, Any]] = Field(default_factory=list, repr=False)
-    """Anthropic's whole content, where its own tools worked in it; `to_messages` sends
-    it back, so that a turn that paused can continue."""
+    """Anthropic's or Google's whole content, where their own tools worked in it;
+    `to_messages` sends it back, so that a turn that paused can continue."""
 
     def to_messages(self) -> list[dict[str, Any]]:
         """Return what to append to a conversation to continue it after this turn.
@@ -617,7 +621,7 @@ SAMPLING = (
 
 _LONGEST_LABEL = 256
 
-LABELS = ("execution_phase", "execution_id", "trace_id")
+LABELS = ("execution_phase", "execution_id", "trace_id", "person_name", "node_id")
 """The application's own labels of a call."""
 
 OPTIONS = frozenset({*LLMRequestOptions.model_fields, "options"})
@@ -801,6 +805,7 @@ class Person(BaseModel):
         llm_service: "LLMServicePort",
         from_person_id: str = "system",
         *,
+        variables: Mapping[str, Any] | None = None,
         service: ServiceName | None = None,
         response_format: ResponseFormat[T] | None = None,
         tools: None = None,
@@ -813,6 +818,7 @@ class Person(BaseModel):
         llm_service: "LLMServicePort",
         from_person_id: str = "system",
         *,
+        variables: Mapping[str, Any] | None = None,
         service: ServiceName | None = None,
         response_format: ResponseFormat[T] | None = None,
         tools: Sequence[Tool] | None,
@@ -831,7 +837,7 @@ class Person(BaseModel):
             prompt: The message to this person.
             llm_service: The service that makes the call.
             from_person_id: The speaker: another person's id, or "system".
-            **options: As for `LLMServicePort.complete_with_person`.
+            **options: As for `LLMServicePort.complete_with_person`; `variables` too.
 
         Raises:
             ValueError: This person has no `llm_config`.

@@ -1,6 +1,6 @@
 """Opens files inside a folder and nowhere else: prompts, pictures, documents.
 
-Knows paths and links, not the files' content. Everything blocks: call it in a thread
+Knows paths and links, and of the content only that text is UTF-8. Everything blocks: call it in a thread
 from an event loop.
 """
 
@@ -8,6 +8,9 @@ import os
 import stat
 from pathlib import Path
 from typing import BinaryIO
+
+TEMPLATE_SUFFIX = ".j2"
+"""The end of the name of a text file that is always a template."""
 
 # Windows has none of these flags; there the check of the resolved path is all. O_PATH
 # opens a folder that may be entered but not listed.
@@ -54,6 +57,52 @@ def open_regular(path: Path) -> BinaryIO:
             "it is a directory" if is_folder else "it is not a regular file"
         )
     return os.fdopen(fd, "rb")
+
+
+class TextFiles:
+    """Reads text files, each version of a file once. Safe for several threads.
+
+    Args:
+        max_bytes: Largest file that is read.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._read: dict[Path, tuple[tuple[int, ...], str]] = {}
+
+    def read(self, path: Path) -> str:
+        """Return the text of a file, from memory if the file has not changed.
+
+        Args:
+            path: Its real path.
+
+        Raises:
+            ValueError: It is not a regular file, too large, or not UTF-8.
+            OSError: It cannot be opened.
+        """
+        with open_regular(path) as file:
+            about = os.fstat(file.fileno())
+            version = (
+                about.st_mtime_ns,
+                about.st_size,
+                about.st_ino,
+                about.st_ctime_ns,
+            )
+            known = self._read.get(path)
+            if known is not None and known[0] == version:
+                return known[1]
+            # One byte more than allowed, because the file may have grown since fstat.
+            data = file.read(self._max_bytes + 1)
+        if len(data) > self._max_bytes:
+            raise ValueError(f"it is larger than {self._max_bytes} bytes")
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError as exc:
+            raise ValueError(
+                f"it is not UTF-8: {exc.reason} at byte {exc.start}"
+            ) from None
+        self._read[path] = (version, text)
+        return text
 
 
 def _open(path: Path) -> int:

@@ -3,18 +3,20 @@
 Reads the environment for keys and for nothing else.
 """
 
+import asyncio
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import SecretStr
 
-from dipeo_llm.adapters.factory import PROVIDERS, of_key
+from dipeo_llm.adapters.factory import by_name, of_key, own_of_key, unknown_key
 from dipeo_llm.client import fits_a_header
 from dipeo_llm.errors import APIKeyError, APIKeyNotFoundError
 from dipeo_llm.key_shapes import is_like_key
+from dipeo_llm.litellm_import import load_litellm
 from dipeo_llm.ports import APIKeyPort, APIKeyRecord
 
 
@@ -42,7 +44,8 @@ async def find_key(
 ) -> Key:
     """Ask the application for a key and wrap it.
 
-    Without an id, `EnvironmentAPIKeys` is asked for the provider's usual variable.
+    Without an id, `EnvironmentAPIKeys` is asked for the provider's usual variable. It is
+    not asked for a hosted provider's key if the call goes to a server on this machine.
 
     Args:
         port: The application's keys.
@@ -56,35 +59,56 @@ async def find_key(
         APIKeyNotFoundError: There is no id, or the key is empty, and one is needed.
         APIKeyError: The id is unknown, or the key belongs to another provider.
     """
-    if not api_key_id:
-        if not needs_key:
-            return NO_KEY
-        if service is None or not isinstance(port, EnvironmentAPIKeys):
-            raise APIKeyNotFoundError(
-                f"{service or 'this call'} needs a key; pass its api_key_id",
-                service=service,
-            )
-        api_key_id = service
+    given = api_key_id or _usual_id(port, service, needs_key=needs_key)
+    if given is None:
+        return NO_KEY
+    if isinstance(port, EnvironmentAPIKeys) and own_of_key(given) is None:
+        await load_litellm()  # it knows the other providers' variables
     try:
-        key = await _read(port, api_key_id)
+        key = await _read(port, given)
     except Exception as exc:
-        if not needs_key and (isinstance(exc, APIKeyError) or _is_key_error(exc)):
+        is_missing = isinstance(exc, APIKeyError) or _is_key_error(exc)
+        if is_missing and service is not None and not by_name(service).needs_key:
             return NO_KEY
         raise
+    belongs_to = owner(key.service) if key.service else None
     # A base URL of its own says where the key may go, whatever the service is called.
-    if service and key.service and not key.base_url:
-        belongs_to = owner(key.service)
-        if belongs_to != service:
-            if not needs_key:
-                return NO_KEY
-            raise APIKeyError(
-                f"key {api_key_id!r} belongs to {belongs_to} and was not sent to"
-                f" {service}",
-                service=service,
-            )
+    is_for_all = key.base_url is not None or _is_shared(port, given, service)
+    if service and belongs_to and belongs_to != service and not is_for_all:
+        if not needs_key:
+            return NO_KEY
+        raise APIKeyError(
+            f"key {given!r} belongs to {belongs_to} and was not sent to {service}",
+            service=service,
+        )
     needs_key = needs_key and not (key.base_url and is_local(key.base_url))
-    _check(key, api_key_id, service, needs_key=needs_key)
+    _check(key, given, service, needs_key=needs_key)
     return key
+
+
+def _usual_id(port: APIKeyPort, service: str | None, *, needs_key: bool) -> str | None:
+    """Return the id of the environment's key for a provider; None for no key.
+
+    Raises:
+        APIKeyNotFoundError: A key is needed, and the application must say which.
+    """
+    is_own = service is not None and (needs_key or not by_name(service).needs_key)
+    if is_own and isinstance(port, EnvironmentAPIKeys):
+        return service
+    if needs_key:
+        raise APIKeyNotFoundError(
+            f"{service or 'this call'} needs a key; pass its api_key_id",
+            service=service,
+        )
+    return None
+
+
+def _is_shared(port: APIKeyPort, api_key_id: str, service: str | None) -> bool:
+    """Say whether a variable is this provider's as well, as DASHSCOPE_API_KEY may be."""
+    is_environment = isinstance(port, EnvironmentAPIKeys) and service is not None
+    return is_environment and (
+        api_key_id.strip().upper() in by_name(service).key_variables
+    )
 
 
 def _check(key: Key, api_key_id: str, service: str | None, *, needs_key: bool) -> None:
@@ -147,8 +171,7 @@ class EnvironmentAPIKeys:
         """
         provider = of_key(api_key_id)
         if provider is None:
-            names = [row.name for row in PROVIDERS if row.key_variables]
-            raise _not_found(api_key_id, f"an id begins with one of {', '.join(names)}")
+            raise _not_found(api_key_id, unknown_key(str(api_key_id)))
         name = str(api_key_id).strip().upper()
         variables = provider.key_variables
         for variable in (name,) if name in variables else variables:
@@ -165,12 +188,21 @@ class EnvironmentAPIKeys:
 class StaticAPIKeys:
     """Holds keys that the application already has.
 
+    A key may be a function without arguments that returns a fresh token, or a coroutine
+    with one, such as those of azure-identity and google-auth. It is called before each
+    call; one that is not a coroutine runs in a thread, because it may block.
+
     Args:
-        mapping: Key id to the key itself, or to its record.
+        mapping: Key id to the key itself, to a function that returns it, or to its
+            record, whose "key" is one of both.
     """
 
     def __init__(
-        self, mapping: Mapping[str, str | SecretStr | APIKeyRecord | Mapping[str, Any]]
+        self,
+        mapping: Mapping[
+            str,
+            str | SecretStr | Callable[[], Any] | APIKeyRecord | Mapping[str, Any],
+        ],
     ) -> None:
         self._records: dict[str, dict[str, Any]] = {}
         for api_key_id, value in mapping.items():
@@ -178,23 +210,43 @@ class StaticAPIKeys:
                 dict(value) if isinstance(value, Mapping) else {"key": value}
             )
             key = record.get("key", "")
-            record["key"] = key if isinstance(key, SecretStr) else SecretStr(key)
+            if not isinstance(key, SecretStr) and not callable(key):
+                record["key"] = SecretStr(key)
             self._records[api_key_id] = {"id": api_key_id, **record}
 
     def __repr__(self) -> str:
         return f"StaticAPIKeys({sorted(self._records)})"
 
-    def get_api_key(self, api_key_id: str) -> Mapping[str, Any]:
-        """Return the record of a key, an `APIKeyRecord`.
+    def get_api_key(
+        self, api_key_id: str
+    ) -> Mapping[str, Any] | Awaitable[Mapping[str, Any]]:
+        """Return the record of a key, an `APIKeyRecord`; await it if it has a function.
 
         Raises:
             APIKeyNotFoundError: The id is unknown.
+            Exception: As the function raises.
         """
         record = self._records.get(api_key_id)
         if record is None:
             known = ", ".join(sorted(self._records)) or "none"
             raise _not_found(api_key_id, f"known ids are: {known}")
-        return {**record, "key": record["key"].get_secret_value()}
+        key = record["key"]
+        if callable(key):
+            return _with_token(record, key)
+        return {**record, "key": key.get_secret_value()}
+
+
+async def _with_token(
+    record: Mapping[str, Any], function: Callable[[], Any]
+) -> Mapping[str, Any]:
+    """Return a record with the token that its function returns."""
+    if inspect.iscoroutinefunction(function):
+        token = await function()
+    else:
+        token = await asyncio.to_thread(function)
+        if inspect.isawaitable(token):
+            token = await token
+    return {**record, "key": token}
 
 
 def _not_found(api_key_id: Any, hint: str) -> APIKeyNotFoundError:

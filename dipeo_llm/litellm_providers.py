@@ -23,12 +23,7 @@ from dipeo_llm.errors import InvalidRequestError
 
 Engine: TypeAlias = Literal["direct", "litellm", "refused"]
 
-ALIASES: Mapping[str, str] = MappingProxyType(
-    {"chatgpt": "openai", "gpt": "openai", "llama": "ollama"}
-)
-"""Other names of providers, such as DiPeO's, and the names that they stand for."""
-
-_SIGNS_IN = "signs in with OAuth on a device; there is no API key to send"
+_SIGNS_IN = "it signs in with OAuth on a device; there is no API key to send"
 _EXCHANGES = (
     "LiteLLM exchanges the key for a token at another host, with a client of its own"
 )
@@ -38,33 +33,33 @@ _WATSONX = (
 )
 _OWN_CLIENT = "LiteLLM sends the call with a client of its own"
 _COMPLETES_TEXT = (
-    "completes text: LiteLLM would flatten the conversation into one prompt"
+    "it completes text: LiteLLM would flatten the conversation into one prompt"
 )
 
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
         "claude-code": (
-            "is a program that runs on this machine, not an API; use service="
+            "it is a program that runs on this machine, not an API; use service="
             "'anthropic' for the same models"
         ),
         "chatgpt": _SIGNS_IN,
         "github_copilot": _SIGNS_IN,
         "microsoft_365_copilot": (
-            "takes a Microsoft Graph user token and is an agent, not a model"
+            "it takes a Microsoft Graph user token, and is an agent, not a model"
         ),
-        "aiohttp_openai": "is a transport of LiteLLM for 'openai'; use 'openai'",
-        "custom": "is LiteLLM's name for a handler of your own; use 'custom_openai'",
-        "fal_ai": "answers one picture with text, and takes no conversation",
+        "aiohttp_openai": "it is a transport of LiteLLM for 'openai'; use 'openai'",
+        "custom": "it is LiteLLM's name for a handler of your own; use 'custom_openai'",
+        "fal_ai": "it answers one picture with text, and takes no conversation",
         "gigachat": _EXCHANGES,
         "sap": _EXCHANGES,
-        "scaledown": "makes prompts shorter, and is not a model",
+        "scaledown": "it makes prompts shorter, and is not a model",
         "watsonx": _WATSONX,
         "watsonx_text": _WATSONX,
-        "gdc": "needs google-auth and a project of Google Distributed Cloud",
-        "openai_like": "is LiteLLM's name for embeddings; use 'custom_openai'",
-        "oobabooga": "is a local server of 2023; a newer one is reached as 'custom_openai'",
-        "oci": "signs each request with a private key file, not with an API key",
-        "vllm": "runs the model inside this process; use 'hosted_vllm' for a server",
+        "gdc": "it needs google-auth and a project of Google Distributed Cloud",
+        "openai_like": "it is LiteLLM's name for embeddings; use 'custom_openai'",
+        "oobabooga": "it is a local server of 2023; a newer one is reached as 'custom_openai'",
+        "oci": "it signs each request with a private key file, not with an API key",
+        "vllm": "it runs the model inside this process; use 'hosted_vllm' for a server",
         "anthropic_text": _COMPLETES_TEXT,
         "azure_text": _COMPLETES_TEXT,
         "text-completion-codestral": _COMPLETES_TEXT,
@@ -94,6 +89,40 @@ DIFFERS: Mapping[str, str] = MappingProxyType(
 )
 """Providers to which a direct request differs from `acompletion`'s, and how."""
 
+EXAMPLES: Mapping[str, str] = MappingProxyType(
+    {
+        "azure": "https://RESOURCE.openai.azure.com/openai/v1",
+        "azure_ai": "https://RESOURCE.services.ai.azure.com/openai/v1",
+        "cloudflare": "https://api.cloudflare.com/client/v4/accounts/ACCOUNT/ai/v1",
+        "custom_openai": "https://HOST/v1",
+        "databricks": "https://WORKSPACE.cloud.databricks.com/serving-endpoints",
+        "heroku": "https://us.inference.heroku.com",
+        "hosted_vllm": "http://HOST:8000/v1",
+        "litellm_proxy": "http://HOST:4000/v1",
+        "snowflake": "https://ACCOUNT.snowflakecomputing.com",
+        "vertex_ai": (
+            "https://LOCATION-aiplatform.googleapis.com/v1/projects/PROJECT/locations"
+            "/LOCATION/publishers/google"
+        ),
+        "xinference": "http://HOST:9997/v1",
+    }
+)
+"""Base URLs of providers whose address only their user knows, to be filled in.
+
+Sources, read 2026-11-25:
+https://learn.microsoft.com/en-us/azure/foundry/openai/api-version-lifecycle,
+https://developers.cloudflare.com/workers-ai/configuration/open-ai-compatibility,
+https://docs.databricks.com/aws/en/machine-learning/model-serving/score-foundation-models,
+https://devcenter.heroku.com/articles/heroku-inference-api-v1-chat-completions,
+https://docs.snowflake.com/en/user-guide/snowflake-cortex/cortex-rest-api,
+https://cloud.google.com/vertex-ai/generative-ai/docs/model-reference/inference.
+"""
+
+PATHS: Mapping[str, str] = MappingProxyType(
+    {"azure": "/openai/v1", "azure_ai": "/openai/v1"}
+)
+"""What a base URL without a path gets, such as an endpoint that Azure's portal shows."""
+
 _THROUGH_HANDLER = frozenset(
     {
         *("a2a", "anthropic", "bedrock", "bedrock_mantle", "bytez", "cometapi"),
@@ -121,6 +150,14 @@ _ROWS: Mapping[str, tuple[str | None, tuple[str, ...]]] = MappingProxyType(
         "cometapi": (None, ("COMETAPI_KEY",)),
         "compactifai": ("https://api.compactif.ai/v1", ("COMPACTIFAI_API_KEY",)),
         "databricks": (None, ("DATABRICKS_API_KEY",)),
+        # https://lmstudio.ai/docs/developer/core/server (2026-11-25)
+        "lm_studio": ("http://localhost:1234/v1", ()),
+        # https://github.blog/changelog/2025-07-17-deprecation-of-azure-endpoint-for-
+        # github-models (2026-11-25): LiteLLM's address was switched off.
+        "github": (
+            "https://models.github.ai/inference",
+            ("GITHUB_API_KEY", "GITHUB_TOKEN"),
+        ),
         "maritalk": ("https://chat.maritaca.ai/api", ("MARITALK_API_KEY",)),
         "minimax": (None, ("MINIMAX_API_KEY",)),
         "mistral": (None, ("MISTRAL_API_KEY",)),
@@ -337,7 +374,8 @@ def _ask_config(
             )
     if fields["client"] is None:
         return ProviderFacts(name=name, key_variables=variables, refusal=_OWN_CLIENT)
-    return ProviderFacts(**fields, needs_key=not local)
+    is_signed = _signs(config, variables)
+    return ProviderFacts(**fields, needs_key=not (local or is_signed))
 
 
 # LiteLLM's "ollama" flattens the conversation into one prompt for another endpoint.
@@ -355,7 +393,7 @@ def suggest(litellm: Any, name: str, also: Iterable[str] = ()) -> tuple[str, ...
         name: What was asked for.
         also: Further names that would have been right.
     """
-    known = {*chat_providers(litellm), *ALIASES, *also} - set(REFUSED)
+    known = ({*chat_providers(litellm)} - set(REFUSED)) | {*also}
     plain = {_plain(candidate): candidate for candidate in sorted(known)}
     close = difflib.get_close_matches(_plain(name), plain, n=3, cutoff=0.7)
     return tuple(plain[match] for match in close)
@@ -668,7 +706,9 @@ def path_below(litellm: Any, facts: ProviderFacts, model: str, base_url: str) ->
             path = facts.path  # datarobot's config returns the base URL as it is
         elif path is not None and base.startswith(base_url):
             path = base[len(base_url) :].rstrip("/") + path
-    if path is None:
+    # Some of LiteLLM's URLs hold the model's name, which must lead nowhere else.
+    is_plain = path is not None and re.fullmatch(r"(?:/(?!\.\.?/)[\w.~-]+)+/?", path)
+    if path is None or not is_plain:
         raise InvalidRequestError(
             f"{facts.name} does not serve {model!r} in OpenAI's format below {base_url}",
             service=facts.name,
@@ -782,55 +822,16 @@ class ProviderRow:
     """One line in the list of providers."""
 
     prefix: str
-    key_variable: str
-    """The first one; empty if LiteLLM knows no variable."""
-    address: str
-    """Empty if the user must give the base URL."""
+    other_prefixes: tuple[str, ...] = ()
+    key_variables: tuple[str, ...] = ()
+    """Empty if LiteLLM knows no variable."""
+    address: str | None = None
+    """None if the user must give the base URL, or a region gives it."""
+    example: str | None = None
+    """The form of a base URL that the user must give."""
     engine: Engine
-    tried: str
+    notes: str
     """What was tried, or why the provider is refused."""
-
-
-_TRIED: Mapping[Engine, str] = MappingProxyType(
-    {
-        "direct": "request is acompletion's: call, stream, tools, response_format",
-        "litellm": "loopback: acompletion sends through our client",
-    }
-)
-_TRIED_OWN = "loopback and recordings: everything"
-
-
-def provider_rows(
-    litellm: Any,
-    own: Iterable[str] = ("anthropic", "gemini", "ollama", "ollama_chat", "openai"),
-) -> list[ProviderRow]:
-    """List all chat providers, for `models --providers` and docs/providers.md.
-
-    Args:
-        litellm: The module.
-        own: LiteLLM's names of the providers that have their own adapter, and so are
-            called directly in another format than OpenAI's.
-    """
-    rows = []
-    adapters = frozenset(own)
-    for name in chat_providers(litellm):
-        facts = describe(litellm, name)
-        engine = facts.engine
-        tried = facts.refusal or _TRIED[engine]
-        if name in DIFFERS:
-            tried += f"; but for {DIFFERS[name]}"
-        if name in adapters:
-            engine, tried = "direct", _TRIED_OWN
-        rows.append(
-            ProviderRow(
-                prefix=name,
-                key_variable=next(iter(facts.key_variables), ""),
-                address=facts.address or "",
-                engine=engine,
-                tried=tried,
-            )
-        )
-    return rows
 
 
 def providers_table(rows: Iterable[ProviderRow]) -> str:
@@ -840,9 +841,11 @@ def providers_table(rows: Iterable[ProviderRow]) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        key = f"`{row.key_variable}`" if row.key_variable else ""
-        address = f"<{row.address}>" if row.address else ""
+        prefixes = ", ".join(f"`{p}/`" for p in (row.prefix, *row.other_prefixes))
+        keys = ", ".join(f"`{variable}`" for variable in row.key_variables)
+        example = f"`{row.example}`" if row.example else ""
+        address = f"<{row.address}>" if row.address else example
         lines.append(
-            f"| `{row.prefix}/` | {key} | {address} | {row.engine} | {row.tried} |"
+            f"| {prefixes} | {keys} | {address} | {row.engine} | {row.notes} |"
         )
     return "\n".join(lines) + "\n"

@@ -274,7 +274,9 @@ def _media_of(
             " or a mapping with a type"
         )
     name = part.get("type")
-    if not isinstance(name, str) or name not in _KINDS:
+    if not isinstance(name, str):
+        raise _PartError('a part needs a `type`, such as {"type": "text", "text": …}')
+    if name not in _KINDS:
         return None
     body = part[name]
     source = _source(name, body)

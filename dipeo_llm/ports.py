@@ -192,6 +192,7 @@ class LLMServicePort(Protocol):
         person_id: Any,
         llm_config: Any,
         *,
+        variables: Mapping[str, Any] | None = None,
         service: ServiceName | None = None,
         response_format: ResponseFormat[T] | None = None,
         tools: None = None,
@@ -204,6 +205,7 @@ class LLMServicePort(Protocol):
         person_id: Any,
         llm_config: Any,
         *,
+        variables: Mapping[str, Any] | None = None,
         service: ServiceName | None = None,
         response_format: ResponseFormat[T] | None = None,
         tools: Sequence[Tool] | None,
@@ -214,6 +216,8 @@ class LLMServicePort(Protocol):
         person_messages: Sequence[Any],
         person_id: Any,
         llm_config: Any,
+        *,
+        variables: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> ChatResult[Any]:
         """Answer a conversation as one of its persons.
@@ -223,6 +227,8 @@ class LLMServicePort(Protocol):
             person_id: The person that answers.
             llm_config: An object with the attributes of `PersonLLMConfig`; the options
                 that it has are the call's defaults.
+            variables: Values for a prompt template; each wins over that of the
+                configuration's `prompt_variables`.
             **options: As for `complete`.
 
         Raises:
@@ -284,6 +290,7 @@ class LLMServicePort(Protocol):
         person_id: Any,
         llm_config: Any,
         *,
+        variables: Mapping[str, Any] | None = None,
         service: ServiceName | None = None,
         response_format: ResponseFormat[T] | None = None,
         tools: None = None,
@@ -296,6 +303,7 @@ class LLMServicePort(Protocol):
         person_id: Any,
         llm_config: Any,
         *,
+        variables: Mapping[str, Any] | None = None,
         service: ServiceName | None = None,
         response_format: ResponseFormat[T] | None = None,
         tools: Sequence[Tool] | None,
@@ -306,6 +314,8 @@ class LLMServicePort(Protocol):
         person_messages: Sequence[Any],
         person_id: Any,
         llm_config: Any,
+        *,
+        variables: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> LLMStreamPort[Any]:
         """Answer a conversation as one of its persons, as a stream.

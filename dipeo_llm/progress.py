@@ -6,17 +6,20 @@ Notes what the record of the call will say. Knows no provider and sends nothing.
 import asyncio
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import lru_cache
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
 from dipeo_llm.domain import ChatResult
 from dipeo_llm.errors import CallError, DiPeOLLMError, LLMTimeoutError
 from dipeo_llm.record import AttemptRecord, CallRecord, Status
+
+if TYPE_CHECKING:
+    from dipeo_llm.telemetry import CallTrace
 
 _NOTHING: Mapping[str, Any] = {}
 
@@ -61,6 +64,11 @@ class CallProgress:
         """Requests of the whole call; None before its end."""
         self.last: DiPeOLLMError | None = None
         """The failure of the previous attempt."""
+        self.prompt: str | None = None
+        """The file of the prompt template, as in `CallRecord`."""
+        self.prompt_version: str | None = None
+        self.trace: CallTrace | None = None
+        """What telemetry keeps of the call, if it is on."""
         self.is_recorded = False
         self._person_id = person_id
         self._is_stream = is_stream
@@ -136,9 +144,14 @@ class CallProgress:
 
     # What happens in a call, in this order.
 
-    def place(self, service: str, model: str, base_url: str | None) -> None:
-        """Note the provider, its name of the model, and the address."""
+    def place(self, service: str, model: str, base_url: str | None = None) -> None:
+        """Note the provider, its name of the model, and the address if it is known."""
         self.service, self.model, self._base_url = service, model[:256], base_url
+
+    def send(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        """Note the whole conversation, for telemetry that reports content."""
+        if self.trace is not None:
+            self.trace.keep_messages(messages)
 
     def begin_attempt(self) -> None:
         """Note that an attempt begins."""
@@ -157,9 +170,11 @@ class CallProgress:
 
     def add_chunk(self) -> None:
         """Note that a chunk of a stream has arrived."""
-        self._last_chunk = self._now()
-        if not self._chunks:
+        before, self._last_chunk = self._last_chunk, self._now()
+        if before is None:
             self._first_chunk = self._last_chunk
+        elif self.trace is not None:
+            self.trace.chunk_gaps.append(self._last_chunk - before)
         self._chunks += 1
 
     def answer(self, result: ChatResult[Any]) -> None:
@@ -172,6 +187,8 @@ class CallProgress:
         if not self.is_recorded:
             self._result = result
             self.end_attempt()
+            if self.trace is not None:
+                self.trace.keep_result(result)
 
     def fail(self, error: BaseException) -> None:
         """Note how the call ended, if not with a result. The first failure counts."""
@@ -213,6 +230,8 @@ class CallProgress:
             chunks=self._chunks,
             attempts=self._past_attempts,
             requests=self.attempts if self.requests is None else self.requests,
+            prompt=self.prompt,
+            prompt_version=self.prompt_version,
             person_id=self._person_id,
             labels=self._labels,
         )

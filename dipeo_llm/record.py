@@ -82,7 +82,12 @@ class CallRecord:
     """Requests that were sent, as `ChatResult.attempts`: an attempt that met a stale
     connection sent two."""
 
+    prompt: str | None = None
+    """The file of a person's prompt template, relative to the base directory."""
+    prompt_version: str | None = None
+    """The first 12 hexadecimal digits of the SHA-256 of its text."""
     person_id: str | None = None
     """The person of `complete_with_person`."""
     labels: Mapping[str, str] = field(default_factory=dict)
-    """Those of `execution_phase`, `execution_id` and `trace_id` that were given."""
+    """Those of `execution_phase`, `execution_id`, `trace_id`, `person_name` and `node_id`
+    that were given."""

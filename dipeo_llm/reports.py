@@ -1,4 +1,4 @@
-"""What becomes of the record of a call: the ledger, the call log, and `on_call`."""
+"""What becomes of a call's record: the ledger, the call log, telemetry, `on_call`."""
 
 import asyncio
 import inspect
@@ -7,12 +7,15 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dipeo_llm.call_log import log_call
 from dipeo_llm.ledger import Ledger
 from dipeo_llm.progress import CallProgress
 from dipeo_llm.record import CallRecord
+
+if TYPE_CHECKING:
+    from dipeo_llm.telemetry import Telemetry
 
 _log = logging.getLogger("dipeo_llm")
 
@@ -30,13 +33,25 @@ class CallReporter:
 
     Args:
         on_call: Called with the record of each call.
+        telemetry: Reports each record to OpenTelemetry.
     """
 
-    def __init__(self, on_call: CallHook | None = None) -> None:
+    def __init__(
+        self,
+        on_call: CallHook | None = None,
+        telemetry: "Telemetry | None" = None,
+    ) -> None:
         self.ledger = Ledger()
         self._on_call = on_call
+        self._telemetry = telemetry
         self._calls: set[asyncio.Task[Any]] = set()
         self._hooks: set[asyncio.Task[Any]] = set()
+
+    def begin(self, progress: CallProgress) -> CallProgress:
+        """Let telemetry note the context of a call that begins; return its progress."""
+        if self._telemetry is not None:
+            progress.trace = self._telemetry.begin()
+        return progress
 
     def watch(self, progress: CallProgress) -> "_Watched":
         """Return a context manager that reports a call at the end of its block."""
@@ -86,7 +101,21 @@ class CallReporter:
         record = progress.record()
         self.ledger.add(record)
         log_call(record)
+        if self._telemetry is not None:
+            self._trace(self._telemetry, record, progress)
         return None if self._on_call is None else self._run_hook(self._on_call, record)
+
+    def _trace(
+        self, telemetry: "Telemetry", record: CallRecord, progress: CallProgress
+    ) -> None:
+        of_the_call = sys.exception()
+        kept, progress.trace = progress.trace, None
+        try:
+            telemetry.report(record, kept)
+        # A span processor or an exporter of the application's may raise anything.
+        except Exception as exc:  # noqa: BLE001 - logged
+            _forget_context(exc, of_the_call)
+            _log.error("telemetry failed", exc_info=exc)
 
     def _run_hook(
         self, on_call: CallHook, record: CallRecord
@@ -101,13 +130,14 @@ class CallReporter:
             return None
         if not inspect.isawaitable(made):
             return None
-        waiting = _wait_for(made)
         try:
-            task = asyncio.get_running_loop().create_task(waiting)
+            loop = asyncio.get_running_loop()
         except RuntimeError:
-            waiting.close()
+            if inspect.iscoroutine(made):
+                made.close()
             _log.warning("on_call was not awaited: its event loop has ended")
             return None
+        task = loop.create_task(_wait_for(made))
         self._hooks.add(task)
         task.add_done_callback(self._hooks.discard)
         return task
@@ -169,7 +199,7 @@ async def _wait_for(hook: Awaitable[Any]) -> None:
 
 
 def _forget_context(error: BaseException, context: BaseException | None) -> None:
-    """Take the call's error, which may quote the prompt, out of a hook's traceback."""
+    """Take the call's error, which may quote the prompt, out of another's traceback."""
     while error.__context__ is not None:
         if error.__context__ is context:
             error.__context__ = None

@@ -55,6 +55,7 @@ from dipeo_llm.system_prompt_handler import SystemPromptHandler
 if TYPE_CHECKING:
     from dipeo_llm.batch import Batch, Requests
     from dipeo_llm.cache import ResponseCache
+    from dipeo_llm.telemetry import Telemetry
 
 _T = TypeVar("_T")
 
@@ -93,6 +94,7 @@ class LLMInfraService:
         on_call: A function or a coroutine function, called once after each call with
             its `CallRecord`, however the call ended. The call returns after it, or at
             once if it was cancelled; `aclose` waits for it. Its exceptions are logged.
+        telemetry: A `dipeo_llm.telemetry.Telemetry()`, to report calls to OpenTelemetry.
         cache: Where answers are cached: a URL, as `Settings.cache_url`, or
             a `ResponseCache` that several services share and the application closes.
             None is the settings' URL.
@@ -107,6 +109,7 @@ class LLMInfraService:
         system_prompt_handler: SystemPromptHandler | None = None,
         adapter_factory: AdapterFactory | None = None,
         on_call: CallHook | None = None,
+        telemetry: "Telemetry | None" = None,
         cache: "ResponseCache | str | None" = None,
     ) -> None:
         self.api_key_service = api_key_service
@@ -118,7 +121,7 @@ class LLMInfraService:
         )
         self._formatter = MessageFormatter()
         self._create_adapter = adapter_factory or factory.create_adapter
-        self._reporter = CallReporter(on_call)
+        self._reporter = CallReporter(on_call, telemetry)
         self._pool = new_pool(self.settings)
         self._owns_cache = cache is None or isinstance(cache, str)
         self.cache = self._open_cache(cache)
@@ -140,7 +143,7 @@ class LLMInfraService:
         May be called twice; opens a service again that was closed.
         """
         self._reopen()
-        await load_litellm()
+        await self._load_litellm()
 
     async def aclose(self) -> None:
         """Close every open client. May be called twice.
@@ -213,7 +216,7 @@ class LLMInfraService:
         Cancelling the call closes its connection; the pooled client lives on.
         """
         call = self._check_call(options, model, api_key_id, messages)
-        progress = _begin(call)
+        progress = self._begin(call)
         async with self._reporter.watch(progress), progress:
             result = await self._answer(call, progress)
             return self._finish(call.request, result, progress)
@@ -225,6 +228,7 @@ class LLMInfraService:
         person_id: Any,
         llm_config: Any,
         *,
+        variables: Mapping[str, Any] | None = None,
         service: ServiceName | None = None,
         response_format: ResponseFormat[T] | None = None,
         tools: None = None,
@@ -237,6 +241,7 @@ class LLMInfraService:
         person_id: Any,
         llm_config: Any,
         *,
+        variables: Mapping[str, Any] | None = None,
         service: ServiceName | None = None,
         response_format: ResponseFormat[T] | None = None,
         tools: Sequence[Tool] | None,
@@ -247,6 +252,8 @@ class LLMInfraService:
         person_messages: Sequence[Any],
         person_id: Any,
         llm_config: Any,
+        *,
+        variables: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> ChatResult[Any]:
         """Answer a conversation as one of its persons.
@@ -255,17 +262,22 @@ class LLMInfraService:
             person_messages: Objects with the attributes of `Message`, oldest first.
             person_id: Who answers; its own messages become the assistant's.
             llm_config: An object with the attributes of `PersonLLMConfig`.
+            variables: Values for a prompt template, beside the configuration's
+                `prompt_variables`; with either, the person's prompt is a template.
             **options: As for `complete`; a `service` wins over the configuration's.
 
         Raises:
             DiPeOLLMError, TypeError, RuntimeError: As `complete`.
 
-        A prompt file is read in a thread. Cancelling is as for `complete`.
+        A prompt file is read, and a template rendered, in a thread. Cancelling is as
+        for `complete`.
         """
         call = self._check_person_call(options, person_id, llm_config)
-        progress = _begin(call)
+        progress = self._begin(call)
         async with self._reporter.watch(progress), progress:
-            call = await self._compose(call, person_messages, person_id, llm_config)
+            call = await self._compose(
+                call, person_messages, person_id, llm_config, variables, progress
+            )
             result = await self._answer(call, progress)
             return self._finish(call.request, result, progress)
 
@@ -321,7 +333,7 @@ class LLMInfraService:
         """
         call = self._check_call(options, model, api_key_id, messages)
         return ChatStream[Any](
-            partial(_begin, call, is_stream=True),
+            partial(self._begin, call, is_stream=True),
             partial(self._open, call),
             partial(self._finish, call.request),
             self._reporter,
@@ -334,6 +346,7 @@ class LLMInfraService:
         person_id: Any,
         llm_config: Any,
         *,
+        variables: Mapping[str, Any] | None = None,
         service: ServiceName | None = None,
         response_format: ResponseFormat[T] | None = None,
         tools: None = None,
@@ -346,6 +359,7 @@ class LLMInfraService:
         person_id: Any,
         llm_config: Any,
         *,
+        variables: Mapping[str, Any] | None = None,
         service: ServiceName | None = None,
         response_format: ResponseFormat[T] | None = None,
         tools: Sequence[Tool] | None,
@@ -356,6 +370,8 @@ class LLMInfraService:
         person_messages: Sequence[Any],
         person_id: Any,
         llm_config: Any,
+        *,
+        variables: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> ChatStream[Any]:
         """Answer a conversation as one of its persons, as a stream.
@@ -364,9 +380,14 @@ class LLMInfraService:
         """
         call = self._check_person_call(options, person_id, llm_config)
         return ChatStream(
-            partial(_begin, call, is_stream=True),
+            partial(self._begin, call, is_stream=True),
             partial(
-                self._open_with_person, call, person_messages, person_id, llm_config
+                self._open_with_person,
+                call,
+                person_messages,
+                person_id,
+                llm_config,
+                variables,
             ),
             partial(self._finish, call.request),
             self._reporter,
@@ -425,11 +446,12 @@ class LLMInfraService:
         """
         options = {"tools": list(tools), "service": service}
         call = self._check_call(options, model, api_key_id, messages)
-        adapter = await self._find_adapter(call)
-        request = await self._prepare_media(call.request, adapter)
-        return await self._retry_question(
-            adapter, partial(adapter.count_tokens, request)
-        )
+        async with CallProgress() as progress:
+            adapter = await self._find_adapter(call, progress)
+            request = await self._prepare_media(call.request, adapter)
+            return await self._retry(
+                adapter, partial(adapter.count_tokens, request), progress
+            )
 
     def capabilities(self, model: str, *, service: Any = None) -> Capabilities:
         """Say what a model takes and costs, by LiteLLM's table.
@@ -498,9 +520,10 @@ class LLMInfraService:
         first time, in a thread.
         """
         try:
-            return (await self._place(model, None))[0].name
+            placed = await self._place(model, None)
         except InvalidRequestError:
             return None
+        return placed[0].name if placed else None
 
     def usage(self, *, reset: bool = False) -> Usage:
         """Return what the calls of this service have used so far.
@@ -581,14 +604,44 @@ class LLMInfraService:
             )
         return replace(request, response_format=form_of(request.response_format))
 
+    def _begin(self, call: _Call, *, is_stream: bool = False) -> CallProgress:
+        """Start the clock of a call."""
+        request, form = call.request, call.request.response_format
+        options = dict(request.sampling)
+        if request.tools:
+            options["tools"] = len(request.tools)
+        if form is not None:
+            options["response_format"] = form.response_format.get("type")
+        progress = CallProgress(
+            request.deadline,
+            model=label(call.model),
+            person_id=call.person_id,
+            is_stream=is_stream,
+            options=options,
+            labels=request.labels,
+        )
+        return self._reporter.begin(progress)
+
     async def _compose(
-        self, call: _Call, person_messages: Sequence[Any], person_id: Any, config: Any
+        self,
+        call: _Call,
+        person_messages: Sequence[Any],
+        person_id: Any,
+        config: Any,
+        variables: Mapping[str, Any] | None,
+        progress: CallProgress,
     ) -> _Call:
         """Add the conversation as the person sees it, with the system prompt."""
-        if getattr(config, "prompt_file", None):
-            prompt = await asyncio.to_thread(self._prompts.get_system_prompt, config)
+        find = self._prompts.get_system_prompt
+        # A handler of the application's own may know no variables.
+        given = () if variables is None else (variables,)
+        is_template = given or getattr(config, "prompt_variables", None) is not None
+        if is_template or getattr(config, "prompt_file", None):
+            prompt = await asyncio.to_thread(find, config, *given)
         else:
-            prompt = self._prompts.get_system_prompt(config)
+            prompt = find(config)
+        progress.prompt = getattr(prompt, "template", None)
+        progress.prompt_version = getattr(prompt, "version", None)
         # The adapter translates the role "system": only it knows the provider for
         # certain when the model string decides.
         messages = self._formatter.format_messages_for_llm(
@@ -599,7 +652,8 @@ class LLMInfraService:
 
     async def _answer(self, call: _Call, progress: CallProgress) -> ChatResult[Any]:
         """Find the adapter, prepare the media, and answer from the cache or by a call."""
-        adapter = await self._find_adapter(call)
+        progress.send(call.request.messages)
+        adapter = await self._find_adapter(call, progress)
         request = await self._prepare_media(call.request, adapter)
         send = partial(self._retry, adapter, partial(adapter.complete, request))
         if self.cache is None:
@@ -612,32 +666,51 @@ class LLMInfraService:
         person_messages: Sequence[Any],
         person_id: Any,
         llm_config: Any,
+        variables: Mapping[str, Any] | None,
         progress: CallProgress,
     ) -> Opened:
         """Compose a person's conversation, which may read a file, and open a stream."""
-        call = await self._compose(call, person_messages, person_id, llm_config)
+        call = await self._compose(
+            call, person_messages, person_id, llm_config, variables, progress
+        )
         return await self._open(call, progress)
 
     async def _open(self, call: _Call, progress: CallProgress) -> Opened:
         """Do as `_answer` for a stream, until its first chunk is there."""
-        adapter = await self._find_adapter(call)
+        progress.send(call.request.messages)
+        adapter = await self._find_adapter(call, progress)
         request = await self._prepare_media(call.request, adapter)
         send = partial(self._retry, adapter, partial(_open_stream, adapter, request))
         if self.cache is None:
             return await send(progress)
         return await self.cache.open(adapter, request, progress, send)
 
-    async def _find_adapter(self, call: _Call) -> BaseLLMAdapter:
+    async def _find_adapter(
+        self, call: _Call, progress: CallProgress
+    ) -> BaseLLMAdapter:
         """Place the model, find the key, and make the adapter."""
-        provider, name = await self._place(call.model, call.service)
+        placed = await self._place(call.model, call.service)
+        if placed is None and call.api_key_id:
+            key = await self._find_key(call.api_key_id, None)
+            if key.service:
+                placed = factory.find_by_key(call.model, key.service)
+        if placed is None:
+            raise factory.unknown_model(call.model)
+        provider, name = placed
+        progress.place(provider.name, name)
         key = await self._find_key(call.api_key_id, provider)
         return self._make_adapter(provider, name, key)
 
-    async def _place(self, model: str, service: Any) -> tuple[Provider, str]:
+    async def _place(self, model: str, service: Any) -> tuple[Provider, str] | None:
         """Find the provider of a model string, and the name without a prefix."""
         if factory.needs_litellm(model, service):
-            await load_litellm()
-        return factory.resolve(model, service)
+            await self._load_litellm()
+        return factory.find(model, service)
+
+    async def _load_litellm(self) -> None:
+        """Import LiteLLM, which knows whether the settings name its providers rightly."""
+        await load_litellm()
+        factory.check_base_urls(self.settings.base_urls)
 
     async def _find_key(self, api_key_id: str | None, provider: Provider | None) -> Key:
         """Ask the application for the key of a provider, or of the key's own."""
@@ -788,24 +861,6 @@ async def _open_stream(adapter: BaseLLMAdapter, request: ChatRequest) -> Opened:
     except BaseException:
         await items.aclose()
         raise
-
-
-def _begin(call: _Call, *, is_stream: bool = False) -> CallProgress:
-    """Start the clock of a call."""
-    request, form = call.request, call.request.response_format
-    options = dict(request.sampling)
-    if request.tools:
-        options["tools"] = len(request.tools)
-    if form is not None:
-        options["response_format"] = form.response_format.get("type")
-    return CallProgress(
-        request.deadline,
-        model=label(call.model),
-        person_id=call.person_id,
-        is_stream=is_stream,
-        options=options,
-        labels=request.labels,
-    )
 
 
 _SERVICE_NAMES = ("service", "provider", "service_name")

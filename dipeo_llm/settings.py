@@ -171,7 +171,7 @@ class Settings:
             near = difflib.get_close_matches(name.lower(), LLMService, 1, cutoff=0.7)
             # LiteLLM's names may contain one of ours, such as "vertex_ai".
             if near and near[0] not in name.lower():
-                _warn_once(
+                warn_once(
                     f"base_urls has an unknown provider {name!r};"
                     f" did you mean '{near[0]}'?"
                 )
@@ -267,17 +267,18 @@ def warn_about_environment(settings: Settings, environ: Mapping[str, str]) -> No
         ):
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            _warn_once(f"the environment variable {name} is unknown{hint}")
+            warn_once(f"the environment variable {name} is unknown{hint}")
         provider = _FOREIGN_BASE_URLS.get(name)
         if provider and environ[name] and provider not in settings.base_urls:
-            _warn_once(
+            warn_once(
                 f"{name} is set but not used: calls go to the provider's own address;"
                 f" set DIPEO_LLM_{provider.upper()}_BASE_URL to change it"
             )
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """Log a warning, unless it has been logged before."""
     _log.warning(message)
 
 

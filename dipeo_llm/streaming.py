@@ -93,11 +93,10 @@ class ChatStream(Generic[T]):
             progress.add_chunk()
         return self
 
-    async def __aexit__(
-        self, kind: object, exc: BaseException | None, trace: object
-    ) -> None:
-        if isinstance(exc, asyncio.CancelledError) and self._progress is not None:
-            self._progress.fail(exc)
+    async def __aexit__(self, *raised: object) -> None:
+        for error in raised:
+            if isinstance(error, asyncio.CancelledError) and self._progress is not None:
+                self._progress.fail(error)
         await self.aclose()
 
     # Bound here, because the interpreter clears a module's names when it ends.

@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
-from pydantic_core import from_json, to_json
+from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from dipeo_llm.domain import ChatResult
 from dipeo_llm.errors import InvalidRequestError, StructuredOutputError
 from dipeo_llm.functions import explain, reason
-
-_OPENAI_TYPES = ("text", "json_object", "json_schema")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,41 +84,156 @@ def _form_of_type(asked: Any) -> Form:
 
 
 def _form_of_mapping(asked: Mapping[str, Any]) -> Form:
-    if asked.get("type") in _OPENAI_TYPES:
-        inner = asked.get("json_schema")
-        schema = inner.get("schema") if isinstance(inner, Mapping) else None
-        return Form(dict(asked), schema, is_recursive=_is_recursive(schema))
+    if asked.get("type") in ("text", "json_object"):
+        return Form(dict(asked))
+    if asked.get("type") == "json_schema":  # the chat API's, or the Responses API's
+        given = asked.get("json_schema", asked)
+        schema = given.get("schema") if isinstance(given, Mapping) else None
+        if not isinstance(schema, Mapping):
+            raise InvalidRequestError(
+                "`response_format` has no schema:"
+                ' {"type": "json_schema", "json_schema": {"name": …, "schema": …}}'
+            )
+        return _form_of_schema(schema, given.get("name"), given.get("strict"))
     if not asked.keys() & {"type", "properties", "anyOf", "oneOf", "$ref", "enum"}:
         raise InvalidRequestError(
             "`response_format` is a dict, but not a JSON schema: it has none of type,"
             " properties, anyOf, oneOf, $ref, enum"
         )
-    schema = dict(asked)
-    is_wrapped = not (
-        {"properties", "$ref"} & schema.keys() or _allows(schema, "object")
+    return _form_of_schema(asked, asked.get("title"), strict=False)
+
+
+def _form_of_schema(asked: Mapping[str, Any], name: Any, strict: Any) -> Form:
+    try:
+        _check_schema(to_json(asked))
+    except PydanticSerializationError as exc:
+        raise InvalidRequestError(
+            f"`response_format` is not JSON: {reason(exc)}"
+        ) from exc
+    schema = object_schema(asked)
+    form = _json_schema(
+        _clean_name(str(name or "")),
+        _wrap(_use_defs(asked)) if schema is None else schema,
+        strict=strict,
     )
+    if strict is None:
+        del form["json_schema"]["strict"]
     return Form(
-        _json_schema(
-            _clean_name(str(asked.get("title") or "")),
-            _wrap(schema) if is_wrapped else schema,
-            strict=False,
-        ),
-        dict(asked),
-        is_wrapped=is_wrapped,
-        is_recursive=_is_recursive(schema),
+        form, dict(asked), is_wrapped=schema is None, is_recursive=_is_recursive(asked)
     )
+
+
+@functools.lru_cache(maxsize=256)  # it takes milliseconds
+def _check_schema(text: bytes) -> None:
+    """Refuse a schema that is invalid, or refers to something that is not in it."""
+    import jsonschema
+    import referencing
+    from referencing.jsonschema import DRAFT202012
+
+    schema = json.loads(text)
+    try:
+        jsonschema.validators.validator_for(schema).check_schema(schema)
+        root = referencing.Resource.from_contents(schema, DRAFT202012)
+        resolver = referencing.Registry().resolver_with_root(root)
+        for each in _all_references(schema):
+            _look_up(resolver, each)
+    except jsonschema.SchemaError as exc:
+        raise InvalidRequestError(
+            f"`response_format` is not a valid JSON schema: {exc.message}"
+        ) from exc
+
+
+def _look_up(resolver: Any, reference: str) -> None:
+    import referencing
+
+    try:
+        resolver.lookup(reference)
+    except referencing.exceptions.Unresolvable as exc:
+        raise InvalidRequestError(
+            f"`response_format` refers to {reference!r}, which is not in the schema"
+        ) from exc
+
+
+def _all_references(node: Any) -> list[str]:
+    found = node.get("$ref") if isinstance(node, Mapping) else None
+    references = [found] if isinstance(found, str) else []
+    _map(node, lambda child: references.extend(_all_references(child)))
+    return references
+
+
+def object_schema(schema: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return a schema that says `"type": "object"` at its root, as providers want it.
+
+    A reference at the root is replaced by its definition, `definitions` become `$defs`,
+    and a type that only follows from the properties is added. None: it describes
+    something else than an object.
+    """
+    read = _use_defs(schema)
+    if read.get("type") == "OBJECT":  # as Google's own SDK writes types
+        read = _lower_types(read)
+    followed: set[str] = set()
+    while (name := _reference(read)) and name not in followed:
+        followed.add(name)
+        target = read.get("$defs", {}).get(name)
+        if not isinstance(target, Mapping):
+            return None
+        read = {**target, **{key: read[key] for key in read if key != "$ref"}}
+    others = {"$ref", "anyOf", "oneOf", "allOf", "enum", "const", "not"}
+    if read.get("type") == ["object"] or not read.keys() & {"type", *others}:
+        read = {**read, "type": "object"}
+    return read if read.get("type") == "object" else None
+
+
+def _lower_types(node: Any) -> Any:
+    changed = _map(node, _lower_types)
+    kind = changed.get("type") if isinstance(changed, Mapping) else None
+    return {**changed, "type": kind.lower()} if isinstance(kind, str) else changed
+
+
+def _use_defs(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a schema with `$defs` in place of `definitions`, their older name.
+
+    Gemini and Ollama read only `$defs`.
+    """
+    if not isinstance(schema.get("definitions"), Mapping) or "$defs" in schema:
+        return dict(schema)
+    newer = {key: value for key, value in schema.items() if key != "definitions"}
+    newer["$defs"] = schema["definitions"]
+    renamed: dict[str, Any] = _refer(newer, "#/definitions/", "#/$defs/")
+    return renamed
+
+
+def _refer(node: Any, old: str, new: str) -> Any:
+    """Return a schema with the beginning of its references changed."""
+    changed = _map(node, lambda child: _refer(child, old, new))
+    reference = changed.get("$ref") if isinstance(changed, Mapping) else None
+    if isinstance(reference, str) and reference.startswith(old):
+        return {**changed, "$ref": new + reference.removeprefix(old)}
+    return changed
 
 
 def _wrap(schema: dict[str, Any]) -> dict[str, Any]:
     """Make a schema the one property of an object; its definitions stay at the root."""
     inner = {key: value for key, value in schema.items() if key not in _ROOT_KEYS}
-    return {
+    rest = {key: schema[key] for key in _ROOT_KEYS if key in schema}
+    wrapped = {
         "type": "object",
         "properties": {"value": inner},
         "required": ["value"],
         "additionalProperties": False,
-        **{key: schema[key] for key in _ROOT_KEYS if key in schema},
+        **rest,
     }
+    if "#" not in _all_references(wrapped):
+        return wrapped
+    # A reference to the root now means the property.
+    referred: dict[str, Any] = _refer_to_value(wrapped)
+    return referred
+
+
+def _refer_to_value(node: Any) -> Any:
+    changed = _map(node, _refer_to_value)
+    is_root = isinstance(changed, Mapping) and changed.get("$ref") == "#"
+    return {**changed, "$ref": "#/properties/value"} if is_root else changed
 
 
 _ROOT_KEYS = ("$defs", "definitions", "$schema")
@@ -131,7 +244,7 @@ def _clean_name(name: str) -> str:
     return re.sub(r"[^a-zA-Z0-9-]+", "_", name).strip("_")[:64] or "answer"
 
 
-def _json_schema(name: str, schema: dict[str, Any], *, strict: bool) -> dict[str, Any]:
+def _json_schema(name: str, schema: dict[str, Any], *, strict: Any) -> dict[str, Any]:
     return {
         "type": "json_schema",
         "json_schema": {"name": name, "schema": schema, "strict": strict},
@@ -198,6 +311,7 @@ def _map(node: Any, change: Callable[[Any], Any]) -> Any:
 
 # Where JSON Schema 2020-12 has subschemas: under names, in lists, and by themselves.
 _NAMED = {"properties", "patternProperties", "dependentSchemas", "$defs"}
+_NAMED |= {"definitions"}
 _LISTED = {"anyOf", "oneOf", "allOf", "prefixItems"}
 _SINGLE = {"items", "contains", "additionalProperties", "unevaluatedProperties"}
 _SINGLE |= {"propertyNames", "not", "if", "then", "else"}
@@ -344,16 +458,15 @@ def _unwrap(text: str) -> str:
 
 def _validate(data: Any, schema: Mapping[str, Any], result: ChatResult[Any]) -> None:
     import jsonschema
+    import referencing
 
-    try:
-        jsonschema.validate(data, schema)
-    except jsonschema.ValidationError as exc:
-        where = ".".join(map(str, exc.absolute_path)) or "the root"
-        raise _error(result, "invalid", f"{exc.message} at {where}") from exc
-    except jsonschema.SchemaError as exc:
-        raise InvalidRequestError(
-            f"`response_format` is not a valid JSON schema: {exc.message}"
-        ) from exc
+    # jsonschema's own registry fetches what a reference names; an empty one does not.
+    kind = jsonschema.validators.validator_for(schema)
+    validator = kind(schema, registry=referencing.Registry())
+    error = jsonschema.exceptions.best_match(validator.iter_errors(data))
+    if error is not None:
+        where = ".".join(map(str, error.absolute_path)) or "the root"
+        raise _error(result, "invalid", f"{error.message} at {where}")
 
 
 def _error(result: ChatResult[Any], reason: str, what: str) -> StructuredOutputError:

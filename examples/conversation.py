@@ -44,8 +44,11 @@ QUESTIONS = (
 )
 """What the host of the talk says, one a round."""
 
+MOODS = {"optimist": "cheerful", "sceptic": "grumpy"}
+"""The two persons, and what the prompt template says about each."""
+
 HELP = f"""\
-Two people talk: an optimist and a sceptic, each with a prompt file (prompts/). Both
+Two people talk: an optimist and a sceptic, from one prompt template (prompts/). Both
 think with the same small model, which runs on this machine; one is reached through
 OpenAI's wire format, the other through Anthropic's. Then they swap, and all that
 changes is what stands in their configuration:
@@ -54,7 +57,8 @@ changes is what stands in their configuration:
         service="openai",                  # then "anthropic"
         model="openai/{MODEL}",       # then "anthropic/{MODEL}"
         api_key_id="local-openai",         # then "local-anthropic"
-        prompt_file="prompts/optimist.md",
+        prompt_file="prompts/speaker.j2",
+        prompt_variables={{"mood": "cheerful", "role": "optimist"}},
     )
 
 With accounts it is the same program: EnvironmentAPIKeys() in place of StaticAPIKeys(...)
@@ -122,7 +126,8 @@ def person(name: str, seat: Seat) -> Person:
             service=seat.service,
             model=seat.model,
             api_key_id=seat.api_key_id,
-            prompt_file=f"prompts/{name}.md",
+            prompt_file="prompts/speaker.j2",
+            prompt_variables={"mood": MOODS[name], "role": name},
         ),
     )
 

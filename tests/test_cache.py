@@ -324,14 +324,25 @@ def key(
 
 
 LITERAL = "9ec7f56374c621df943d189c7c6ffbb42896b74e5551ff53e976458f5c405b01"
-LITERAL_WHOLE = "5d2f9eeb89f682a81fe2a4aaad2e6e7596fe168e066226086a4cd9444bcd24da"
+LITERAL_WHOLE = "bfe6a9aa65f6a2e56d265a3c88235fd4a2562818244b7c7834ce1214cf513a34"
 WHOLE = ChatRequest(
     messages=[
         {"role": "system", "content": "Be brief. \u00e9"},
         {"role": "user", "content": [{"type": "text", "text": "e\u0301"}]},
     ],
     sampling={"temperature": 0.5, "max_tokens": 7, "stop": ["a", "b"]},
-    tools=({"type": "function", "function": {"name": "f", "parameters": {}}},),
+    tools=(
+        {
+            "type": "function",
+            "function": {
+                "name": "f",
+                "parameters": {
+                    "type": "object",
+                    "properties": {"a": {"type": "string"}},
+                },
+            },
+        },
+    ),
     tool_choice="auto",
     extra_body={"b": {"y": 1, "x": [1, 2.0, True, None]}, "a": 0},
     sample=2,

@@ -747,7 +747,7 @@ async def test_an_answer_that_does_not_follow_the_schema_is_a_failure(
         ("{", "it is not JSON: "),
         ("[]", "it does not hold a JSON schema: a JSON schema must be an object"),
         ("{}", "it does not hold a JSON schema: "),
-        ('{"type": "river"}', "it does not hold a JSON schema: 'river' is not valid"),
+        ('{"type": "river"}', "it does not hold a JSON schema:"),
     ],
 )
 async def test_a_schema_that_cannot_be_used_is_a_wrong_argument(
@@ -1316,13 +1316,45 @@ async def test_provider_prints_whose_a_model_is(
     assert await run("provider", name) == (0, f"{expected}\n", "")
 
 
+async def test_providers_are_listed(run: Run) -> None:
+    """One on a line, with its engine, variables and address, or why it is refused."""
+    code, out, said = await run("models", "--providers")
+
+    assert (code, said) == (0, "")
+    lines = [line.split("\t") for line in out.splitlines()]
+    assert len(lines) > 140
+    by_name = {prefix: rest for prefix, *rest in lines}
+    assert by_name["groq"] == [
+        "direct",
+        "GROQ_API_KEY",
+        "https://api.groq.com/openai/v1",
+    ]
+    assert by_name["azure"][2] == "https://RESOURCE.openai.azure.com/openai/v1"
+    assert by_name["watsonx"][0] == "refused"
+    assert "IAM token" in by_name["watsonx"][3]
+
+
+async def test_providers_are_listed_as_json(run: Run) -> None:
+    """With everything that is known of each."""
+    code, out, said = await run("models", "--providers", "--json")
+
+    assert (code, said) == (0, "")
+    rows = {row["prefix"]: row for row in json.loads(out)}
+    assert rows["openai"]["other_prefixes"] == ["chatgpt", "gpt"]
+    assert rows["qwencloud"]["key_variables"] == [
+        "QWENCLOUD_API_KEY",
+        "DASHSCOPE_API_KEY",
+    ]
+    assert {row["engine"] for row in rows.values()} == {"direct", "litellm", "refused"}
+
+
 async def test_provider_says_what_to_do_about_an_unknown_name(run: Run) -> None:
     """An unknown name is a failure that tells the way out."""
     got = await run("provider", "nobodys-model")
 
     complaint = (
-        "dipeo-llm: no provider is known for model 'nobodys-model': name it with a"
-        " prefix, such as openai/nobodys-model, or with `chat --service`\n"
+        "dipeo-llm: no provider is known for model 'nobodys-model': name it with"
+        " service=… or a prefix, such as service='openai' or 'openai/nobodys-model'\n"
     )
     assert got == (1, "", complaint)
 
@@ -1392,7 +1424,24 @@ async def test_a_failure_tells_when_to_come_back_and_what_to_quote(
         (["chat", "", "Hi"], 1, "'' is not the name of a model"),
         (["chat", "llama3.2", ""], 2, "stdin is closed: give the question as PROMPT"),
         (["chat", "llama3.2"], 2, "stdin is closed: give the question as PROMPT (see"),
-        (["models", "bedrock"], 3, "set AWS_BEARER_TOKEN_BEDROCK for 'bedrock'"),
+        (["models", "bedrock"], 1, "bedrock needs a region: set AWS_REGION"),
+        (["models", "mistral"], 3, "set MISTRAL_API_KEY for 'mistral'"),
+        (
+            ["models", "mistrl"],
+            2,
+            "invalid value for '[SERVICE]': unknown provider 'mistrl'; did you mean 'mistral'?",
+        ),
+        (
+            ["models", "claude-code"],
+            2,
+            "invalid value for '[SERVICE]': claude-code is not reached: it is a program",
+        ),
+        (
+            ["chat", "gorq/x", "Hi"],
+            1,
+            "no provider is known for model 'gorq/x': did you mean 'groq/x'?",
+        ),
+        (["models", "openai", "--providers"], 2, "--providers takes no SERVICE"),
         (["models", "deepseek"], 3, "set DEEPSEEK_API_KEY for 'deepseek'"),
         ([], 2, "missing command (see dipeo-llm --help)"),
         (["talk"], 2, "no such command 'talk'"),

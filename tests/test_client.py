@@ -10,6 +10,7 @@ import warnings
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any, Literal, Self
 
 import aiohttp
@@ -385,7 +386,8 @@ async def openai_sdk(
     server: ProviderServer, library: Any, **settings: Any
 ) -> AsyncIterator[tuple[Any, Attempt]]:
     """Open the OpenAI SDK over a client of ours, for one attempt."""
-    pytest.importorskip(library)
+    if library == "httpx2" and version("openai").startswith("2."):
+        pytest.skip("the OpenAI SDK speaks httpx2 from version 3 on")
     url = server.base_url("openai")
     client = Client(Endpoint("openai", url, SecretStr("sk-test")), Settings(**settings))
     attempt = Attempt()

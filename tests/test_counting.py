@@ -142,7 +142,7 @@ async def test_the_tokenizer_looks_up_no_host(
 @pytest.mark.parametrize(
     ("model", "provider", "content", "tools"),
     [
-        ("claude-sonnet-4-5", "anthropic", "x", [{"function": {"name": "\ud83d"}}]),
+        ("claude-sonnet-4-5", "anthropic", "x", [{"function": {"name": ""}}]),
         ("claude-sonnet-4-5", "anthropic", "half a character: \ud83d", []),
         ("gemini-2.5-flash", "google", "half a character: \ud83d", []),
         ("llama3.2", "ollama", [{"type": "weird"}], []),
@@ -159,7 +159,7 @@ async def test_what_cannot_be_counted_is_refused_here(
     """Errors of LiteLLM's and of the JSON writer's do not reach a caller."""
     messages = [{"role": "user", "content": content}]
 
-    with pytest.raises(InvalidRequestError, match="cannot be") as caught:
+    with pytest.raises(InvalidRequestError, match=r"cannot be|needs") as caught:
         await service.count_tokens(messages, model, provider, tools=tools)
 
     assert caught.value.service == provider

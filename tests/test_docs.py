@@ -1,11 +1,17 @@
-"""The README and the pages of docs/: their examples run, and what they list is true."""
+"""The README and the pages of docs/: their examples run, and what they list is true.
+
+`python -m tests.test_docs` writes the README's table of measurements from the pages that
+hold the figures.
+"""
 
 import ast
 import asyncio
 import dataclasses
 import inspect
+import json
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
@@ -15,16 +21,27 @@ from sybil.parsers.markdown import CodeBlockParser
 
 import dipeo_llm
 from dipeo_llm import DiPeOLLMError, EnvironmentAPIKeys, LLMInfraService, Settings, cli
+from dipeo_llm.adapters import factory
 from dipeo_llm.adapters.factory import PROVIDERS
 from dipeo_llm.cli.command import dipeo_llm as program
+from tests.conftest import HELLO, keys_for
 from tests.conftest import PROVIDERS as SERVED
-from tests.provider_server import Answer, ProviderServer, Received
+from tests.provider_server import Answer, ProviderServer, Received, error
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PERFORMANCE = ROOT / "docs" / "performance.md"
+LITELLM = ROOT / "docs" / "litellm.md"
+PAGES = [
+    README,
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 TEXTS = {page: page.read_text("utf-8") for page in PAGES}
+OTHERS = ("groq", "mistral")
+"""Providers of the examples beside those that the server is made for."""
 WITH_EXAMPLES = [page for page, text in TEXTS.items() if "```python\n" in text]
 
 
@@ -80,32 +97,45 @@ def leading_to_the_server(
     for provider in SERVED:
         name = f"DIPEO_LLM_{provider.upper()}_BASE_URL"
         monkeypatch.setenv(name, server.base_url(provider))
-    for provider in ("OPENAI", "ANTHROPIC", "GEMINI"):
-        monkeypatch.setenv(f"{provider}_API_KEY", f"sk-{provider.lower()}")
+    for provider in OTHERS:
+        name = f"DIPEO_LLM_{provider.upper()}_BASE_URL"
+        monkeypatch.setenv(name, server.base_url("openai"))
+    for provider in ("openai", "anthropic", "gemini", *OTHERS):
+        monkeypatch.setenv(f"{provider.upper()}_API_KEY", f"sk-{provider}")
+    # The server stands for the providers, which need a key; one on this machine does not.
+    monkeypatch.setattr(factory, "is_loopback", lambda host: False)
     server.default = as_asked
     return server
 
 
 def as_asked(request: Received) -> Answer:
-    """Answer as a model would: with a tool's call, with JSON, or with a sentence."""
+    """Answer as a model would: with tool calls, with JSON, or with a sentence."""
     asked = str(request.json)
-    if "'name': 'weather'" in asked and '"sky"' not in asked and "'sky'" not in asked:
-        return Answer(tool_calls=[("weather", {"city": "Bonn"})])
+    if "'forecast'" in asked and "'role': 'tool'" not in asked:
+        day = {"city": "Bonn", "day": "2026-11-26"}
+        return Answer(tool_calls=[("forecast", day), ("book", {"city": "Bonn"})])
     if "web_search" in asked:
         return Answer(citations=[("https://example.test/", "The match")])
     if "'message_ids'" in asked:
         return Answer(text='{"message_ids": ["m2"]}')
     if "'decision'" in asked:
         return Answer(text='{"decision": true}')
-    if "Rivers" in asked or "length_km" in asked:
-        return Answer(text='{"rivers": [{"name": "Rhine", "length_km": 1233}]}')
+    if "length_km" in asked:
+        river = {"name": "Inn", "length_km": 517}
+        return Answer(
+            text=json.dumps({"value": [river]} if "'value'" in asked else river)
+        )
     return Answer()
 
 
 @pytest.mark.usefixtures("leading_to_the_server")
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=name_of)
 async def test_the_examples_of_a_page_run_as_they_are(page: Path) -> None:
-    """Who copies an example gets what the page says, and not an error."""
+    """A reader who copies an example gets what the page says, and not an error."""
+    if "from fastapi import" in TEXTS[page]:
+        pytest.importorskip("fastapi")
+    if "opentelemetry" in TEXTS[page]:
+        pytest.importorskip("opentelemetry.exporter.prometheus")
     ran = await asyncio.to_thread(run_examples, page)
 
     assert ran == TEXTS[page].count("```python\n")
@@ -120,6 +150,79 @@ async def test_the_examples_of_the_readme_ask_every_provider(
     asked = {request.provider for request in leading_to_the_server.requests}
     assert asked == set(SERVED)
     assert "ollama Hello from the loopback." in capsys.readouterr().out
+
+
+async def test_the_log_lines_of_the_readme_are_those_of_a_call(
+    server: ProviderServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A line for the retry, then one for the call; only numbers and ids differ."""
+    caplog.set_level("INFO", "dipeo_llm.calls")
+    server.reply(error("openai", 429), Answer())
+    settings = Settings(max_retries=3, retry_wait=0)
+    async with LLMInfraService(keys_for(server), settings=settings) as service:
+        await service.complete(HELLO, "gpt-4.1-nano", "openai")
+
+    def plain(lines: Iterable[str]) -> list[str]:
+        return [re.sub(r"(?<=request )\S+|\d+\.\d+", "…", line) for line in lines]
+
+    shown = re.search(r"```text\n(openai/.*?)```", TEXTS[README], re.DOTALL)
+    assert shown is not None
+    assert plain(caplog.messages) == plain(shown[1].splitlines())
+
+
+async def test_the_tool_loop_of_the_guide_tells_the_model_what_happened(
+    leading_to_the_server: ProviderServer,
+) -> None:
+    """An async tool gets a date, and the exception of another is told to the model."""
+    await asyncio.to_thread(run_examples, ROOT / "docs" / "guide.md")
+
+    told = [
+        message["content"]
+        for request in leading_to_the_server.requests
+        for message in request.json.get("messages", ())
+        if message["role"] == "tool"
+    ]
+    assert told == ["sunny in Bonn on Thursday", "error: no room in Bonn"]
+
+
+PEERS = ("**dipeo_llm, direct engine**", "litellm.acompletion", "OpenAI SDK")
+FIGURES = [
+    ("CPU of a call, µs", "### CPU of one call", 0),
+    ("CPU of a streamed chunk, µs", "### CPU of one call", 2),
+    ("calls a second on one core, 64 in flight", "### On one core", 1),
+    ("CPU until the first answer, imports included, s", "### Before the first", 0),
+    ("memory after the first answer, MiB", "### Before the first", 2),
+]
+"""Rows of the README's table, and where docs/performance.md has the figures."""
+WHY, END_OF_WHY = "<!-- why -->", "<!-- /why -->"
+
+
+def why() -> str:
+    """Write the README's table of measurements from the pages that hold them."""
+    lines = ["| | dipeo_llm | LiteLLM by itself | OpenAI SDK |", "| --- " * 4 + "|"]
+    for name, heading, column in FIGURES:
+        _, _, section = TEXTS[PERFORMANCE].partition(f"\n{heading}")
+        rows = {
+            cells[0].strip(): cells[1:]
+            for line in section.partition("\n### ")[0].splitlines()
+            if len(cells := line.strip("|").split("|")) > 1
+        }
+        values = (rows[peer][column].partition("±")[0].strip() for peer in PEERS)
+        lines.append(f"| {name} | {' | '.join(values)} |")
+    cells = [cell for row in table(LITELLM, "fault").values() for cell in row]
+    untold = sum("taken for an answer" in cell for cell in cells)
+    lines.append(
+        f"| broken answers that pass for an answer, of {len(cells)} kinds | 0 | {untold}"
+        " | not measured |"
+    )
+    return "\n".join(lines)
+
+
+def test_the_readme_has_the_measured_figures() -> None:
+    """The table that says why holds what docs/performance.md and litellm.md say."""
+    published = TEXTS[README].partition(WHY)[2].partition(END_OF_WHY)[0].strip()
+
+    assert published == why(), "write it again: python -m tests.test_docs"
 
 
 def test_the_readme_lists_every_setting_with_its_default() -> None:
@@ -273,3 +376,9 @@ def test_the_path_of_a_call_names_methods_in_the_order_of_the_source() -> None:
 
     assert len(rows) > 15
     assert lines["service"] == sorted(lines["service"])
+
+
+if __name__ == "__main__":
+    before, _, rest = TEXTS[README].partition(WHY)
+    after = rest.partition(END_OF_WHY)[2]
+    README.write_text(f"{before}{WHY}\n{why()}\n{END_OF_WHY}{after}", "utf-8")

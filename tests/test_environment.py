@@ -925,10 +925,11 @@ ODD_NAMES = [
 ]
 
 
-@pytest.mark.parametrize(
-    "name", [*ODD_NAMES, "a\x00b", "a\r\nb", "a\ud83d", "a\x1b[31m"]
-)
-@pytest.mark.parametrize("service_name", ["google", "groq"])
+UNPRINTABLE = ["a\x00b", "a\r\nb", "a\ud83d", "a\x1b[31m"]
+
+
+@pytest.mark.parametrize("name", [*ODD_NAMES, *UNPRINTABLE])
+@pytest.mark.parametrize("service_name", ["google", "bytez", "vertex"])
 async def test_a_models_name_steers_no_url(
     server: ProviderServer, name: str, service_name: str
 ) -> None:
@@ -941,6 +942,34 @@ async def test_a_models_name_steers_no_url(
                 await ask(HELLO, name, "mine", service=service_name)
             assert str(caught.value).isprintable()
 
+    assert server.connections == 0
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+async def test_a_models_name_in_the_body_steers_no_url(
+    server: ProviderServer, name: str
+) -> None:
+    """In OpenAI's format the name is in the body, whatever it looks like."""
+    record = {"key": "sk-test-openai", "base_url": server.base_url("openai")}
+    keys = StaticAPIKeys({"mine": record})
+    async with LLMInfraService(keys, settings=Settings(max_retries=0)) as service:
+        await service.complete(HELLO, name, "mine", service="groq")
+
+    (request,) = server.requests
+    assert (request.path, request.query) == ("/v1/chat/completions", {})
+    assert request.json["model"] == name
+
+
+@pytest.mark.parametrize("name", UNPRINTABLE)
+async def test_a_name_that_is_not_printable(server: ProviderServer, name: str) -> None:
+    """It is refused before anything is sent, where it would be in the body too."""
+    record = {"key": "sk-test-openai", "base_url": server.base_url("openai")}
+    keys = StaticAPIKeys({"mine": record})
+    async with LLMInfraService(keys, settings=Settings(max_retries=0)) as service:
+        with pytest.raises(InvalidRequestError) as caught:
+            await service.complete(HELLO, name, "mine", service="groq")
+
+    assert str(caught.value).isprintable()
     assert server.connections == 0
 
 

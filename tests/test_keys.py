@@ -133,7 +133,9 @@ def test_a_missing_variable_is_named(api_key_id: str, variables: list[str]) -> N
 @pytest.mark.parametrize("api_key_id", ["", "my_openai_key", "mistress", "42", "key"])
 def test_an_id_that_names_no_provider_is_an_error(api_key_id: str) -> None:
     """An id that begins with no provider's name says which names there are."""
-    with pytest.raises(APIKeyNotFoundError, match="openai, anthropic, google"):
+    with pytest.raises(
+        APIKeyNotFoundError, match="openai, deepseek, anthropic, google"
+    ):
         EnvironmentAPIKeys().get_api_key(api_key_id)
 
 
@@ -183,7 +185,8 @@ def test_static_keys_are_their_own_copy() -> None:
     record["key"] = "sk-3"
 
     assert untouched
-    assert keys.get_api_key("a")["key"] == "sk-1"
+    again: Any = keys.get_api_key("a")
+    assert again["key"] == "sk-1"
 
 
 def test_an_unknown_static_id_lists_the_known_ones() -> None:

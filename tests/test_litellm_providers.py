@@ -409,11 +409,6 @@ def test_an_unknown_name_is_an_error(litellm: Any) -> None:
     assert providers.suggest(litellm, "qqqqqq") == ()
 
 
-def test_aliases_lead_to_providers(litellm: Any) -> None:
-    """Each alias stands for a provider with chat."""
-    assert set(providers.ALIASES.values()) <= {*providers.chat_providers(litellm)}
-
-
 def test_rows_are_needed(litellm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """LiteLLM's functions do not say the same; red if they do: take the row out."""
     rows = {name: providers.describe(litellm, name) for name in providers._ROWS}
@@ -846,30 +841,3 @@ async def test_address_and_variables_are_those_of_acompletion(
     await clients.http.aclose()
     await litellm.close_litellm_async_clients()
     assert tried >= 20
-
-
-# For people.
-
-
-def test_rows_for_the_list(litellm: Any) -> None:
-    """Every chat provider has a line, and a refused one a reason in it."""
-    rows = providers.provider_rows(litellm)
-    assert [row.prefix for row in rows] == list(providers.chat_providers(litellm))
-    by_prefix = {row.prefix: row for row in rows}
-    assert by_prefix["groq"] == providers.ProviderRow(
-        prefix="groq",
-        key_variable="GROQ_API_KEY",
-        address="https://api.groq.com/openai/v1",
-        engine="direct",
-        tried=(
-            "request is acompletion's: call, stream, tools, response_format; but for"
-            f" {providers.DIFFERS['groq']}"
-        ),
-    )
-    assert by_prefix["gemini"].engine == "direct"
-    assert by_prefix["bedrock"].engine == "litellm"
-    assert by_prefix["watsonx"].engine == "refused"
-    assert "iam" in by_prefix["watsonx"].tried.lower()
-    table = providers.providers_table(rows)
-    assert len(table.splitlines()) == len(rows) + 2
-    assert {line.count(" | ") for line in table.splitlines()} == {4}

@@ -24,11 +24,13 @@ from dipeo_llm import (
     StaticAPIKeys,
 )
 
-HEAVY = ["aiohttp", "httpx", "litellm", "openai", "opentelemetry", "pytest", "redis"]
+HEAVY = ["aiohttp", "httpx", "jinja2", "litellm", "openai", "opentelemetry", "pytest"]
+HEAVY += ["redis"]
 FOLDER = Path(str(resources.files("dipeo_llm")))
 ROOT = Path(__file__).parent.parent
-# These stand on pytest and vcrpy, or run as they are imported; `testing` is not one.
+# These stand on an extra's packages, or run as they are imported; `testing` is not one.
 ON_TOP = {"__main__", "cassette_file", "cassette_folder", "cassettes", "pytest_plugin"}
+ON_TOP |= {"telemetry", "templates"}
 MODULES = sorted(
     ".".join(path.relative_to(FOLDER).with_suffix("").parts)
     for path in FOLDER.rglob("*.py")

@@ -366,7 +366,7 @@ def test_settings_are_their_own_copy() -> None:
 @pytest.fixture
 def warned(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     """Return what was warned of, as if nothing had been before."""
-    settings_module._warn_once.cache_clear()
+    settings_module.warn_once.cache_clear()
     return lambda: [r.message for r in caplog.records if r.levelname == "WARNING"]
 
 

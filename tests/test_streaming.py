@@ -187,7 +187,8 @@ def calls_of(chunks: Iterable[StreamChunk]) -> list[tuple[str, Any]]:
 
 def without_chance(result: ChatResult) -> dict[str, Any]:
     """Everything that a result says but the provider's ids and its raw answer."""
-    told = result.model_dump(exclude={"raw_response", "request_id"})
+    told = result.model_dump(exclude={"raw_response", "request_id", "content_blocks"})
+    told["blocks"] = [block["type"] for block in result.content_blocks]
     for call in told["tool_calls"]:
         del call["id"]
         call["thought_signature"] = bool(call["thought_signature"])

@@ -52,6 +52,7 @@ async def the_others(service: LLMInfraService, ada: Person) -> None:
     """The same options of the other calls."""
     config = PersonLLMConfig(model="m")
     await service.complete_with_person([], "ada", config, sed=1)  # type: ignore[call-overload]  # not seen by ty
+    await ada.complete("Hello?", service, variables=5)  # type: ignore[call-overload]
     service.stream(HELLO, "m", idle_timout=1)  # type: ignore[call-overload]  # not seen by ty
     service.stream_with_person([], "ada", config, n="2")  # type: ignore[call-overload]
     await ada.complete("Hello?", service, reasoning_efort="low")  # type: ignore[call-overload]  # not seen by ty

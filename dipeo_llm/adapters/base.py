@@ -32,14 +32,14 @@ from dipeo_llm.adapters.request import (
     COMMON_FIELDS,
     Message,
     PreparedRequest,
-    complete_arguments,
+    complete_tool_turns,
     copy_json,
     copy_messages,
     drop_cache_control,
     keep_fields,
     rename_tools,
 )
-from dipeo_llm.adapters.tools import sort_tools
+from dipeo_llm.adapters.tools import read_choice, sort_tools
 from dipeo_llm.adapters.translation import Outgoing, check_translation
 from dipeo_llm.adapters.usage import rate_limits, token_usage
 from dipeo_llm.client import Client, Endpoint, fits_a_header
@@ -205,7 +205,7 @@ class BaseLLMAdapter:
         """Prepare an attempt: load LiteLLM, prepare the request, select the endpoint."""
         litellm = await litellm_import.load_litellm()
         request = self.request(request)
-        prepared = self.prepare(request)
+        prepared = self._prepare(request)
         return CompletionAttempt(
             adapter=self._select(litellm, prepared),
             request=request,
@@ -281,14 +281,22 @@ class BaseLLMAdapter:
 
     # The preparation of a request, before LiteLLM translates it.
 
+    def _prepare(self, request: ChatRequest) -> PreparedRequest:
+        """Prepare a request; an error says whose it was."""
+        try:
+            return self.prepare(request)
+        except CallError as exc:
+            exc.service = exc.service or self.provider.name
+            exc.model = exc.model or self.model_name
+            raise
+
     def prepare(self, request: ChatRequest) -> PreparedRequest:
         """Prepare a request. The result shares no list or dict with it.
 
         Raises:
             InvalidRequestError: The provider cannot do what is asked.
         """
-        messages = copy_messages(request.messages)
-        complete_arguments(messages)
+        messages = complete_tool_turns(copy_messages(request.messages))
         prepared = PreparedRequest(
             self.prepare_messages(messages), dict(request.sampling)
         )
@@ -300,7 +308,7 @@ class BaseLLMAdapter:
         if all_tools:
             options["tools"] = all_tools
             if request.tool_choice is not None:
-                options["tool_choice"] = copy_json(request.tool_choice)
+                options["tool_choice"] = read_choice(request.tool_choice)
         form = form_of(request.response_format)
         if form is not None:
             options["response_format"] = copy_json(form.response_format)
@@ -323,12 +331,13 @@ class BaseLLMAdapter:
                 f"temperature={options['temperature']} is too high; {row.name} takes at"
                 f" most {highest:g}"
             )
-        choice = options.get("tool_choice")
-        if isinstance(choice, dict):
-            wanted = (choice.get("function") or {}).get("name")
+        if isinstance(choice := options.get("tool_choice"), dict):
+            function = choice["function"]
             functions = (tool.get("function") or {} for tool in options["tools"])
-            if wanted not in {function.get("name") for function in functions}:
-                raise self.invalid(f"tool_choice names {wanted!r}, which is not a tool")
+            if function["name"] not in {each.get("name") for each in functions}:
+                raise self.invalid(
+                    f"tool_choice names {function['name']!r}, which is not a tool"
+                )
 
     def invalid(self, what: str) -> InvalidRequestError:
         """Make the error for a request that is refused before it is sent."""
@@ -653,7 +662,7 @@ class BaseLLMAdapter:
             InvalidRequestError: The provider has no list that is known here.
             APIKeyError, LLMServiceError: As the provider answers.
         """
-        listed = self.model_list
+        listed = await self.find_model_list()
         if listed is None or self.endpoint.base_url is None:
             raise InvalidRequestError(
                 f"{self.provider.name} has no list of models that is known here",
@@ -669,6 +678,10 @@ class BaseLLMAdapter:
             found.update(self._read_names(listed, page))
             following = listed.next_page(page)
         return sorted(found)
+
+    async def find_model_list(self) -> ModelList | None:
+        """Return where the models are listed; None where no list is known here."""
+        return self.model_list
 
     def _read_names(self, listed: ModelList, page: Page) -> list[str]:
         rows = page.get(listed.rows)
@@ -698,10 +711,10 @@ class BaseLLMAdapter:
         """
         counter = self.counting_adapter()
         if counter is not None and self.endpoint.base_url is not None:
-            tokens = await counter.ask_for_count(self.prepare(request))
+            tokens = await counter.ask_for_count(self._prepare(request))
             if isinstance(tokens, int):
                 return TokenCount(tokens=tokens, source="provider")
-        prepared = self.prepare(request)
+        prepared = self._prepare(request)
         try:
             tokens = await litellm_tables.count_tokens(
                 self.model_name, prepared.messages, prepared.options.get("tools")
@@ -885,22 +898,15 @@ class BaseLLMAdapter:
             service=self.provider.name,
         )
 
-    def _find_base_url(self, given: str | None) -> str | None:
+    def _find_base_url(self, given: str | None) -> str:
         row = self.provider
-        names = (row.name, row.litellm, *row.aliases)
-        # A member of a string enum may stand for a name.
-        urls = {
-            str(getattr(k, "value", k)): v for k, v in self.settings.base_urls.items()
-        }
-        set_up = next((urls[name] for name in names if name in urls), None)
-        url = given or set_up or row.base_url
+        url = given or row.find_base_url(self.settings.base_urls) or row.base_url
         if url is None:
-            if row.derives_address:
-                return None
             # LiteLLM would take it from the environment, and the key would go there.
+            example = row.base_url_example
             raise InvalidRequestError(
-                f"{row.name} needs a base_url, in the key's record or in"
-                " Settings.base_urls",
+                f"{row.name} needs a base_url{f' such as {example}' if example else ''},"
+                " in the key's record or in Settings.base_urls",
                 service=row.name,
             )
         try:

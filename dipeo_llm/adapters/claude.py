@@ -19,6 +19,7 @@ from dipeo_llm.adapters.request import (
     COMMON_FIELDS,
     Message,
     PreparedRequest,
+    copy_json,
     put_system_first,
 )
 from dipeo_llm.adapters.translation import (
@@ -67,9 +68,16 @@ _MOST_TOKENS = (
 )
 # https://platform.claude.com/docs/en/agents-and-tools/tool-use/server-tools
 # (2026-11-25): a conversation with a server tool goes on with the blocks as they came.
-_SERVER_BLOCKS = frozenset({"server_tool_use", "web_search_tool_result"})
+# Every block but these is a server tool's.
+_OWN_BLOCKS = frozenset({"text", "thinking", "redacted_thinking", "tool_use"})
 _BLOCKS = "dipeo-llm-content-blocks-"
 _PROPERTY = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
+_KEPT_KEYWORDS = frozenset(
+    {"type", "properties", "required", "additionalProperties", "$defs", "title"}
+)
+# "input_schema does not support oneOf, allOf, or anyOf at the top level" of Anthropic's
+# 400 (https://github.com/anthropics/claude-code/issues/5319, 2026-11-25).
+_NOT_AT_THE_ROOT = frozenset({"oneOf", "allOf", "anyOf"})
 _TAKES_BOTH = re.compile(r"claude-(?:instant|[23])\b")
 _MOST_KEPT = 512
 _plain_headers: dict[str, dict[str, str]] = {}
@@ -103,6 +111,8 @@ class ClaudeAdapter(BaseLLMAdapter):
         "input_tokens",
         frozenset({"model", "messages", "system", "tools", "tool_choice", "thinking"}),
     )
+    # `json_tool_call` and `web_search` are taken.
+    tool_name = re.compile(r"(?!(?:json_tool_call|web_search)$)[a-zA-Z0-9_-]{1,64}")
     headers = STANDARD_HEADERS | {"anthropic-version", "anthropic-beta"}
     question_headers: ClassVar[Mapping[str, str]] = {"anthropic-version": "2023-06-01"}
 
@@ -113,13 +123,9 @@ class ClaudeAdapter(BaseLLMAdapter):
     def prepare_messages(self, messages: list[Message]) -> list[Message]:
         """Put one system prompt in front; keep thinking blocks and cache marks."""
         prepared = put_system_first(messages, COMMON_FIELDS | {"thinking_blocks"})
-        for number, message in enumerate(prepared):
-            if _kept_blocks(message):
-                # LiteLLM knows no blocks of server tools: it gets a text, in whose place
-                # `_put_blocks` puts them.
-                message["content"] = f"{_BLOCKS}{number}"
-                message.pop("tool_calls", None)
-                message.pop("thinking_blocks", None)
+        for message in prepared:
+            if not all(isinstance(b, dict) for b in message.get("thinking_blocks", ())):
+                raise self.invalid("`thinking_blocks` of a message must be dicts")
         return prepared
 
     def own_tool(self, tool: ToolConfig, options: dict[str, Any]) -> list[JSON]:
@@ -166,8 +172,24 @@ class ClaudeAdapter(BaseLLMAdapter):
             self._ask_through_tool(options, dict(schema))
         for tool in options.get("tools", ()):
             if function := tool.get("function"):
-                self._check_properties(function["name"], function.get("parameters"))
+                schema = function.get("parameters") or {}
+                self._check_properties(function["name"], schema)
+                if refused := schema.keys() & _NOT_AT_THE_ROOT:
+                    raise self.invalid(
+                        f"the parameters of the tool {function['name']!r} have"
+                        f" {min(refused)!r} at the root, which anthropic refuses"
+                    )
         self._check_prefill(prepared.messages)
+
+    def _read_schemas(self, options: Mapping[str, Any]) -> dict[str, JSON]:
+        """Return the schemas of functions that LiteLLM would shorten, by their names."""
+        schemas = {}
+        for tool in options.get("tools", ()):
+            function = tool.get("function") or {}
+            schema = function.get("parameters")
+            if schema and not schema.keys() <= _KEPT_KEYWORDS:
+                schemas[function["name"]] = copy_json(schema)
+        return schemas
 
     def _check_properties(self, name: str, schema: Any) -> None:
         """Refuse names of properties that Anthropic refuses."""
@@ -206,13 +228,6 @@ class ClaudeAdapter(BaseLLMAdapter):
         (2026-11-25).
         """
         del options["response_format"]
-        if schema.get("type") != "object":  # `_json_text` unwraps it
-            schema = {
-                "type": "object",
-                "properties": {"values": schema},
-                "required": ["values"],
-                "$defs": schema.pop("$defs", {}),
-            }
         function = {
             "name": _JSON_TOOL,
             "description": "Give the answer.",
@@ -237,11 +252,8 @@ class ClaudeAdapter(BaseLLMAdapter):
         )
 
         row, model = self.provider, self.model_name
-        blocks = {
-            message["content"]: _kept_blocks(message)
-            for message in prepared.messages
-            if _kept_blocks(message)
-        }
+        blocks = _take_blocks(prepared.messages)
+        schemas = self._read_schemas(prepared.options)
         options = map_options(litellm, row, model, prepared)
         options.pop("json_mode", None)
         _fit_thinking(options)
@@ -260,6 +272,10 @@ class ClaudeAdapter(BaseLLMAdapter):
         )
         body.pop("is_vertex_request", None)
         _put_blocks(body, blocks)
+        for tool in body.get("tools", ()):
+            if tool.get("name") in schemas:
+                # LiteLLM keeps only some keywords at the root.
+                tool["input_schema"] = schemas[tool["name"]]
         if stream:
             body["stream"] = True
         return Outgoing("/v1/messages", {**JSON_HEADERS, **headers}, body)
@@ -339,7 +355,9 @@ class ClaudeAdapter(BaseLLMAdapter):
                         for r in (found if isinstance(found, list) else ())
                     ]
         blocks = body.get("content") or ()
-        if stop == "pause_turn" or any(b.get("type") in _SERVER_BLOCKS for b in blocks):
+        if stop == "pause_turn" or any(
+            b.get("type") not in _OWN_BLOCKS for b in blocks
+        ):
             reading.content_blocks = list(blocks)
         if stop == "refusal":
             reading.refusal = reading.text or "the model declined"
@@ -356,7 +374,26 @@ def _kept_blocks(message: Mapping[str, Any]) -> list[JSON]:
     """Return the content blocks that a result of Claude's kept for the next request."""
     own = message.get("provider_specific_fields")
     blocks = own.get("content_blocks") if isinstance(own, Mapping) else None
-    return list(blocks or ())
+    if not isinstance(blocks, list):
+        return []
+    # Google's parts have no type.
+    is_ours = all(isinstance(block, dict) and block.get("type") for block in blocks)
+    return blocks if is_ours else []
+
+
+def _take_blocks(messages: list[Message]) -> dict[str, list[JSON]]:
+    """Put a text, in place, where a message has blocks; return them by this text.
+
+    LiteLLM knows no blocks of server tools; `_put_blocks` puts them back.
+    """
+    taken: dict[str, list[JSON]] = {}
+    for number, message in enumerate(messages):
+        if blocks := _kept_blocks(message):
+            message["content"] = text = f"{_BLOCKS}{number}"
+            taken[text] = blocks
+            message.pop("tool_calls", None)
+            message.pop("thinking_blocks", None)
+    return taken
 
 
 def _put_blocks(body: JSON, blocks: Mapping[str, list[JSON]]) -> None:
@@ -384,10 +421,13 @@ def _is_closed(schema: Any) -> bool:
         return all(map(_is_closed, schema))
     if not isinstance(schema, Mapping):
         return True
+    if True in (schema.get("properties") or {}).values() or schema.get("items") is True:
+        return False
     is_object = schema.get("type") == "object"
     if (
         "$ref" in schema
         or "prefixItems" in schema
+        or "patternProperties" in schema
         or schema.get("additionalProperties")
     ):
         return False
@@ -426,15 +466,8 @@ def _fit_thinking(options: dict[str, Any]) -> None:
 
 
 def _json_text(value: Any) -> str:
-    """Return the JSON text of a forced tool's input.
-
-    Older Claude models may wrap the object in `values`.
-    """
-    if isinstance(value, str):
-        return value
-    if isinstance(value, dict) and set(value) == {"values"}:
-        value = value["values"]
-    return json.dumps(value, ensure_ascii=False)
+    """Return the JSON text of a forced tool's input."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 class AnthropicStream(StreamReader):

@@ -5,6 +5,7 @@ provider.
 """
 
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,10 +25,10 @@ from dipeo_llm.client import Client, is_loopback
 from dipeo_llm.domain import Capabilities
 from dipeo_llm.errors import InvalidRequestError
 from dipeo_llm.litellm_import import import_litellm
-from dipeo_llm.litellm_providers import ALIASES, REFUSED
+from dipeo_llm.litellm_providers import DIFFERS, EXAMPLES, REFUSED, ProviderRow
 from dipeo_llm.litellm_tables import infer_provider
 from dipeo_llm.pool import Pool
-from dipeo_llm.settings import Settings
+from dipeo_llm.settings import Settings, warn_once
 
 ADAPTERS: list[type[BaseLLMAdapter]] = [
     ChatGPTAdapter,
@@ -45,9 +46,7 @@ ENDPOINTS: dict[str, type[BaseLLMAdapter]] = {
 PROVIDERS = [row for adapter in ADAPTERS for row in adapter.rows]
 
 _ADAPTER_OF = {row.name: adapter for adapter in ADAPTERS for row in adapter.rows}
-_BY_NAME = {
-    name: row for row in PROVIDERS for name in (row.name, row.litellm, *row.aliases)
-}
+_BY_NAME = {name: row for row in PROVIDERS for name in row.names}
 
 
 def register(adapter: type[BaseLLMAdapter]) -> None:
@@ -66,6 +65,9 @@ def register(adapter: type[BaseLLMAdapter]) -> None:
     _ADAPTER_OF.update({row.name: adapter for row in adapter.rows})
     _BY_NAME.update(names)
 
+
+# Names of LiteLLM's other providers that begin with one of ours and an underscore.
+_LONGER_NAMES = ("bedrock_mantle",)
 
 # Ollama writes a model as `name:tag`, and a GGUF file on a hub as `hf.co/user/repo`. Asked
 # only after every row and LiteLLM have declined.
@@ -129,9 +131,10 @@ def _read_name(service: Any) -> str:
     name = str(getattr(service, "value", service)).strip().lower()
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
         raise InvalidRequestError(f"{service!r} is not the name of a service")
-    name = ALIASES.get(name, name)
     if name in REFUSED and name not in _BY_NAME:
-        raise InvalidRequestError(f"{name} {REFUSED[name]}", service=name)
+        raise InvalidRequestError(
+            f"{name} is not reached: {REFUSED[name]}", service=name
+        )
     return name
 
 
@@ -150,6 +153,8 @@ def _row_of(name: str) -> Provider:
         name=name,
         litellm=name,
         base_url=facts.address,
+        base_url_example=EXAMPLES.get(name),
+        path=litellm_providers.PATHS.get(name, ""),
         key_header=facts.key_header,
         needs_key=facts.needs_key,
         key_variables=facts.key_variables,
@@ -159,6 +164,24 @@ def _row_of(name: str) -> Provider:
     )
 
 
+def check_base_urls(base_urls: Mapping[str, str]) -> None:
+    """Warn, once per process, of names that look misspelt. Imports LiteLLM."""
+    _check_names(tuple(str(getattr(n, "value", n)).lower() for n in base_urls))
+
+
+@lru_cache(maxsize=64)
+def _check_names(names: tuple[str, ...]) -> None:
+    litellm = import_litellm()
+    known = {*_BY_NAME, *litellm_providers.all_names(litellm)}
+    plain = {name.replace("-", "_") for name in known}
+    for name in names:
+        close = litellm_providers.suggest(litellm, name, _BY_NAME)
+        if name.replace("-", "_") not in plain and close:
+            warn_once(
+                f"base_urls has an unknown provider {name!r}; did you mean {close[0]!r}?"
+            )
+
+
 def is_local(base_url: str) -> bool:
     """Say whether a base URL is a server on this machine, which needs no key."""
     return is_loopback(urlsplit(base_url).hostname or "")
@@ -166,8 +189,7 @@ def is_local(base_url: str) -> bool:
 
 def needs_key(provider: Provider, settings: Settings) -> bool:
     """Say whether calls to a provider need a key, at the address that is set for it."""
-    names = (provider.name, provider.litellm, *provider.aliases)
-    url = next((settings.base_urls[n] for n in names if n in settings.base_urls), None)
+    url = provider.find_base_url(settings.base_urls)
     return provider.needs_key and not (url and is_local(url))
 
 
@@ -181,23 +203,45 @@ def of_key(api_key_id: Any) -> Provider | None:
     if (row := own_of_key(text)) is not None:
         return row
     litellm = import_litellm()
-    plain = re.sub(r"\W", "_", text.lower())
     names = litellm_providers.chat_providers(litellm)
     if text.isupper():
         for name in names:
             if text in litellm_providers.describe(litellm, name).key_variables:
                 return by_name(name)
-    begins = [n for n in names if f"{plain}_".startswith(f"{n.replace('-', '_')}_")]
+    words = re.sub(r"\W", "_", text.lower()) + "_"
+    begins = [
+        name
+        for name in {*names, *_BY_NAME}
+        if words.startswith(f"{name.replace('-', '_')}_")
+    ]
     return by_name(max(begins, key=len)) if begins else None
 
 
 def own_of_key(api_key_id: str) -> Provider | None:
-    """Find the provider that a key's id names among the rows."""
+    """Find the provider that a key's id names among the rows.
+
+    None for a variable that is not a row's: LLAMA_API_KEY is Meta's, although `llama` is
+    a name of Ollama.
+    """
     for row in PROVIDERS:
         if api_key_id.upper() in row.key_variables:
             return row
+    if api_key_id.isupper() or api_key_id.lower().startswith(_LONGER_NAMES):
+        return None
     first = re.split(r"[^a-z]", api_key_id.lower(), maxsplit=1)[0]
-    return _BY_NAME.get(ALIASES.get(first, first))
+    return _BY_NAME.get(first)
+
+
+def unknown_key(api_key_id: str) -> str:
+    """Say what to do about a key's id that names no provider. Imports LiteLLM."""
+    close = litellm_providers.suggest(import_litellm(), api_key_id, _BY_NAME)
+    if close:
+        return f"did you mean {' or '.join(map(repr, close))}?"
+    names = [row.name for row in PROVIDERS if row.key_variables]
+    return (
+        f"an id begins with one of {', '.join(names)}, or another name that"
+        " `dipeo-llm models --providers` lists"
+    )
 
 
 def needs_litellm(model: str, service: Any = None) -> bool:
@@ -218,6 +262,18 @@ def resolve(model: str, service: Any = None) -> tuple[Provider, str]:
     Raises:
         InvalidRequestError: The name is empty, or no provider is known for it.
     """
+    found = find(model, service)
+    if found is None:
+        raise unknown_model(model)
+    return found
+
+
+def find(model: str, service: Any = None) -> tuple[Provider, str] | None:
+    """Do as `resolve`, and return None where no provider is known for the name.
+
+    Raises:
+        InvalidRequestError: As `resolve`, for anything else.
+    """
     name = str(model or "").strip()
     if not name:
         raise InvalidRequestError(f"{model!r} is not the name of a model")
@@ -226,25 +282,37 @@ def resolve(model: str, service: Any = None) -> tuple[Provider, str]:
         raise InvalidRequestError(f"{model!r} has a provider but no model")
     if service is not None and service != "":
         provider = by_name(service)
-        names = {provider.name, provider.litellm, *provider.aliases}
-        return provider, rest if rest and prefix.lower() in names else name
-    found = _resolve_by_rows(name) or _resolve_by_litellm(name)
-    if found is None:
-        raise unknown_model(model)
-    return found
+        is_prefix = bool(rest) and prefix.lower() in provider.names
+        return provider, _bare(provider, rest if is_prefix else name)
+    return _resolve_by_rows(name) or _resolve_by_litellm(name)
+
+
+def find_by_key(model: str, service: str) -> tuple[Provider, str] | None:
+    """Place a name that nothing else places, by the service of the key's record.
+
+    None for OpenAI, Anthropic, Google, Ollama and Bedrock, whose models are known by
+    their names: a name that is none of those would be a guess. Imports LiteLLM.
+    """
+    row = by_name(service)
+    has_names = any(row is adapter.rows[0] for adapter in ADAPTERS)
+    return None if has_names else find(model, service)
 
 
 def _resolve_by_rows(name: str) -> tuple[Provider, str] | None:
     prefix, slash, rest = name.partition("/")
     if slash and rest:
-        prefix = prefix.lower()
-        row = _BY_NAME.get(ALIASES.get(prefix, prefix))
+        row = _BY_NAME.get(prefix.lower())
         if row is not None:
-            return row, rest
+            return row, _bare(row, rest)
     for row in PROVIDERS:
         if row.claims.fullmatch(name):
-            return row, name.removeprefix("models/")
+            return row, _bare(row, name)
     return None
+
+
+def _bare(row: Provider, name: str) -> str:
+    """Return a name without "models/", with which Google's list writes its own."""
+    return name.removeprefix("models/") if row.claims.fullmatch(name) else name
 
 
 def _resolve_by_litellm(name: str) -> tuple[Provider, str] | None:
@@ -272,10 +340,13 @@ def find_local(model: str) -> Provider | None:
 
 def unknown_model(model: str) -> InvalidRequestError:
     """Make the error for a name that cannot be placed: it says how to place it."""
-    served = sorted(
-        key for key in import_litellm().model_cost if key.endswith(f"/{model}")
-    )
+    litellm = import_litellm()
+    served = sorted(key for key in litellm.model_cost if key.endswith(f"/{model}"))
     known = [key for key in served if key.count("/") == model.count("/") + 1]
+    prefix, slash, rest = model.partition("/")
+    if slash and not known:
+        close = litellm_providers.suggest(litellm, prefix, _BY_NAME)
+        known = [f"{name}/{rest}" for name in close]
     hint = (
         f"did you mean {' or '.join(map(repr, known[:3]))}?"
         if known
@@ -285,3 +356,56 @@ def unknown_model(model: str) -> InvalidRequestError:
     return InvalidRequestError(
         f"no provider is known for model {model!r}: {hint}", model=model
     )
+
+
+_TRIED_OWN = "everything, on loopback and on recordings"
+_TRIED_DIRECT = (
+    "on loopback: call, stream, tools, 401, 429, 500, cut stream; the body is"
+    " acompletion's"
+)
+_TRIED_LITELLM = "on loopback: acompletion sends one request, through our client"
+_NOTES = {
+    "bedrock": "on loopback: Converse, call and stream, with a key and with SigV4",
+    "bytez": f"{_TRIED_LITELLM}; LiteLLM ignores a base_url, so the fence refuses one",
+    "deepseek": _TRIED_DIRECT,
+    "vertex": "on loopback: call and stream, in Gemini's format with Google's token",
+}
+
+
+def list_providers() -> list[ProviderRow]:
+    """List all providers, ours first, for `models --providers` and docs/providers.md.
+
+    Imports LiteLLM, which takes seconds.
+    """
+    litellm = import_litellm()
+    rows = [
+        ProviderRow(
+            prefix=row.name,
+            other_prefixes=tuple(sorted({*row.names} - {row.name})),
+            key_variables=row.key_variables,
+            address=row.base_url,
+            example=row.base_url_example,
+            engine="litellm" if row in LiteLLMAdapter.rows else "direct",
+            notes=_NOTES.get(row.name, _TRIED_OWN),
+        )
+        for row in PROVIDERS
+    ]
+    for name in litellm_providers.chat_providers(litellm):
+        if name in _BY_NAME:
+            continue
+        facts = litellm_providers.describe(litellm, name)
+        tried = _TRIED_DIRECT if facts.speaks_openai else _TRIED_LITELLM
+        notes = facts.refusal or _NOTES.get(name, tried)
+        if name in DIFFERS:
+            notes += f", but for: {DIFFERS[name]}"
+        rows.append(
+            ProviderRow(
+                prefix=name,
+                key_variables=facts.key_variables,
+                address=facts.address,
+                example=EXAMPLES.get(name),
+                engine=facts.engine,
+                notes=notes,
+            )
+        )
+    return rows

@@ -35,6 +35,7 @@ from dipeo_llm.domain import (
     WebSearchResult,
 )
 from dipeo_llm.errors import InvalidRequestError
+from dipeo_llm.litellm_providers import EXAMPLES
 from dipeo_llm.litellm_tables import know_model
 from dipeo_llm.media import PDF, MediaRules
 
@@ -78,6 +79,8 @@ VERTEX = Provider(
     name="vertex",
     litellm="vertex_ai",
     aliases=("vertex_ai", "vertexai", "vertex_ai_beta"),
+    base_url_example=EXAMPLES["vertex_ai"],
+    client=None,  # LiteLLM signs in at Google with a client of its own
     most_stops=5,
     highest_temperature=2.0,
     media=_MEDIA,
@@ -98,6 +101,15 @@ _COMBINES_TOOLS = re.compile(r"gemini-(?:[3-9]|flash|pro|omni|robotics-er-2)")
 # https://ai.google.dev/gemini-api/docs/thinking (2026-11-25): 2.5 Pro always thinks.
 _ALWAYS_THINKS = re.compile(r"gemini-2\.5-pro")
 _NEVER_THINKS = re.compile(r"gemini-(?:1|2\.0|exp)|(?:gemini-)?gemma-[1-3]|learnlm")
+# https://ai.google.dev/api/generate-content#GenerationConfig (2026-11-25): int32.
+_MOST_INTEGER = 2**31 - 1
+# Models that have left LiteLLM's table (1.110.2):
+# https://ai.google.dev/gemini-api/docs/models (2026-11-25).
+_RETIRED = re.compile(r"gemini-(?:1|2\.0)")
+_MOST_OF_RETIRED = 8192
+# Parts with the work of Google's own tools, beside functions. They go back as they came:
+# https://ai.google.dev/gemini-api/docs/tool-combination (2026-11-25).
+_SERVER_PARTS = frozenset({"toolCall", "toolResponse"})
 # Of a model outside its table LiteLLM says that it takes no system prompt, and makes the
 # prompt a part of the user's words (1.105 to 1.110).
 _UNKNOWN_MODELS = {"gemini": {"mode": "chat", "supports_system_messages": True}}
@@ -146,6 +158,13 @@ class GeminiAdapter(BaseLLMAdapter):
         frozenset({"contents", "tools", "toolConfig", "system_instruction"}),
     )
 
+    def __init__(
+        self, provider: Provider | str, model_name: str, *args: Any, **named: Any
+    ) -> None:
+        """Take a name with or without "models/", as Google's list has it."""
+        name = model_name.removeprefix("models/")
+        super().__init__(provider, name, *args, **named)
+
     def check_model(self) -> None:
         """Refuse a name that would be more than a name in the URL's path.
 
@@ -174,9 +193,18 @@ class GeminiAdapter(BaseLLMAdapter):
             return []
         return super().own_tool(tool, options)
 
+    def output_limit(self) -> int | None:
+        """Return the most tokens of an answer; of an unknown model, the field's limit."""
+        retired = _MOST_OF_RETIRED if _RETIRED.match(self.model_name) else _MOST_INTEGER
+        return super().output_limit() or retired
+
     def adjust_options(self, prepared: PreparedRequest) -> None:
         """Refuse what the model cannot do; drop or change an effort that it refuses."""
         options, model = prepared.options, self.model_name
+        if abs(options.get("seed", 0)) > _MOST_INTEGER:
+            raise self.invalid(
+                f"`seed` must be at most {_MOST_INTEGER}; google refuses it"
+            )
         tools, form = options.get("tools"), options.get("response_format")
         is_json = form is not None and form["type"] != "text"
         if _TAKES_TEXT_ONLY.match(model) and (tools or is_json):
@@ -211,6 +239,7 @@ class GeminiAdapter(BaseLLMAdapter):
         model = self.model_name
         self.teach(litellm)
         schemas = _take_schemas(prepared.options)
+        kept = _take_parts(prepared.messages)
         doubles = _rename_doubles(prepared.messages)
         # The function lost its underscore in 1.108.
         transform: Callable[..., JSON] = (
@@ -227,6 +256,7 @@ class GeminiAdapter(BaseLLMAdapter):
         )
         _put_schemas(body, schemas)
         _restore_doubles(body, doubles)
+        _put_parts(body, kept)
         verb = "streamGenerateContent?alt=sse" if stream else "generateContent"
         path = f"/models/{quote(model, safe='/')}:{verb}"
         return Outgoing(path, JSON_HEADERS, body)
@@ -305,12 +335,46 @@ class GeminiAdapter(BaseLLMAdapter):
                         format=data["mimeType"].removeprefix("image/"),
                     )
                 )
+        if any(part.keys() & _SERVER_PARTS for part in _parts(first)):
+            reading.content_blocks = list(_parts(first))
         reading.searches = _grounding(first.get("groundingMetadata") or {})
         return reading
 
     def stream_reader(self) -> StreamReader:
         """Return a reader of Gemini's responses."""
         return GeminiStream()
+
+
+def _take_parts(messages: list[Message]) -> dict[str, list[JSON]]:
+    """Put a text, in place, in front of a turn that has parts; return them by this text.
+
+    LiteLLM knows no parts of Google's own tools; `_put_parts` puts them back.
+    """
+    taken: dict[str, list[JSON]] = {}
+    for number, message in enumerate(messages):
+        own = message.get("provider_specific_fields")
+        parts = own.get("content_blocks") if isinstance(own, Mapping) else None
+        is_ours = isinstance(parts, list) and all(
+            isinstance(part, dict) and "type" not in part for part in parts
+        )
+        if parts and is_ours:
+            message["content"] = text = f"{_PARTS}{number}"
+            taken[text] = parts
+    return taken
+
+
+def _put_parts(body: JSON, taken: Mapping[str, list[JSON]]) -> None:
+    for content in body.get("contents", ()) if taken else ():
+        for index, part in enumerate(content["parts"]):
+            if (parts := taken.get(part.get("text"))) is not None:
+                # The calls follow the text, and are among the kept parts too.
+                rest = content["parts"][index + 1 :]
+                calls = sum(1 for kept in parts if "functionCall" in kept)
+                content["parts"][index:] = [*parts, *rest[calls:]]
+                break
+
+
+_PARTS = "dipeo-llm-parts-"
 
 
 def _rename_doubles(messages: list[Message]) -> dict[str, str]:
@@ -384,8 +448,8 @@ def _put_schemas(body: JSON, schemas: _Schemas) -> None:
         for declared in tool.get("function_declarations", ()):
             declared.pop("parameters", None)
             schema = schemas.functions.get(declared["name"])
-            if schema and schema.get("properties"):
-                declared["parametersJsonSchema"] = simplify(schema, unread=_UNREAD)
+            if schema and _takes_arguments(schema):
+                declared["parametersJsonSchema"] = _simplify(schema)
     if schemas.has_search:
         body["tools"].append({"googleSearch": {}})
         config = body.setdefault("toolConfig", {})
@@ -397,7 +461,21 @@ def _put_schemas(body: JSON, schemas: _Schemas) -> None:
     if schemas.answer is not None:
         for name in ("responseSchema", "response_schema", "response_json_schema"):
             config.pop(name, None)
-        config["responseJsonSchema"] = simplify(schemas.answer, unread=_UNREAD)
+        config["responseJsonSchema"] = _simplify(schemas.answer)
+
+
+def _takes_arguments(schema: Mapping[str, Any]) -> bool:
+    """Say whether the parameters of a function may hold anything."""
+    may_be_more = isinstance(schema.get("additionalProperties"), Mapping)
+    others = schema.keys() - {*_ABOUT_NOTHING, "properties", "additionalProperties"}
+    return bool(schema.get("properties")) or may_be_more or bool(others)
+
+
+_ABOUT_NOTHING = frozenset({"type", "title", "description", "required", "$schema"})
+
+
+def _simplify(schema: JSON) -> Any:
+    return simplify(schema, unread=_UNREAD, plain_enums=True)
 
 
 def _parts(candidate: Mapping[str, Any]) -> list[JSON]:

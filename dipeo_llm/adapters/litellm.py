@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import SecretStr
 
 from dipeo_llm import client as http
-from dipeo_llm import litellm_import
+from dipeo_llm import litellm_import, litellm_providers
 from dipeo_llm.adapters.attempt import CompletionAttempt
 from dipeo_llm.adapters.base import BaseLLMAdapter, rename_tool
 from dipeo_llm.adapters.events import StreamReader
@@ -35,7 +35,6 @@ BEDROCK = Provider(
     name="bedrock",
     litellm="bedrock",
     aliases=("aws",),
-    derives_address=True,
     needs_key=False,
     key_variables=("AWS_BEARER_TOKEN_BEDROCK",),
     claims=re.compile(
@@ -51,6 +50,11 @@ _OF_AWS = {
 }
 _REGIONS = ("AWS_REGION_NAME", "AWS_REGION", "AWS_DEFAULT_REGION")
 _CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+
+
+def _find_region() -> str | None:
+    return next((os.environ[r] for r in _REGIONS if os.environ.get(r)), None)
+
 
 # Nobody here knows whether such a provider has the name in the URL's path.
 _NOT_IN_A_PATH = re.compile(r"[?#%\\\s]|(^|/)\.\.?(/|$)")
@@ -68,27 +72,33 @@ class LiteLLMAdapter(BaseLLMAdapter):
         if _NOT_IN_A_PATH.search(self.model_name):
             raise self._invalid_model()
 
-    def _find_base_url(self, given: str | None) -> str | None:
+    def _find_base_url(self, given: str | None) -> str:
         """Return the base URL; AWS's follows from the region."""
         host = _OF_AWS.get(self.provider.name)
         if host is None or given or self.provider.name in self.settings.base_urls:
             return super()._find_base_url(given)
-        region = next((os.environ[r] for r in _REGIONS if os.environ.get(r)), None)
+        region = _find_region()
         if region is None:
             # LiteLLM would take us-west-2.
             raise self.invalid(f"{self.provider.name} needs a region: set AWS_REGION")
-        return super()._find_base_url(f"https://{host}.{region}.amazonaws.com")
+        domain = "amazonaws.com.cn" if region.startswith("cn-") else "amazonaws.com"
+        return super()._find_base_url(f"https://{host}.{region}.{domain}")
 
     def _check_key(
         self, api_key: str | SecretStr | None, base_url: str | None
     ) -> SecretStr:
-        """Return the key; AWS signs without one, with credentials of the environment."""
+        """Return the key; AWS signs without one, with credentials of the environment.
+
+        Of AWS only Bedrock takes a key.
+        """
         key = super()._check_key(api_key, base_url)
-        is_signed = self.provider.name in _OF_AWS and not key
+        takes_key = self.provider is BEDROCK
+        is_signed = self.provider.name in _OF_AWS and not (takes_key and key)
         if is_signed and not all(os.environ.get(name) for name in _CREDENTIALS):
             # boto would ask an address of the machine's network for some.
+            key_or = "a key, or " if takes_key else ""
             raise APIKeyNotFoundError(
-                f"{self.provider.name} needs a key, or {' and '.join(_CREDENTIALS)}",
+                f"{self.provider.name} needs {key_or}{' and '.join(_CREDENTIALS)}",
                 **self._fields(),
             )
         return key
@@ -232,9 +242,14 @@ class LiteLLMAdapter(BaseLLMAdapter):
                 **attempt.request.extra_body,
             }
         self.preparer.teach(attempt.litellm)
+        # Of some LiteLLM calls another endpoint; those that speak OpenAI's format it
+        # reaches under the name of the config that translates for them.
+        name = row.litellm
+        if row.speaks_openai:
+            name = litellm_providers.describe(attempt.litellm, name).config
         arguments: JSON = {
-            "model": f"{row.litellm}/{self.model_name}",
-            "custom_llm_provider": row.litellm,
+            "model": f"{name}/{self.model_name}",
+            "custom_llm_provider": name,
             "messages": prepared.messages,
             **prepared.options,
             "client": self._sdk_client(client, attempt),
@@ -245,8 +260,12 @@ class LiteLLMAdapter(BaseLLMAdapter):
         }
         if self.endpoint.secret or row.name not in _OF_AWS:
             arguments["api_key"] = PLACEHOLDER
-        if self.endpoint.base_url is not None:
-            arguments["api_base"] = self.endpoint.base_url
+        arguments["api_base"] = self.endpoint.base_url
+        if row is BEDROCK:
+            # LiteLLM would send to AWS_BEDROCK_RUNTIME_ENDPOINT in spite of `api_base`.
+            arguments["aws_bedrock_runtime_endpoint"] = self.endpoint.base_url
+        if row.name in _OF_AWS and (region := _find_region()):
+            arguments["aws_region_name"] = region
         if attempt.is_stream:
             arguments |= {"stream": True, "stream_options": {"include_usage": True}}
         return arguments

@@ -5,12 +5,15 @@ request must go there.
 """
 
 import json
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from hashlib import blake2b
 from typing import Any
 from urllib.parse import urlsplit
 
+from dipeo_llm.adapters.attempt import Attempt
 from dipeo_llm.adapters.base import BaseLLMAdapter
 from dipeo_llm.adapters.events import StreamReader
 from dipeo_llm.adapters.provider import ModelList, Probe, Provider
@@ -45,8 +48,9 @@ from dipeo_llm.domain import (
     WebSearchResult,
 )
 from dipeo_llm.errors import InvalidRequestError
-from dipeo_llm.litellm_providers import describe, translate_openai
-from dipeo_llm.litellm_tables import model_info
+from dipeo_llm.litellm_import import load_litellm
+from dipeo_llm.litellm_providers import describe, path_below, translate_openai
+from dipeo_llm.litellm_tables import known_model_info, model_info
 from dipeo_llm.media import PDF, PICTURES, MediaRules
 
 # https://platform.openai.com/docs/guides/images-vision#image-input-requirements
@@ -59,6 +63,7 @@ _MEDIA = MediaRules(
 OPENAI = Provider(
     name="openai",
     litellm="openai",
+    aliases=("chatgpt", "gpt"),
     base_url="https://api.openai.com/v1",
     path="/v1",
     key_variables=("OPENAI_API_KEY",),
@@ -88,9 +93,11 @@ _TAKES_NO_STOP = re.compile(r"(?:ft:)?o[34](?:-|$)")
 _REASONS = re.compile(r"(?:ft:)?o[1-9](?:-|:|$)")
 # Names without a version, which LiteLLM does not know (1.110.2), for models that reason:
 # https://platform.openai.com/docs/models (2026-11-25).
-# A row of LiteLLM's table without its limit (1.110.2).
-_CYBER = re.compile(r"gpt-5\.\d+-cyber")
-_LATEST = re.compile(r"(?:gpt-[a-z]+-|chat-)latest")
+# Rows that LiteLLM's table lacks, or has without their limit (1.110.2).
+_NEWER = re.compile(r"gpt-(?:[5-9]|\d\d)")
+_LATEST = re.compile(r"(?:gpt-[a-z]+-|chat-)latest|gpt-(?:[7-9]|\d\d)")
+_TUNED = re.compile(r"ft:([^:]+)")
+_ALL_EFFORTS = frozenset({None, "none", "minimal", "low", "medium", "high", "xhigh"})
 # They search in every answer and take little else:
 # https://platform.openai.com/docs/guides/tools-web-search?api-mode=chat (2026-11-25).
 _SEARCH_PREVIEW = re.compile(r"gpt-4o(?:-mini)?-search-preview")
@@ -120,10 +127,29 @@ _EFFORTS: tuple[tuple[re.Pattern[str], frozenset[str]], ...] = (
     ),
     (re.compile(r"gpt-5-chat|(?:gpt-5.*-)?chat-latest"), frozenset()),
 )
+# Names of models that are not OpenAI's, wherever they are served. A name with a slash is
+# a repository's (vLLM, TGI, OpenRouter), one with a size after a colon is Ollama's.
+_OF_OTHERS = re.compile(
+    r"(?!(?:openai|azure)/)[^/]+/|[^:]+:\d+(?:\.\d+)?[bm]"
+    r"|(?:qw(?:en|q)|(?:code)?llama|mi[sx]tral|magistral|devstral|codestral|pixtral"
+    r"|ministral|(?:code)?gemm[ai]|gemini|claude|phi-?\d|deepseek|kimi|moonshot|glm|grok"
+    r"|command|granite|minimax|abab|yi-|hunyuan|ernie|doubao|step-|nemotron|olmo|falcon"
+    r"|exaone|smollm|lfm|jamba|nova|sonar|gpt-oss|llava|vicuna|hermes)",
+    re.IGNORECASE,
+)
+# https://platform.openai.com/docs/guides/structured-outputs (2026-11-25)
+_NOT_AT_THE_ROOT = frozenset({"oneOf", "anyOf", "allOf", "enum", "not"})
 # They answer 400 or 422 to a field of a message that they do not know:
 # https://console.groq.com/docs/openai, https://docs.mistral.ai/api,
 # https://inference-docs.cerebras.ai/api-reference/chat-completions (2026-11-25).
 _REFUSES_REASONING = frozenset({"groq", "mistral", "cerebras"})
+# Together's and Mistral's words for a reason to finish, and the form that `tool_calls`
+# replaced: https://docs.together.ai/reference/chat-completions-1,
+# https://docs.mistral.ai/api (2026-11-25).
+_FINISH = {"function_call": "tool_calls", "eos": "stop", "model_length": "length"}
+# LiteLLM asks models that take no JSON schema, such as most of Groq's, for JSON through
+# a tool of this name.
+_JSON_TOOL = "json_tool_call"
 
 
 class ChatGPTAdapter(BaseLLMAdapter):
@@ -149,10 +175,13 @@ class ChatGPTAdapter(BaseLLMAdapter):
         behind this format to one without its thought signature
         (https://ai.google.dev/gemini-api/docs/thought-signatures; all 2026-11-25).
         """
+        # OpenRouter wants the blocks of a thought back as it sent them:
+        # https://openrouter.ai/docs/use-cases/reasoning-tokens (2026-11-25).
+        own = {"reasoning_details"} if self.provider.name == "openrouter" else set()
         prepared = keep_fields(
             messages,
-            OPENAI_FIELDS | {"reasoning_content"},
-            system_role=self.provider.system_role,
+            OPENAI_FIELDS | {"reasoning_content"} | own,
+            system_role=self._system_role,
         )
         for message in prepared:
             message.setdefault("content", None)
@@ -163,19 +192,38 @@ class ChatGPTAdapter(BaseLLMAdapter):
             if message["role"] == "tool":
                 message.pop("name", None)
             calls = message.get("tool_calls")
-            if not calls or self.is_openai or self.provider.name in _REFUSES_REASONING:
+            is_refused = (
+                self._is_openais_model or self.provider.name in _REFUSES_REASONING
+            )
+            if not calls or is_refused:
                 message.pop("reasoning_content", None)
             if calls:
                 message["tool_calls"] = [self._prepare_call(call) for call in calls]
         drop_cache_control(prepared)
         return prepared
 
+    @property
+    def _is_openais_model(self) -> bool:
+        """Whether OpenAI's rules hold: its own server, or a proxy in front of it."""
+        return self.is_openai or bool(OPENAI.claims.fullmatch(self.model_name))
+
+    @property
+    def _system_role(self) -> str:
+        """The role of a system prompt; "developer" is OpenAI's.
+
+        Most servers of other models answer 400 to it, or pass the prompt over:
+        https://github.com/michelle-avery/openai-compatible-conversation/issues/21,
+        https://github.com/vastsa/PI-Desktop/issues/30 (2026-11-25).
+        """
+        is_other = not self.is_openai and _OF_OTHERS.match(self.model_name)
+        return "system" if is_other else self.provider.system_role
+
     def _prepare_call(self, call: JSON) -> JSON:
         kept = {k: v for k, v in call.items() if k in {"id", "type", "function"}}
         own = call.get("provider_specific_fields")
         kept["id"] = _shorten(str(call.get("id") or ""))
         signature = own.get("thought_signature") if isinstance(own, Mapping) else None
-        if signature and not self.is_openai:
+        if signature and not self._is_openais_model:
             kept["extra_content"] = {"google": {"thought_signature": signature}}
         return kept
 
@@ -218,6 +266,8 @@ class ChatGPTAdapter(BaseLLMAdapter):
         levels = next((e for name, e in _EFFORTS if name.match(model)), None)
         if _CHAT_ONLY.match(model) or (levels is not None and effort not in levels):
             options.pop("reasoning_effort", None)
+        if levels is None and self._is_openais_model and not self._knows(effort):
+            options.pop("reasoning_effort", None)
         if _REASONS.match(model) or _LATEST.match(model):
             if "max_tokens" in options:
                 options["max_completion_tokens"] = options.pop("max_tokens")
@@ -230,9 +280,23 @@ class ChatGPTAdapter(BaseLLMAdapter):
                 options.pop(name, None)
         self._check_abilities(options)
 
+    def _knows(self, effort: Any) -> bool:
+        """Say whether the model may take an effort; LiteLLM would send any word."""
+        if effort != "max":
+            return effort in _ALL_EFFORTS
+        info = known_model_info("openai", self.model_name, "openai")
+        return bool(info.get("supports_max_reasoning_effort"))
+
     def _check_abilities(self, options: Mapping[str, Any]) -> None:
         """Refuse what cannot be left out without changing the answer's meaning."""
         model, tools = self.model_name, options.get("tools", ())
+        for tool in tools if self._is_openais_model else ():
+            function = tool.get("function") or {}
+            if found := (function.get("parameters") or {}).keys() & _NOT_AT_THE_ROOT:
+                raise self.invalid(
+                    f"the parameters of the tool {function['name']!r} have"
+                    f" {min(found)!r} at the root, which openai refuses"
+                )
         has_functions = any(tool.get("type") == "function" for tool in tools)
         has_schema = (options.get("response_format") or {}).get("type") == "json_schema"
         refused = None
@@ -250,8 +314,12 @@ class ChatGPTAdapter(BaseLLMAdapter):
 
     def output_limit(self) -> int | None:
         """Return the most tokens of an answer, None if unknown."""
-        is_cyber = self.provider is OPENAI and _CYBER.match(self.model_name)
-        return super().output_limit() or (128_000 if is_cyber else None)
+        if (limit := super().output_limit()) or self.provider is not OPENAI:
+            return limit
+        if tuned := _TUNED.match(self.model_name):
+            info = known_model_info("openai", tuned[1], "openai")
+            return info.get("max_output_tokens")
+        return 128_000 if _NEWER.match(self.model_name) else None
 
     def other_endpoint(
         self, litellm: Any, prepared: PreparedRequest
@@ -269,7 +337,12 @@ class ChatGPTAdapter(BaseLLMAdapter):
             tools and self.is_openai and _LATEST.match(self.model_name)
         ):
             return self.sibling("responses")
+        if self.is_openai and any(map(_is_result_with_media, prepared.messages)):
+            return self.sibling("responses")
         effort = options.get("reasoning_effort")
+        if self.is_openai and effort == "max":
+            # https://platform.openai.com/docs/guides/reasoning (2026-11-25)
+            return self.sibling("responses")
         if tools and _must_bridge(
             litellm, self.model_name, tools, effort, self.endpoint.base_url
         ):
@@ -314,6 +387,26 @@ class ChatGPTAdapter(BaseLLMAdapter):
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         return Outgoing("/chat/completions", JSON_HEADERS, body)
 
+    async def find_model_list(self) -> ModelList:
+        """Return the list beside the chat's path, which is not the base URL's for all."""
+        if self.provider is OPENAI:
+            return self.model_list
+        litellm = await load_litellm()
+        facts = describe(litellm, self.provider.litellm)
+        chat = path_below(litellm, facts, "", self.endpoint.base_url or "")
+        beside = chat.rstrip("/").removesuffix("/chat/completions")
+        return replace(self.model_list, path=f"{beside}{self.model_list.path}")
+
+    def _check_object(self, attempt: Attempt) -> Mapping[str, Any]:
+        """Return the JSON of an answer; Together's list of models is a bare array.
+
+        Source: https://docs.together.ai/reference/models-1 (2026-11-25).
+        """
+        is_bare = attempt.body.lstrip().startswith(b"[")
+        if is_bare and self.provider.name == "together_ai":
+            attempt.body = bytearray(b'{"data":%b}' % bytes(attempt.body))
+        return super()._check_object(attempt)
+
     def has_answer(self, body: Mapping[str, Any]) -> bool:
         """Say whether each choice has a message, or was filtered whole by Azure."""
         choices = body.get("choices")
@@ -349,22 +442,54 @@ def _shorten(call_id: str) -> str:
     return f"call_{blake2b(call_id.encode(), digest_size=16).hexdigest()}"
 
 
+def _is_result_with_media(message: Message) -> bool:
+    """Say whether a tool gave more than text, which chat completions do not take.
+
+    Source: https://platform.openai.com/docs/api-reference/chat/create (2026-11-25).
+    """
+    content = message.get("content")
+    parts = content if message["role"] == "tool" and isinstance(content, list) else ()
+    return any(isinstance(p, Mapping) and p.get("type") != "text" for p in parts)
+
+
 def _must_bridge(
     litellm: Any, model: str, tools: Any, effort: Any, base_url: str | None
 ) -> bool:
-    """Ask LiteLLM whether a request with tools must go to the Responses endpoint."""
+    """Ask LiteLLM whether a request with tools must go to the Responses endpoint.
+
+    A LiteLLM that has moved or changed its check counts as one that says no.
+    """
     try:
-        from litellm.responses.bridge_check import responses_api_bridge_check as check
+        info, _ = _bridge_check(litellm)(
+            model=model,
+            custom_llm_provider="openai",
+            tools=tools,
+            reasoning_effort=effort,
+            api_base=base_url,
+        )
+        return bool(info.get("mode") == "responses")
+    except Exception as exc:  # noqa: BLE001 - any change in LiteLLM means the same here
+        key = ("bridge check", id(litellm))
+        if key not in _warned:
+            _warned.add(key)
+            _log.warning(
+                "the installed LiteLLM does not say which requests need OpenAI's"
+                " Responses endpoint (%r); they go to chat completions",
+                exc,
+            )
+        return False
+
+
+def _bridge_check(litellm: Any) -> Any:
+    try:
+        from litellm.responses.bridge_check import responses_api_bridge_check
     except ImportError:  # 1.105
-        check = litellm.main.responses_api_bridge_check
-    info, _ = check(
-        model=model,
-        custom_llm_provider="openai",
-        tools=tools,
-        reasoning_effort=effort,
-        api_base=base_url,
-    )
-    return bool(info.get("mode") == "responses")
+        return litellm.main.responses_api_bridge_check
+    return responses_api_bridge_check
+
+
+_log = logging.getLogger("dipeo_llm")
+_warned: set[tuple[str, int]] = set()
 
 
 def read_chat_completion(body: Mapping[str, Any]) -> Reading:
@@ -373,10 +498,15 @@ def read_chat_completion(body: Mapping[str, Any]) -> Reading:
     messages = [choice.get("message") or {} for choice in choices]
     first = messages[0] if messages else {}
     texts = [_join_text(message.get("content")) for message in messages]
-    finish = choices[0].get("finish_reason") if choices else None
+    finish: Any = choices[0].get("finish_reason") if choices else None
     calls = first.get("tool_calls") or ()
     if not calls and first.get("function_call"):  # the form that `tool_calls` replaced
         calls = [{"function": first["function_call"]}]
+    made = [_read_call(body, index, call) for index, call in enumerate(calls)]
+    if answers := [call.arguments_text for call in made if call.name == _JSON_TOOL]:
+        texts[0] = answers[0]
+        made = [call for call in made if call.name != _JSON_TOOL]
+        finish = "stop" if finish == "tool_calls" and not made else finish
     return Reading(
         text=texts[0] if texts else "",
         texts=texts if len(texts) > 1 else [],
@@ -384,23 +514,44 @@ def read_chat_completion(body: Mapping[str, Any]) -> Reading:
         or first.get("reasoning")
         or _join_thinking(first.get("content"))
         or None,
-        tool_calls=[_read_call(body, index, call) for index, call in enumerate(calls)],
-        finish="tool_calls" if finish == "function_call" else finish,
+        tool_calls=made,
+        finish=_FINISH.get(finish, finish),
         refusal=first.get("refusal") or None,
         model=body.get("model"),
         id=body.get("id"),
         usage=_read_usage(body),
-        searches=merge_pages(
-            WebSearchResult(url=c.get("url", ""), title=c.get("title") or "")
-            for a in first.get("annotations") or ()
-            if (c := a.get("url_citation"))
-        ),
+        searches=merge_pages(_read_searches(body, first)),
         images=[
             image
             for part in first.get("images") or ()
             if (image := _read_image(part.get("image_url", {}).get("url", "")))
         ],
     )
+
+
+def _read_searches(body: Mapping[str, Any], message: JSON) -> Iterator[WebSearchResult]:
+    """Yield the pages that an answer rests on.
+
+    OpenAI and OpenRouter annotate the message. Perplexity lists its `search_results`
+    beside the choices, and the URLs alone as `citations`, as xAI does
+    (https://docs.perplexity.ai/api-reference/chat-completions-post,
+    https://docs.x.ai/docs/guides/live-search; both 2026-11-25).
+    """
+    for annotation in message.get("annotations") or ():
+        if cited := annotation.get("url_citation"):
+            yield WebSearchResult(
+                url=cited.get("url", ""), title=cited.get("title") or ""
+            )
+    for page in body.get("search_results") or ():
+        if url := page.get("url"):
+            yield WebSearchResult(
+                url=url,
+                title=page.get("title") or "",
+                snippet=page.get("snippet") or "",
+            )
+    for url in body.get("citations") or ():
+        if isinstance(url, str):
+            yield WebSearchResult(url=url, title="")
 
 
 def _read_usage(body: Mapping[str, Any]) -> Any:
@@ -412,8 +563,9 @@ def _read_usage(body: Mapping[str, Any]) -> Any:
 
 
 def _read_call(body: Mapping[str, Any], index: int, call: JSON) -> ToolCall:
-    call_id = call.get("id") or make_call_id(body.get("id"), index, call)
-    made = read_tool_call(call_id, *read_function(call))
+    function = read_function(call)
+    call_id = call.get("id") or make_call_id(body.get("id"), index, function)
+    made = read_tool_call(call_id, *function)
     # Gemini's OpenAI endpoint, and LiteLLM's own results.
     extra = (call.get("extra_content") or {}).get("google") or {}
     own = call.get("provider_specific_fields") or {}
@@ -451,6 +603,7 @@ def _read_image(url: str) -> ImageGenerationResult | None:
     )
 
 
+_HEAD = ("id", "model", "usage", "service_tier", "citations", "search_results")
 _OPENAI_TEXTS = ("content", "refusal", "reasoning_content", "reasoning")
 
 
@@ -467,7 +620,7 @@ class OpenAIStream(StreamReader):
         """The call that a fragment with this index goes to, by choice and index."""
 
     def _event(self, event: JSON, chunks: list[StreamChunk]) -> None:
-        for name in ("id", "model", "usage", "service_tier"):
+        for name in _HEAD:
             if event.get(name) is not None:
                 self._head[name] = event[name]
         for choice in event.get("choices") or ():
@@ -526,7 +679,10 @@ class OpenAIStream(StreamReader):
             kept["text"].append(arguments)
         if call.get("extra_content"):
             kept["extra"] = call["extra_content"]
-        if choice == 0:
+        if kept["name"] == _JSON_TOOL:
+            if choice == 0 and arguments:
+                chunks.append(StreamChunk(arguments))
+        elif choice == 0:
             told = kept["id"] if call.get("id") else None
             chunks.append(
                 StreamChunk(

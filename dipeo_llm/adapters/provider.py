@@ -23,10 +23,10 @@ class Provider:
     """Other names, as a service or as the prefix of a model string."""
     base_url: str | None = None
     """The provider's address; None where only a key record or LiteLLM has one."""
+    base_url_example: str | None = None
+    """A base URL to be filled in, where only its user knows the address."""
     path: str = ""
     """Appended to a base URL that has no path."""
-    derives_address: bool = False
-    """Whether LiteLLM derives the address from a region or a project."""
     key_header: str = "authorization"
     """The header that carries the key; "authorization" carries a Bearer token."""
     needs_key: bool = True
@@ -51,6 +51,28 @@ class Provider:
     """Bare model names that belong to this provider."""
     media: MediaRules = field(default_factory=MediaRules)
     """The pictures, files and sounds that its models take."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name of the provider, its own first."""
+        return (self.name, self.litellm, *self.aliases)
+
+    def find_base_url(self, base_urls: Mapping[str, str]) -> str | None:
+        """Return the base URL that is set under one of the names, None for none.
+
+        Dashes count as underscores: a variable's name cannot have a dash.
+        """
+        urls = {
+            # A member of a string enum may stand for a name.
+            _plain(str(getattr(name, "value", name))): url
+            for name, url in base_urls.items()
+        }
+        plain = map(_plain, self.names)
+        return next((urls[name] for name in plain if name in urls), None)
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_")
 
 
 Page = Mapping[str, Any]

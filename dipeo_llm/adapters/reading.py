@@ -28,7 +28,7 @@ class Reading:
     thinking_blocks: list[JSON] = field(default_factory=list)
     """Anthropic's thinking blocks, which go back with a tool's result."""
     content_blocks: list[JSON] = field(default_factory=list)
-    """Anthropic's whole content, where the work of its own tools is a part of it."""
+    """Anthropic's or Google's whole content, where the work of their own tools is in it."""
     tool_calls: list[ToolCall] = field(default_factory=list)
     finish: str | None = None
     refusal: str | None = None

@@ -15,6 +15,7 @@ from dipeo_llm.errors import InvalidRequestError
 from dipeo_llm.message_formatter import has_content
 
 Message = dict[str, Any]
+JSONObject = dict[str, Any]
 
 
 @dataclass(slots=True)
@@ -56,37 +57,124 @@ def copy_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     return [
         copy_json(message)
         for message in messages
-        if message.get("role") == "tool"
+        if message.get("role") in {"tool", "function"}
         or message.get("tool_calls")
+        or message.get("function_call")
         or has_content(message.get("content"))
     ]
 
 
-def complete_arguments(messages: Sequence[Message]) -> None:
-    """Write the arguments of tool calls as JSON objects, in place; none are "{}".
+@dataclass(frozen=True, slots=True, eq=False)
+class _OpenCall:
+    """A call of a tool that waits for its result."""
 
-    vLLM fails at an empty text, Gemini gets invented arguments for it, Ollama's
-    translation raises.
+    id: str
+    """As the conversation has it."""
+    call: JSONObject
+
+
+def complete_tool_turns(messages: Sequence[Message]) -> list[Message]:
+    """Return messages whose calls of tools and results are in one form.
+
+    The form that `tool_calls` replaced, `function_call`, becomes `tool_calls`. Each call
+    gets an id and arguments as a JSON object, and each result the id of its call, where
+    the conversation leaves them out; a result without content is an empty text.
 
     Raises:
-        InvalidRequestError: The arguments are not a JSON object, such as those of an
-            answer that was cut off.
+        InvalidRequestError: A call has no name, or its arguments are not a JSON object,
+            such as those of an answer that was cut off; a call has no result before the
+            conversation goes on, or a result has no call. OpenAI, Anthropic and Google
+            answer 400 to these.
     """
+    open_calls: list[_OpenCall] = []
+    complete = []
     for number, message in enumerate(messages):
-        for call in message.get("tool_calls") or ():
-            function = call.get("function")
-            if not isinstance(function, dict):
-                continue
-            given = function.get("arguments")
-            if isinstance(given, dict):
-                function["arguments"] = json.dumps(given, ensure_ascii=False)
-            elif given is None or (isinstance(given, str) and not given.strip()):
-                function["arguments"] = "{}"
-            elif not _is_json_object(given):
-                raise InvalidRequestError(
-                    f"message {number} calls {function.get('name')!r} with arguments that"
-                    " are not a JSON object; leave the call out, or complete them"
-                )
+        role = message["role"]
+        if role in {"tool", "function"}:
+            complete.append(_complete_result(number, message, open_calls))
+            continue
+        if role in {"user", "assistant"} and open_calls:
+            raise _unanswered(open_calls)
+        if (legacy := message.pop("function_call", None)) and role == "assistant":
+            message.setdefault("tool_calls", [{"function": legacy}])
+        calls = message.get("tool_calls")
+        if not calls:
+            message.pop("tool_calls", None)
+        else:
+            for index, call in enumerate(_check_calls(number, calls)):
+                _complete_call(number, index, call, open_calls)
+        complete.append(message)
+    if open_calls:
+        raise _unanswered(open_calls)
+    return complete
+
+
+def _check_calls(number: int, calls: Any) -> list[JSONObject]:
+    for call in calls if isinstance(calls, list) else [None]:
+        function = call.get("function") if isinstance(call, dict) else None
+        name = function.get("name") if isinstance(function, dict) else None
+        if not (isinstance(name, str) and name):
+            raise InvalidRequestError(
+                f"`tool_calls` of message {number} must be a list of dicts such as"
+                ' {"id": …, "type": "function", "function": {"name": …, "arguments": …}}'
+            )
+    return list(calls)
+
+
+def _complete_call(
+    number: int, index: int, call: JSONObject, open_calls: list[_OpenCall]
+) -> None:
+    """Complete a call in place, and add it to those that wait for a result."""
+    given = call.get("id")
+    call["id"] = f"call_{number}_{index}" if given in (None, "") else str(given)
+    call.setdefault("type", "function")
+    open_calls.append(_OpenCall(call["id"], call))
+    if any(other.call["id"] == call["id"] for other in open_calls[:-1]):
+        call["id"] += f"_{index}"  # some servers give every call the same id
+    function = call["function"]
+    arguments = function.get("arguments")
+    if isinstance(arguments, dict):
+        function["arguments"] = json.dumps(arguments, ensure_ascii=False)
+    elif arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+        # vLLM fails at an empty text, Gemini gets invented arguments for it, Ollama's
+        # translation raises.
+        function["arguments"] = "{}"
+    elif not _is_json_object(arguments):
+        raise InvalidRequestError(
+            f"message {number} calls {function['name']!r} with arguments that are not a"
+            " JSON object; leave the call out, or complete them"
+        )
+
+
+def _complete_result(
+    number: int, message: Message, open_calls: list[_OpenCall]
+) -> Message:
+    """Return the result of a tool with the id of its call, which is answered then."""
+    given, name = message.get("tool_call_id"), message.get("name")
+    fitting = [
+        each
+        for each in open_calls
+        if given in (None, "", each.id) or str(given) == each.id
+    ]
+    named = [each for each in fitting if each.call["function"]["name"] == name]
+    if not fitting or (given in (None, "") and name and not named):
+        raise InvalidRequestError(
+            f"message {number} is the result of a tool, but no call with its id"
+            f" ({given!r}) waits for one; append `ChatResult.to_messages()` before the"
+            " results"
+        )
+    answered = (named or fitting)[0]
+    open_calls.remove(answered)
+    content = message.get("content") or ""
+    call_id = answered.call["id"]
+    return {**message, "role": "tool", "tool_call_id": call_id, "content": content}
+
+
+def _unanswered(open_calls: Sequence[_OpenCall]) -> InvalidRequestError:
+    names = ", ".join(f"{o.call['function']['name']} ({o.id})" for o in open_calls)
+    return InvalidRequestError(
+        f"calls of tools have no result: {names}; append `ToolCall.to_message(…)` of each"
+    )
 
 
 def _is_json_object(text: Any) -> bool:

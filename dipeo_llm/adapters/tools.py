@@ -8,6 +8,7 @@ from typing import Any
 from dipeo_llm.domain import ToolConfig, ToolType
 from dipeo_llm.errors import InvalidRequestError
 from dipeo_llm.functions import function_tool
+from dipeo_llm.structured import object_schema
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,25 +59,72 @@ def sort_tools(tools: Sequence[Any]) -> Tools:
                 f"a tool must be a function, a function-tool dict or a ToolConfig; got"
                 f" {reprlib.repr(tool)}"
             )
+    names = [tool["function"]["name"] for tool in found.functions]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise InvalidRequestError(
+            f"two tools have the name {min(twice)!r}; a call would not tell which is meant"
+        )
     return found
+
+
+def read_choice(choice: str | Mapping[str, Any]) -> str | dict[str, Any]:
+    """Return a `tool_choice` in the format of OpenAI's chat API.
+
+    Args:
+        choice: A word, or a dict that names a function in the format of OpenAI's chat or
+            Responses API, or of Anthropic.
+
+    Raises:
+        InvalidRequestError: The dict names no function.
+    """
+    if isinstance(choice, str):
+        return choice
+    function = choice.get("function", choice)
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str):
+        raise InvalidRequestError(
+            "`tool_choice` must be 'auto', 'none', 'required' or"
+            ' {"type": "function", "function": {"name": …}}'
+        )
+    return {"type": "function", "function": {"name": name}}
 
 
 def _function_dict(tool: Mapping[str, Any]) -> dict[str, Any]:
     """Return a function tool in the format of OpenAI's chat API."""
     inner = tool.get("function", tool)
-    if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
+    name = inner.get("name") if isinstance(inner, Mapping) else None
+    if not (isinstance(name, str) and name.strip()):
         raise InvalidRequestError(
             "a function tool needs a name:"
             ' {"type": "function", "function": {"name": …, "parameters": …}}'
         )
     if inner is not tool:
-        return dict(tool)
+        function = dict(inner)
+        if "parameters" in function:
+            function["parameters"] = _read_schema(name, function["parameters"])
+        return {**tool, "type": "function", "function": function}
     function = {key: tool[key] for key in _FUNCTION_KEYS if tool.get(key) is not None}
     for key in _SCHEMA_KEYS:
         if key in tool:
-            function["parameters"] = tool[key]
+            function["parameters"] = _read_schema(name, tool[key])
     rest = {"cache_control": tool["cache_control"]} if "cache_control" in tool else {}
     return {"type": "function", "function": function, **rest}
+
+
+def _read_schema(name: str, schema: Any) -> dict[str, Any]:
+    """Return the schema of a tool's arguments with an object at its root.
+
+    Raises:
+        InvalidRequestError: The arguments would not be an object.
+    """
+    if schema is None:
+        schema = {}
+    read = object_schema(schema) if isinstance(schema, Mapping) else None
+    if read is None:
+        raise InvalidRequestError(
+            f"the parameters of the tool {name!r} must be a JSON schema of an object"
+        )
+    return {"type": "object", "properties": {}, **read}
 
 
 _FUNCTION_KEYS = ("name", "description", "strict")

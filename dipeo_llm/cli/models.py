@@ -1,6 +1,8 @@
 """`dipeo-llm models` and `dipeo-llm provider`: what there is, and whose it is."""
 
 import os
+import sys
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -25,8 +27,11 @@ from dipeo_llm.errors import APIKeyNotFoundError, DiPeOLLMError
 _MODELS = """\
 List the models that a provider offers to your key, one on a line, as `chat` takes them.
 
-Without SERVICE: of every provider whose key is in the environment, and of Ollama if
-OLLAMA_HOST or DIPEO_LLM_OLLAMA_BASE_URL is set.
+Without SERVICE: of OpenAI, DeepSeek, Anthropic and Google, of those whose key is in the
+environment, and of Ollama if OLLAMA_HOST or DIPEO_LLM_OLLAMA_BASE_URL is set.
+
+With --providers: list what can be named as SERVICE, with the variable of its key and its
+address. That asks nobody.
 """
 
 _MODELS_EPILOG = """\
@@ -35,6 +40,7 @@ Examples:
   dipeo-llm models anthropic
   dipeo-llm models openai --key-id OPENAI_API_KEY --json
   dipeo-llm models ollama --base-url http://192.168.1.5:11434
+  dipeo-llm models --providers
 """
 
 _PROVIDER_EPILOG = """\
@@ -57,9 +63,23 @@ The exit code is 1 if nobody claims the name.
     "service", required=False, type=service, shell_complete=complete_service
 )
 @connection
-@click.option("--json", "as_json", is_flag=True, help="Print {service: [model, ...]}.")
-def models(service: str | None, *, as_json: bool, **connection: Any) -> Exit:
+@click.option("--providers", is_flag=True, help="List the providers instead.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print {service: [model, ...]}, or a list of providers.",
+)
+def models(
+    service: str | None, *, providers: bool, as_json: bool, **connection: Any
+) -> Exit:
     """List the models of one provider, or of all that the environment leads to."""
+    if providers:
+        if service or any(connection.values()):
+            raise UsageError(
+                "--providers takes no SERVICE and no other option but --json"
+            )
+        return _list_providers(as_json=as_json)
     if not service and (connection["key_id"] or connection["base_url"]):
         raise UsageError("--key-id and --base-url need a SERVICE")
     code = Exit.OK
@@ -75,6 +95,38 @@ def models(service: str | None, *, as_json: bool, **connection: Any) -> Exit:
         names = (f"{provider}/{name}" for provider in found for name in found[provider])
         terminal.write(terminal.lines(names))
     return code
+
+
+def _list_providers(*, as_json: bool) -> Exit:
+    """Print every provider: a table on a terminal, else fields with tabs between."""
+    terminal.show_status("loading LiteLLM ...")
+    rows = factory.list_providers()
+    if as_json:
+        terminal.write_json([asdict(row) for row in rows])
+        return Exit.OK
+    table = [
+        (
+            row.prefix,
+            row.engine,
+            " or ".join(row.key_variables) or "-",
+            row.address or row.example or "-",
+            row.notes if row.engine == "refused" else "",
+        )
+        for row in rows
+    ]
+    if terminal.is_terminal(sys.stdout):
+        widths = [
+            max(map(len, column)) for column in list(zip(*table, strict=True))[:2]
+        ]
+        lines = (
+            f"{prefix:{widths[0]}}  {engine:{widths[1]}}"
+            f"  {reason or f'{address}  {variables}'}"
+            for prefix, engine, variables, address, reason in table
+        )
+    else:
+        lines = ("\t".join(row).rstrip() for row in table)
+    terminal.write("".join(f"{terminal.escape(line)}\n" for line in lines))
+    return Exit.OK
 
 
 async def _list_models(provider: str, key_id: str | None, **settings: Any) -> list[str]:
