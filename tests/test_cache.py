@@ -1053,3 +1053,10 @@ async def test_a_reader_of_a_shared_stream_has_its_own_deadline(
         await first
     assert (await second)[1].text == Answer().text
     assert len(server.requests) == 1
+
+
+def test_redis_without_redis_py(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error at start says what to install."""
+    monkeypatch.setitem(sys.modules, "redis", None)
+    with pytest.raises(SettingsError, match=r"dipeo-llm\[redis\]"):
+        ResponseCache("redis://:secret-word@127.0.0.1:1")
