@@ -332,6 +332,8 @@ class ResponseCache:
         self._turns = None if self.redis is None else Turns(self.redis)
         self._flights = Flights()
         self._streams = Streams()
+        self._reading: set[str] = set()
+        """The keys that a caller looks for."""
         self.stats = CacheStats()
         self._has_logged = False
 
@@ -361,13 +363,13 @@ class ResponseCache:
         if entry is None:
             return await send(progress)
         shares = request.coalesce and request.cache is None
-        # Where another process may hold the answer, one caller looks for all.
-        looks_first = not shares or self._turns is None
-        if looks_first and (found := await self._find(entry, request)) is not None:
+        # Callers with another timeout must not get each other's timeout error.
+        flight = (entry.key, request.timeout)
+        # Of many that ask at once, one looks in Redis and the others join a flight.
+        joins = shares and (flight in self._flights or entry.key in self._reading)
+        if not joins and (found := await self._find(entry, request)) is not None:
             return found
         if shares:
-            # Callers with another timeout must not get each other's timeout error.
-            flight = (entry.key, request.timeout)
             return await self._flights.run(
                 flight, progress, partial(self._fetch, entry, send)
             )
@@ -417,7 +419,11 @@ class ResponseCache:
     async def _find(self, entry: "_Entry", request: ChatRequest) -> Result | None:
         if request.cache == "refresh":
             return None
-        found = await entry.find()
+        self._reading.add(entry.key)
+        try:
+            found = await entry.find()
+        finally:
+            self._reading.discard(entry.key)
         if found is None and request.cache == "only":
             raise _miss(entry.adapter)
         return found

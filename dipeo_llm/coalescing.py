@@ -70,6 +70,10 @@ class Flights:
             asyncio.AbstractEventLoop, dict[Hashable, _Flight]
         ] = WeakKeyDictionary()
 
+    def __contains__(self, identity: Hashable) -> bool:
+        """Say whether there is such a call in flight on this event loop."""
+        return identity in self._here()
+
     def __len__(self) -> int:
         """Return the number of calls in flight on this event loop."""
         return len(self._here())
