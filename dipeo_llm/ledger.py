@@ -17,6 +17,9 @@ OTHER = "(other)"
 MOST_KEYS = 1000
 """Most persons that are listed; likewise models, providers and executions."""
 
+_BATCH = 64
+"""Records that are added up at once, which is faster than one by one."""
+
 
 @dataclass(frozen=True, slots=True)
 class UsageTotals:
@@ -69,8 +72,8 @@ class Ledger:
 
     def __init__(self, most_keys: int = MOST_KEYS) -> None:
         self._most_keys = most_keys
-        # A record waits here for a moment: `append` is atomic, needs no lock, and may
-        # be called by the garbage collector in the midst of an addition.
+        # Records wait here for the next batch or snapshot. `append` is atomic: it needs
+        # no lock, so the garbage collector may add a call in the midst of a batch.
         self._waiting: deque[CallRecord] = deque()
         self._lock = threading.Lock()
         self._books = _Books(most_keys)
@@ -78,7 +81,7 @@ class Ledger:
     def add(self, record: CallRecord) -> None:
         """Add a call."""
         self._waiting.append(record)
-        if self._lock.acquire(blocking=False):
+        if len(self._waiting) >= _BATCH and self._lock.acquire(blocking=False):
             try:
                 self._add_waiting()
             finally:

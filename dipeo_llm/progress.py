@@ -127,8 +127,8 @@ class CallProgress:
 
     # What happens in a call, in this order.
 
-    def place(self, service: str, model: str, base_url: str | None) -> None:
-        """Note the provider, its name of the model, and the address."""
+    def place(self, service: str, model: str, base_url: str | None = None) -> None:
+        """Note the provider, its name of the model, and the address if it is known."""
         self.service, self.model, self._base_url = service, model[:256], base_url
 
     def send(self, messages: Sequence[Mapping[str, Any]]) -> None:

@@ -89,4 +89,5 @@ class CallRecord:
     person_id: str | None = None
     """The person of `complete_with_person`."""
     labels: Mapping[str, str] = field(default_factory=dict)
-    """Those of `execution_phase`, `execution_id` and `trace_id` that were given."""
+    """Those of `execution_phase`, `execution_id`, `trace_id`, `person_name` and `node_id`
+    that were given."""

@@ -130,13 +130,14 @@ class CallReporter:
             return None
         if not inspect.isawaitable(made):
             return None
-        waiting = _wait_for(made)
         try:
-            task = asyncio.get_running_loop().create_task(waiting)
+            loop = asyncio.get_running_loop()
         except RuntimeError:
-            waiting.close()
+            if inspect.iscoroutine(made):
+                made.close()
             _log.warning("on_call was not awaited: its event loop has ended")
             return None
+        task = loop.create_task(_wait_for(made))
         self._hooks.add(task)
         task.add_done_callback(self._hooks.discard)
         return task

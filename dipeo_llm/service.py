@@ -409,11 +409,12 @@ class LLMInfraService:
         """
         options = {"tools": list(tools), "service": service}
         call = self._check_call(options, model, api_key_id, messages)
-        adapter = await self._find_adapter(call)
-        request = await self._prepare_media(call.request, adapter)
-        return await self._retry_question(
-            adapter, partial(adapter.count_tokens, request)
-        )
+        async with CallProgress() as progress:
+            adapter = await self._find_adapter(call, progress)
+            request = await self._prepare_media(call.request, adapter)
+            return await self._retry(
+                adapter, partial(adapter.count_tokens, request), progress
+            )
 
     def capabilities(self, model: str, *, service: Any = None) -> Capabilities:
         """Say what a model takes and costs, by LiteLLM's table.
@@ -596,7 +597,7 @@ class LLMInfraService:
     async def _answer(self, call: _Call, progress: CallProgress) -> ChatResult[Any]:
         """Find the adapter, prepare the media, and try until there is a result."""
         progress.send(call.request.messages)
-        adapter = await self._find_adapter(call)
+        adapter = await self._find_adapter(call, progress)
         request = await self._prepare_media(call.request, adapter)
         return await self._retry(adapter, partial(adapter.complete, request), progress)
 
@@ -618,13 +619,15 @@ class LLMInfraService:
     async def _open(self, call: _Call, progress: CallProgress) -> Opened:
         """Do as `_answer` for a stream, until its first chunk is there."""
         progress.send(call.request.messages)
-        adapter = await self._find_adapter(call)
+        adapter = await self._find_adapter(call, progress)
         request = await self._prepare_media(call.request, adapter)
         return await self._retry(
             adapter, partial(_open_stream, adapter, request), progress
         )
 
-    async def _find_adapter(self, call: _Call) -> BaseLLMAdapter:
+    async def _find_adapter(
+        self, call: _Call, progress: CallProgress
+    ) -> BaseLLMAdapter:
         """Place the model, find the key, and make the adapter."""
         placed = await self._place(call.model, call.service)
         if placed is None and call.api_key_id:
@@ -634,6 +637,7 @@ class LLMInfraService:
         if placed is None:
             raise factory.unknown_model(call.model)
         provider, name = placed
+        progress.place(provider.name, name)
         key = await self._find_key(call.api_key_id, provider)
         return self._make_adapter(provider, name, key)
 

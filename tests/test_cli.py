@@ -747,7 +747,7 @@ async def test_an_answer_that_does_not_follow_the_schema_is_a_failure(
         ("{", "it is not JSON: "),
         ("[]", "it does not hold a JSON schema: a JSON schema must be an object"),
         ("{}", "it does not hold a JSON schema: "),
-        ('{"type": "river"}', "it does not hold a JSON schema: 'river' is not valid"),
+        ('{"type": "river"}', "it does not hold a JSON schema:"),
     ],
 )
 async def test_a_schema_that_cannot_be_used_is_a_wrong_argument(

@@ -185,7 +185,8 @@ def test_static_keys_are_their_own_copy() -> None:
     record["key"] = "sk-3"
 
     assert untouched
-    assert keys.get_api_key("a")["key"] == "sk-1"
+    again: Any = keys.get_api_key("a")
+    assert again["key"] == "sk-1"
 
 
 def test_an_unknown_static_id_lists_the_known_ones() -> None:

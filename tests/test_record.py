@@ -211,6 +211,7 @@ async def test_a_call_that_sends_nothing_is_recorded(recorded: OpenRecorded) -> 
             with pytest.raises(DiPeOLLMError):
                 await service.complete(ASKED, model, key)
 
+    assert [r.service for r in records] == ["openai", None]
     assert [r.model for r in records] == ["gpt-4.1-nano", "no-such-model"]
     assert [r.status for r in records] == ["error", "error"]
     assert [(r.attempts, r.requests) for r in records] == [((), 0)] * 2
@@ -341,14 +342,14 @@ async def test_labels_and_persons_are_recorded() -> None:
 
     async with mocked(on_call=records.append) as service:
         await ask_mock(service, execution_id=42, execution_phase=Phase.CHOICE)
-        await ask_mock(service, options={"trace_id": "t" * 999})
+        await ask_mock(service, options={"trace_id": "t" * 999}, node_id="n")
         await service.complete_with_person(said, 7, config, execution_id="e")
         async with service.stream_with_person(said, 7, config) as stream:
             await stream.result()
 
     assert [record.labels for record in records] == [
         {"execution_id": "42", "execution_phase": "choice"},
-        {"trace_id": "t" * 256},
+        {"trace_id": "t" * 256, "node_id": "n"},
         {"execution_id": "e"},
         {},
     ]
@@ -532,10 +533,15 @@ async def test_a_stream_that_cannot_be_opened_is_recorded(
     assert (record.first_chunk, record.chunks, record.requests) == (None, 0, 2)
 
 
-def test_a_stream_that_outlives_its_loop_is_recorded() -> None:
-    """The garbage collector finds it when its loop is closed; a function still runs."""
-    records: list[CallRecord] = []
-    service = mocked(["a", "b"], on_call=records.append)
+@pytest.mark.parametrize("is_coroutine", [False, True])
+def test_a_stream_that_outlives_its_loop_is_recorded(
+    caplog: pytest.LogCaptureFixture, *, is_coroutine: bool
+) -> None:
+    """The garbage collector finds it; there is no loop any more to run a coroutine."""
+    hook = _Hook()
+    service = mocked(
+        ["a", "b"], on_call=hook.coroutine if is_coroutine else hook.function
+    )
     held: list[ChatStream] = []
 
     async def main() -> None:
@@ -546,8 +552,10 @@ def test_a_stream_that_outlives_its_loop_is_recorded() -> None:
     held.clear()
     gc.collect()
 
-    assert [record.status for record in records] == ["left"]
-    assert service.usage().total.calls == 1
+    statuses = [record.status for record in hook.records]
+    assert statuses == ([] if is_coroutine else ["left"])
+    assert ("on_call was not awaited" in caplog.text) is is_coroutine
+    assert service.usage().total.cancelled == 1
 
 
 # --- the hook -------------------------------------------------------------------------

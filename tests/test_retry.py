@@ -141,7 +141,7 @@ async def test_the_backoff_grows_to_its_limit() -> None:
 async def test_a_deadline_tells_what_failed_before() -> None:
     """The error at the deadline is a timeout that is not worth another try."""
     progress = CallProgress(2.5)
-    progress.place("openai", "m", None)
+    progress.place("openai", "m")
     progress.begin_attempt()
     progress.last = ServiceUnavailableError("it is down")
 

@@ -11,11 +11,19 @@ EVERYWHERE = ["openai", "anthropic", "google", "ollama", "deepseek", "vertex", "
 
 
 def prepare(provider: str, *messages: dict[str, Any]) -> list[dict[str, Any]]:
-    """Prepare a conversation that ends with some messages."""
+    """Prepare some messages in a conversation that gives calls and results their other."""
     first = {"role": "user", "content": "Hello"}
+    before: tuple[dict[str, Any], ...] = ()
+    after: tuple[dict[str, Any], ...] = ()
+    if messages[0]["role"] in {"tool", "function"}:
+        call = {"role": "assistant", "content": "b", "tool_calls": [CALL]}
+        before = (call,)
+    if messages[-1].get("tool_calls"):
+        after = ({"role": "tool", "content": "r", "tool_call_id": "a", "name": "f"},)
     adapter = create_adapter(provider, "a-model", "k", "http://127.0.0.1:9")
-    request = ChatRequest(messages=[first, *messages])
-    return adapter.prepare(request).messages[1:]
+    request = ChatRequest(messages=[first, *before, *messages, *after])
+    made = adapter.prepare(request).messages
+    return made[1 + len(before) : len(made) - len(after)]
 
 
 @pytest.mark.parametrize("provider", EVERYWHERE)
@@ -46,7 +54,6 @@ SAID: dict[str, Any] = {
     "content": "b",
     "name": "me",
     "tool_calls": [CALL],
-    "function_call": CALL["function"],
     "reasoning_content": "Hm.",
     "thinking_blocks": [{"type": "thinking", "thinking": "Hm.", "signature": "s"}],
     "provider_specific_fields": {"thought_signatures": ["c2ln"]},
