@@ -127,8 +127,8 @@ class LLMInfraService(service.LLMInfraService):
                 `execution_id` and `node_id`. `temperature` is 0 if it is not given.
 
         Returns:
-            Ids of candidates, in the model's order. Without criteria or candidates there
-            are none, and no request is made.
+            Ids of candidates, in the model's order. Without criteria or candidates the
+            list is empty, and no request is made.
 
         Raises:
             StructuredOutputError: The model's answer is not a list of ids.

@@ -276,6 +276,8 @@ def _media_of(
     name = part.get("type")
     if not isinstance(name, str):
         raise _PartError('a part needs a `type`, such as {"type": "text", "text": …}')
+    if name == "text" and not isinstance(part.get("text"), str):
+        raise _PartError("a part of type 'text' needs a `text`")
     if name not in _KINDS:
         return None
     body = part[name]

@@ -104,12 +104,7 @@ def _form_of_mapping(asked: Mapping[str, Any]) -> Form:
 
 
 def _form_of_schema(asked: Mapping[str, Any], name: Any, strict: Any) -> Form:
-    try:
-        _check_schema(to_json(asked))
-    except PydanticSerializationError as exc:
-        raise InvalidRequestError(
-            f"`response_format` is not JSON: {reason(exc)}"
-        ) from exc
+    _check_references(check_schema(asked, "`response_format`"))
     schema = object_schema(asked)
     form = _json_schema(
         _clean_name(str(name or "")),
@@ -123,35 +118,57 @@ def _form_of_schema(asked: Mapping[str, Any], name: Any, strict: Any) -> Form:
     )
 
 
+def check_schema(schema: Mapping[str, Any], what: str) -> Mapping[str, Any]:
+    """Return a schema that is valid.
+
+    Args:
+        schema: A JSON schema of the caller's.
+        what: How to name it in the error.
+
+    Raises:
+        InvalidRequestError: It is not valid, or not JSON.
+    """
+    try:
+        _check_schema(to_json(schema), what)
+    except PydanticSerializationError as exc:
+        raise InvalidRequestError(f"{what}: not JSON: {reason(exc)}") from exc
+    return schema
+
+
 @functools.lru_cache(maxsize=256)  # it takes milliseconds
-def _check_schema(text: bytes) -> None:
-    """Refuse a schema that is invalid, or refers to something that is not in it."""
+def _check_schema(text: bytes, what: str) -> None:
     import jsonschema
-    import referencing
-    from referencing.jsonschema import DRAFT202012
 
     schema = json.loads(text)
     try:
         jsonschema.validators.validator_for(schema).check_schema(schema)
-        root = referencing.Resource.from_contents(schema, DRAFT202012)
-        resolver = referencing.Registry().resolver_with_root(root)
-        for each in _all_references(schema):
-            _look_up(resolver, each)
     except jsonschema.SchemaError as exc:
+        where = ".".join(map(str, exc.absolute_path)) or "the root"
         raise InvalidRequestError(
-            f"`response_format` is not a valid JSON schema: {exc.message}"
+            f"{what}: not a valid JSON schema: {exc.message[:200]} at {where}"
         ) from exc
 
 
-def _look_up(resolver: Any, reference: str) -> None:
+def _check_references(schema: Mapping[str, Any]) -> None:
+    """Refuse a form that refers to something that is not in it.
+
+    The answer could not be checked, and nothing may be fetched for that.
+    """
+    references = _all_references(schema)
+    if not references:
+        return
     import referencing
+    from referencing.jsonschema import DRAFT202012
 
-    try:
-        resolver.lookup(reference)
-    except referencing.exceptions.Unresolvable as exc:
-        raise InvalidRequestError(
-            f"`response_format` refers to {reference!r}, which is not in the schema"
-        ) from exc
+    root = referencing.Resource.from_contents(dict(schema), DRAFT202012)
+    resolver = referencing.Registry().resolver_with_root(root)
+    for reference in references:
+        try:
+            resolver.lookup(reference)
+        except referencing.exceptions.Unresolvable as exc:
+            raise InvalidRequestError(
+                f"`response_format` refers to {reference!r}, which is not in the schema"
+            ) from exc
 
 
 def _all_references(node: Any) -> list[str]:

@@ -163,7 +163,7 @@ class SystemPromptHandler:
 
 
 def _merge(config: Any, call: Any) -> Mapping[str, Any] | None:
-    """Return the variables of a template, None if there are none at all."""
+    """Return the variables of a template; None means that it is not a template."""
     given = [variables for variables in (config, call) if variables is not None]
     for variables in given:
         if not isinstance(variables, Mapping):

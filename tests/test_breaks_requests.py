@@ -158,6 +158,7 @@ async def test_results_without_ids_meet_the_call_of_their_name(
         ([{"role": "assistant", "tool_calls": [{"id": "c"}]}], "tool_calls"),
         ([{"role": "assistant", "tool_calls": [call(None)]}], "tool_calls"),  # type: ignore[arg-type]
         ([{"role": "user", "content": [{"text": "x"}]}], "type"),
+        ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "text"),
     ],
 )
 async def test_a_conversation_that_no_provider_takes_is_refused(
@@ -188,6 +189,28 @@ async def test_a_picture_from_a_tool_goes_to_responses(asking: Requests) -> None
     )
 
     assert found.path == "/v1/responses"
+
+
+@each
+@pytest.mark.parametrize("stream", [False, True])
+async def test_half_a_character_is_refused(
+    service: LLMInfraService, server: ProviderServer, provider: str, *, stream: bool
+) -> None:
+    """A text that was cut in an emoji is not JSON, and no exception of pydantic's."""
+    cut: list[dict[str, Any]] = [{"role": "user", "content": "half: \ud83d"}]
+
+    async def ask() -> None:
+        if not stream:
+            await service.complete(cut, MODELS[provider], provider)
+            return
+        async with service.stream(cut, MODELS[provider], provider) as chunks:
+            async for _ in chunks:
+                pass
+
+    with pytest.raises(InvalidRequestError, match="nothing was sent"):
+        await ask()
+
+    assert server.requests == []
 
 
 @pytest.mark.parametrize("blocks", [5, ["a"], {"type": "text"}])
@@ -299,6 +322,10 @@ async def test_a_tools_schema_reaches_the_model_whole(
         {"tools": [tool(A), tool(A)]},
         {"tools": [tool(A, "")]},
         {"tools": [tool("x")]},
+        {"tools": [{"type": ["function"], "function": {"name": "look"}}]},
+        {"tools": [tool({"type": "object", "properties": {"a": 5}})]},
+        {"tools": [tool({"type": "object", "$defs": 5, "properties": {}})]},
+        {"stop": ["a", ""]},
         {"tools": [tool({"type": "string"})]},
         {"tools": [tool(A)], "tool_choice": {"type": "function", "function": "look"}},
         {"tools": [tool(A)], "tool_choice": {"type": "function", "name": "other"}},

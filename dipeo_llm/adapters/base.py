@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from urllib.parse import quote, urlencode, urlsplit
 
 from pydantic import SecretStr
-from pydantic_core import to_json
+from pydantic_core import PydanticSerializationError, to_json
 
 from dipeo_llm import client as http
 from dipeo_llm import litellm_import, litellm_tables
@@ -322,6 +322,8 @@ class BaseLLMAdapter:
         """Refuse options that the provider refuses, whatever the model."""
         row, stop = self.provider, options.get("stop")
         most, highest = row.most_stops, row.highest_temperature
+        if "" in ([stop] if isinstance(stop, str) else stop or ()):
+            raise self.invalid("`stop` has an empty text")
         if most and isinstance(stop, list) and len(stop) > most:
             raise self.invalid(
                 f"`stop` has {len(stop)} texts; {row.name} takes at most {most}"
@@ -535,6 +537,12 @@ class BaseLLMAdapter:
             exc.service = exc.service or self.provider.name
             exc.model = exc.model or self.model_name
             raise
+        except PydanticSerializationError as exc:
+            # Such as half of an emoji, where a text was cut.
+            raise InvalidRequestError(
+                f"the request is not JSON, nothing was sent: {self._clean(str(exc))}",
+                **self._fields(),
+            ) from None
         except MalformedStreamError as exc:
             attempt.body = bytearray(str(exc).encode())
             raise ServiceUnavailableError(

@@ -124,8 +124,11 @@ class ClaudeAdapter(BaseLLMAdapter):
         """Put one system prompt in front; keep thinking blocks and cache marks."""
         prepared = put_system_first(messages, COMMON_FIELDS | {"thinking_blocks"})
         for message in prepared:
-            if not all(isinstance(b, dict) for b in message.get("thinking_blocks", ())):
-                raise self.invalid("`thinking_blocks` of a message must be dicts")
+            blocks = message.get("thinking_blocks") or []
+            if not (isinstance(blocks, list) and all(map(_is_dict, blocks))):
+                raise self.invalid(
+                    "`thinking_blocks` of a message must be a list of dicts"
+                )
         return prepared
 
     def own_tool(self, tool: ToolConfig, options: dict[str, Any]) -> list[JSON]:
@@ -370,6 +373,10 @@ class ClaudeAdapter(BaseLLMAdapter):
         return AnthropicStream()
 
 
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
 def _kept_blocks(message: Mapping[str, Any]) -> list[JSON]:
     """Return the content blocks that a result of Claude's kept for the next request."""
     own = message.get("provider_specific_fields")
@@ -421,7 +428,9 @@ def _is_closed(schema: Any) -> bool:
         return all(map(_is_closed, schema))
     if not isinstance(schema, Mapping):
         return True
-    if True in (schema.get("properties") or {}).values() or schema.get("items") is True:
+    properties = schema.get("properties")
+    named = properties.values() if isinstance(properties, Mapping) else ()
+    if True in named or schema.get("items") is True:
         return False
     is_object = schema.get("type") == "object"
     if (

@@ -185,7 +185,9 @@ class ChatGPTAdapter(BaseLLMAdapter):
         )
         for message in prepared:
             message.setdefault("content", None)
-            if isinstance(name := message.get("name"), str):
+            if not isinstance(name := message.get("name"), str):
+                message.pop("name", None)
+            else:
                 message["name"] = re.sub(r"[\s<|\\/>]+", "_", name)[:64]
             if isinstance(call_id := message.get("tool_call_id"), str):
                 message["tool_call_id"] = _shorten(call_id)

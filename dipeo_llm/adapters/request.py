@@ -58,10 +58,14 @@ def copy_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
         copy_json(message)
         for message in messages
         if message.get("role") in {"tool", "function"}
-        or message.get("tool_calls")
-        or message.get("function_call")
+        or _has_calls(message)
         or has_content(message.get("content"))
     ]
+
+
+def _has_calls(message: Mapping[str, Any]) -> bool:
+    calls = message.get("tool_calls") or message.get("function_call")
+    return message.get("role") == "assistant" and bool(calls)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,12 +99,12 @@ def complete_tool_turns(messages: Sequence[Message]) -> list[Message]:
             continue
         if role in {"user", "assistant"} and open_calls:
             raise _unanswered(open_calls)
-        if (legacy := message.pop("function_call", None)) and role == "assistant":
-            message.setdefault("tool_calls", [{"function": legacy}])
-        calls = message.get("tool_calls")
-        if not calls:
-            message.pop("tool_calls", None)
-        else:
+        calls, legacy = (
+            message.pop("tool_calls", None),
+            message.pop("function_call", None),
+        )
+        if role == "assistant" and (calls or legacy):
+            message["tool_calls"] = calls = calls or [{"function": legacy}]
             for index, call in enumerate(_check_calls(number, calls)):
                 _complete_call(number, index, call, open_calls)
         complete.append(message)
@@ -278,6 +282,8 @@ def put_system_first(
         spoken.insert(0, {"role": "user", "content": "."})
     if not prompts:
         return spoken
-    is_plain = all(set(part) == {"type", "text"} for part in prompts)
+    is_plain = all(
+        set(part) == {"type", "text"} and part["type"] == "text" for part in prompts
+    )
     joined = "\n\n".join(part["text"] for part in prompts) if is_plain else prompts
     return [{"role": "system", "content": joined}, *spoken]

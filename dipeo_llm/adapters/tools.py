@@ -8,7 +8,7 @@ from typing import Any
 from dipeo_llm.domain import ToolConfig, ToolType
 from dipeo_llm.errors import InvalidRequestError
 from dipeo_llm.functions import function_tool
-from dipeo_llm.structured import object_schema
+from dipeo_llm.structured import check_schema, object_schema
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +36,12 @@ def sort_tools(tools: Sequence[Any]) -> Tools:
     for tool in tools:
         if isinstance(tool, Mapping):
             kind = getattr(tool.get("type"), "value", tool.get("type"))
-            if kind in set(ToolType):
+            if kind in list(ToolType):
                 config = {k: v for k, v in tool.items() if k != "type"}
                 found.provided.append(
                     ToolConfig(type=ToolType(kind), config=config or None)
                 )
-            elif kind in {"function", "custom", None}:
+            elif kind in ("function", "custom", None):
                 found.functions.append(_function_dict(tool))
             else:
                 raise InvalidRequestError(
@@ -98,6 +98,13 @@ def _function_dict(tool: Mapping[str, Any]) -> dict[str, Any]:
             "a function tool needs a name:"
             ' {"type": "function", "function": {"name": …, "parameters": …}}'
         )
+    if not isinstance(inner.get("description"), str | None) or not isinstance(
+        inner.get("strict"), bool | None
+    ):
+        raise InvalidRequestError(
+            f"the `description` of the tool {name!r} must be text, and its `strict` True"
+            " or False"
+        )
     if inner is not tool:
         function = dict(inner)
         if "parameters" in function:
@@ -117,14 +124,13 @@ def _read_schema(name: str, schema: Any) -> dict[str, Any]:
     Raises:
         InvalidRequestError: The arguments would not be an object.
     """
+    of = "the parameters of the tool"
     if schema is None:
         schema = {}
     read = object_schema(schema) if isinstance(schema, Mapping) else None
     if read is None:
-        raise InvalidRequestError(
-            f"the parameters of the tool {name!r} must be a JSON schema of an object"
-        )
-    return {"type": "object", "properties": {}, **read}
+        raise InvalidRequestError(f"{of} {name!r} must be a JSON schema of an object")
+    return {"type": "object", "properties": {}, **check_schema(read, f"{of} {name!r}")}
 
 
 _FUNCTION_KEYS = ("name", "description", "strict")
