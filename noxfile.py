@@ -250,7 +250,7 @@ def lock(session: nox.Session) -> None:
     session.run(
         "uv", "pip", "compile", "pyproject.toml", "--universal", "--quiet",
         "--no-emit-index-url", "--no-header", "--no-annotate",
-        *(f"--group={name}" for name in ("lint", "typing", "test", "demo")),
+        *(f"--group={name}" for name in ("lint", "typing", "test", "demo", "scaling")),
         "--output-file", "requirements.lock",
     )  # fmt: skip
     session.run(

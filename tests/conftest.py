@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -16,6 +17,11 @@ from dipeo_llm.keys import StaticAPIKeys
 from dipeo_llm.service import LLMInfraService
 from dipeo_llm.settings import Settings
 from tests.provider_server import ProviderServer
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts background jobs so, and the processes of the tests would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 PROVIDERS = ("openai", "anthropic", "google", "ollama")
 MODELS = {
