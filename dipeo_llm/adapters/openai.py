@@ -127,16 +127,6 @@ _EFFORTS: tuple[tuple[re.Pattern[str], frozenset[str]], ...] = (
     ),
     (re.compile(r"gpt-5-chat|(?:gpt-5.*-)?chat-latest"), frozenset()),
 )
-# Names of models that are not OpenAI's, wherever they are served. A name with a slash is
-# a repository's (vLLM, TGI, OpenRouter), one with a size after a colon is Ollama's.
-_OF_OTHERS = re.compile(
-    r"(?!(?:openai|azure)/)[^/]+/|[^:]+:\d+(?:\.\d+)?[bm]"
-    r"|(?:qw(?:en|q)|(?:code)?llama|mi[sx]tral|magistral|devstral|codestral|pixtral"
-    r"|ministral|(?:code)?gemm[ai]|gemini|claude|phi-?\d|deepseek|kimi|moonshot|glm|grok"
-    r"|command|granite|minimax|abab|yi-|hunyuan|ernie|doubao|step-|nemotron|olmo|falcon"
-    r"|exaone|smollm|lfm|jamba|nova|sonar|gpt-oss|llava|vicuna|hermes)",
-    re.IGNORECASE,
-)
 # https://platform.openai.com/docs/guides/structured-outputs (2026-11-25)
 _NOT_AT_THE_ROOT = frozenset({"oneOf", "anyOf", "allOf", "enum", "not"})
 # They answer 400 or 422 to a field of a message that they do not know:
@@ -213,11 +203,12 @@ class ChatGPTAdapter(BaseLLMAdapter):
     def _system_role(self) -> str:
         """The role of a system prompt; "developer" is OpenAI's.
 
-        Most servers of other models answer 400 to it, or pass the prompt over:
-        https://github.com/michelle-avery/openai-compatible-conversation/issues/21,
-        https://github.com/vastsa/PI-Desktop/issues/30 (2026-11-25).
+        A name with a slash is a repository's, on a server of other models (vLLM, TGI,
+        OpenRouter). Most of them answer 400 to the role, or pass the prompt over:
+        https://github.com/michelle-avery/openai-compatible-conversation/issues/21
+        (2026-11-25).
         """
-        is_other = not self.is_openai and _OF_OTHERS.match(self.model_name)
+        is_other = "/" in self.model_name and not self.is_openai
         return "system" if is_other else self.provider.system_role
 
     def _prepare_call(self, call: JSON) -> JSON:

@@ -167,11 +167,16 @@ def _write(text: str, stream: TextIO) -> None:
     """Write and flush; escape what the stream's encoding cannot represent."""
     encoding = stream.encoding or "utf-8"
     stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-    stream.flush()
+    try:
+        stream.flush()
+    except OSError:
+        if stream is sys.stdout:
+            discard_stdout()
+        raise
 
 
 def discard_stdout() -> None:
-    """Keep Python from flushing a broken pipe again when it exits."""
+    """Keep Python from flushing a broken pipe or a full disk again when it exits."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
