@@ -1322,7 +1322,7 @@ async def test_providers_are_listed(run: Run) -> None:
 
     assert (code, said) == (0, "")
     lines = [line.split("\t") for line in out.splitlines()]
-    assert len(lines) > 140
+    assert len(lines) > 130  # 138 on LiteLLM 1.105, 155 on 1.110
     by_name = {prefix: rest for prefix, *rest in lines}
     assert by_name["groq"] == [
         "direct",

@@ -432,7 +432,10 @@ def _is_closed(schema: Any) -> bool:
     named = properties.values() if isinstance(properties, Mapping) else ()
     if True in named or schema.get("items") is True:
         return False
-    is_object = schema.get("type") == "object"
+    kind = schema.get("type")
+    if isinstance(kind, list) and "object" in kind:
+        return False  # LiteLLM 1.105 leaves it open
+    is_object = kind == "object"
     if (
         "$ref" in schema
         or "prefixItems" in schema

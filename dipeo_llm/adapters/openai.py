@@ -275,10 +275,11 @@ class ChatGPTAdapter(BaseLLMAdapter):
 
     def _knows(self, effort: Any) -> bool:
         """Say whether the model may take an effort; LiteLLM would send any word."""
-        if effort != "max":
-            return effort in _ALL_EFFORTS
         info = known_model_info("openai", self.model_name, "openai")
-        return bool(info.get("supports_max_reasoning_effort"))
+        flag = info.get(f"supports_{effort}_reasoning_effort")
+        if effort == "max":
+            return bool(flag)
+        return flag is not False and effort in _ALL_EFFORTS
 
     def _check_abilities(self, options: Mapping[str, Any]) -> None:
         """Refuse what cannot be left out without changing the answer's meaning."""
