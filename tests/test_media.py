@@ -598,7 +598,7 @@ JAIL: list[tuple[str, Callable[[Path], Any], str]] = [
     ("/etc/passwd", outside, "outside the base directory"),
     ("link.png", link_to_secret, "outside the base directory"),
     ("up/secret.png", link_to_folder, "outside the base directory"),
-    ("loop.png", link_to_itself, "ymlink"),
+    ("loop.png", link_to_itself, "link"),
     ("no.png", outside, "No such file"),
     ("folder.png", Path.mkdir, "a directory"),
     ("pipe.png", os.mkfifo, "not a regular file"),
