@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
 from urllib.parse import urlsplit
@@ -142,6 +143,17 @@ _FINISH = {"function_call": "tool_calls", "eos": "stop", "model_length": "length
 _JSON_TOOL = "json_tool_call"
 
 
+@lru_cache(maxsize=256)
+def _is_openai_host(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    return host == _OPENAI_HOST or host.endswith(f".{_OPENAI_HOST}")
+
+
+@lru_cache(maxsize=1024)
+def _is_openais_name(model: str) -> bool:
+    return OPENAI.claims.fullmatch(model) is not None
+
+
 class ChatGPTAdapter(BaseLLMAdapter):
     """Talks to OpenAI, or to a server that speaks its chat completions."""
 
@@ -153,8 +165,7 @@ class ChatGPTAdapter(BaseLLMAdapter):
     @property
     def is_openai(self) -> bool:
         """Whether the server is OpenAI's own, not one that speaks its format."""
-        host = urlsplit(self.endpoint.base_url or "").hostname or ""
-        return host == _OPENAI_HOST or host.endswith(f".{_OPENAI_HOST}")
+        return _is_openai_host(self.endpoint.base_url or "")
 
     def prepare_messages(self, messages: list[Message]) -> list[Message]:
         """Keep OpenAI's fields, and send system prompts as the role "developer".
@@ -197,7 +208,7 @@ class ChatGPTAdapter(BaseLLMAdapter):
     @property
     def _is_openais_model(self) -> bool:
         """Whether OpenAI's rules hold: its own server, or a proxy in front of it."""
-        return self.is_openai or bool(OPENAI.claims.fullmatch(self.model_name))
+        return self.is_openai or _is_openais_name(self.model_name)
 
     @property
     def _system_role(self) -> str:
