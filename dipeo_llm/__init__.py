@@ -71,6 +71,15 @@ if TYPE_CHECKING:
         AttemptRecord as AttemptRecord,
         CallRecord as CallRecord,
     )
+    from dipeo_llm.routes import (
+        Deployment as Deployment,
+        Route as Route,
+        Routes as Routes,
+    )
+    from dipeo_llm.routing import (
+        DeploymentHealth as DeploymentHealth,
+        RouteHealth as RouteHealth,
+    )
     from dipeo_llm.service import LLMInfraService as LLMInfraService
     from dipeo_llm.settings import Settings as Settings
     from dipeo_llm.streaming import ChatStream as ChatStream
@@ -103,6 +112,8 @@ _MODULES = {
     "message_formatter": "MessageFormatter",
     "ports": "APIKeyPort APIKeyRecord LLMDomainService LLMServicePort",
     "record": "AttemptRecord CallRecord",
+    "routes": "Deployment Route Routes",
+    "routing": "DeploymentHealth RouteHealth",
     "service": "LLMInfraService",
     "settings": "Settings",
     "streaming": "ChatStream",

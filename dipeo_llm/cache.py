@@ -9,7 +9,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from hashlib import blake2b
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from pydantic_core import from_json, to_json
 
-from dipeo_llm.adapters.base import BaseLLMAdapter
+from dipeo_llm.adapters.base import BaseLLMAdapter, Target
 from dipeo_llm.adapters.tools import sort_tools
 from dipeo_llm.cache_url import CacheURL
 from dipeo_llm.coalescing import Flights, Streams, Turns
@@ -46,7 +46,7 @@ _VERSION = 1
 _LEFT_OUT = frozenset(
     {
         *("timeout", "idle_timeout", "deadline", "cache", "coalesce"),
-        *("labels", "execution_phase", "execution_id", "trace_id"),
+        *("labels", "session", "execution_phase", "execution_id", "trace_id"),
     }
 )
 """The fields of a request that its answer does not depend on; every other one counts."""
@@ -348,18 +348,24 @@ class ResponseCache:
 
     async def answer(
         self,
-        adapter: BaseLLMAdapter,
-        request: ChatRequest,
+        targets: Sequence[Target],
         progress: CallProgress,
         send: Callable[[CallProgress], Awaitable[Result]],
     ) -> Result:
         """Answer a request from the cache, or by *send*, whose answer is then kept.
 
+        Args:
+            targets: Whose answers would do: one, or each deployment of a route.
+            progress: Of the call.
+            send: Sets `target` of its progress to what answered; the answer is kept
+                under that.
+
         Raises:
             CacheMissError: The request says `cache="only"`, and there is no answer.
             Exception: As *send* does.
         """
-        entry = self._entry(adapter, request, progress)
+        request = targets[0].request
+        entry = self._entry(targets, progress)
         if entry is None:
             return await send(progress)
         shares = request.coalesce and request.cache is None
@@ -367,7 +373,7 @@ class ResponseCache:
         flight = (entry.key, request.timeout)
         # Of many that ask at once, one looks in Redis and the others join a flight.
         joins = shares and (flight in self._flights or entry.key in self._reading)
-        if not joins and (found := await self._find(entry, request)) is not None:
+        if not joins and (found := await self._find(entry)) is not None:
             return found
         if shares:
             return await self._flights.run(
@@ -377,16 +383,16 @@ class ResponseCache:
 
     async def open(
         self,
-        adapter: BaseLLMAdapter,
-        request: ChatRequest,
+        targets: Sequence[Target],
         progress: CallProgress,
         send: Callable[[CallProgress], Awaitable[Opened]],
     ) -> Opened:
         """Do as `answer` for a stream, which is kept when it was read to its end."""
-        entry = self._entry(adapter, request, progress)
+        request = targets[0].request
+        entry = self._entry(targets, progress)
         if entry is None:
             return await send(progress)
-        if (found := await self._find(entry, request)) is not None:
+        if (found := await self._find(entry)) is not None:
             items = replay(found)
         elif request.coalesce and request.cache is None:
             items = self._streams.read(
@@ -395,36 +401,43 @@ class ResponseCache:
                 partial(_open_kept, entry, send),
             )
         else:
-            items = _keep_stream(entry, await send(progress))
+            items = _keep_stream(entry, await send(progress), progress)
         # A generator that has not begun would not close the stream below it.
         return Opened(items, await anext(items))
 
     def _entry(
-        self, adapter: BaseLLMAdapter, request: ChatRequest, progress: CallProgress
+        self, targets: Sequence[Target], progress: CallProgress
     ) -> "_Entry | None":
-        """Return the place of a request's answer; None if it has none."""
+        """Return the places of a request's answer; None if it has none."""
+        request = targets[0].request
+        adapter = targets[0].adapter
         progress.place(
             adapter.provider.name, adapter.model_name, adapter.endpoint.base_url
         )
         if request.cache == "bypass":
             return None
-        key = cache_key(adapter, request, shared=self._url.shared)
-        if key is None:
+        keys = [self.key(target) for target in targets]
+        if None in keys:
             self.stats.bypassed += 1
             if request.cache == "only":
                 raise _miss(adapter)
             return None
-        return _Entry(self, adapter, key, request.response_format)
+        places = {key: target for key, target in zip(keys, targets, strict=True) if key}
+        return _Entry(self, places)
 
-    async def _find(self, entry: "_Entry", request: ChatRequest) -> Result | None:
-        if request.cache == "refresh":
+    def key(self, target: Target) -> str | None:
+        """Return the key of a target's answer, as `cache_key` does."""
+        return cache_key(target.adapter, target.request, shared=self._url.shared)
+
+    async def _find(self, entry: "_Entry") -> Result | None:
+        if entry.request.cache == "refresh":
             return None
         self._reading.add(entry.key)
         try:
             found = await entry.find()
         finally:
             self._reading.discard(entry.key)
-        if found is None and request.cache == "only":
+        if found is None and entry.request.cache == "only":
             raise _miss(entry.adapter)
         return found
 
@@ -445,7 +458,7 @@ class ResponseCache:
             if turn.found is not None:
                 return turn.found
             result = await send(progress)
-            turn.is_kept = await entry.keep(result)
+            turn.is_kept = await entry.keep(result, progress.target)
             return result
 
     async def _send(
@@ -455,7 +468,7 @@ class ResponseCache:
         progress: CallProgress,
     ) -> Result:
         result = await send(progress)
-        await entry.keep(result)
+        await entry.keep(result, progress.target)
         return result
 
     def note_unreadable(self, error: Exception) -> None:
@@ -476,19 +489,25 @@ def _miss(adapter: BaseLLMAdapter) -> CacheMissError:
 
 
 class _Entry:
-    """The place of one request's answer, for one call.
+    """The places of one request's answer, for one call.
 
     All its work has one time limit; after a failure it does none.
+
+    Args:
+        cache: What it is a part of.
+        places: The target of each key.
     """
 
-    def __init__(
-        self, cache: ResponseCache, adapter: BaseLLMAdapter, key: str, form: Any
-    ) -> None:
+    def __init__(self, cache: ResponseCache, places: Mapping[str, Target]) -> None:
         self._cache = cache
-        self._form: Form | None = form
+        self._places = places
+        self.adapter, self.request, _ = next(iter(places.values()))
+        self._form: Form | None = self.request.response_format
         self._left = cache._url.timeout  # noqa: SLF001 - a part of it
-        self.adapter = adapter
-        self.key = key
+        names = "".join(sorted(places))
+        one = blake2b(names.encode(), digest_size=32).hexdigest()
+        self.key = names if len(places) == 1 else one
+        """Of the request: its only place, or a digest of all."""
         self.is_failing = False
 
     async def find(self) -> Result | None:
@@ -516,37 +535,43 @@ class _Entry:
         self._cache.stats.hits += 1
         return found
 
-    async def keep(self, result: Result) -> bool:
-        """Store an answer that is worth it; say whether it was stored."""
+    async def keep(self, result: Result, target: Target | None) -> bool:
+        """Store an answer that is worth it, under what answered; say whether it was."""
         stats, url = self._cache.stats, self._cache._url  # noqa: SLF001
-        if not _is_whole(result, self._form):
+        if target is None or not _is_whole(result, self._form):
             stats.not_kept += 1
             return False
+        places = self._places.items()
+        key = next((key for key, place in places if place is target), None)
+        # A fallback of the route is not one of the places.
+        key = key or self._cache.key(target)
         try:
-            value = _write_value(self.key, result, time.time() + url.ttl)
+            value = _write_value(key or "", result, time.time() + url.ttl)
         except ValueError:  # such as half a surrogate pair
             value = b""
-        if not value or len(value) > url.max_value_bytes:
+        if not key or not value or len(value) > url.max_value_bytes:
             stats.not_kept += 1
             return False
-        if await self._timed(self._cache._store.set, value, url.ttl) is _FAILED:  # noqa: SLF001
+        if await self._timed(self._cache._store.set, key, value, url.ttl) is _FAILED:  # noqa: SLF001
             return False
         stats.stored += 1
         return True
 
     async def _read(self) -> Result | None:
-        value = await self._timed(self._cache._store.get)  # noqa: SLF001
-        if value is None or value is _FAILED:
-            return None
-        try:
-            found = _read_value(self.key, value)
-        except (ValueError, RecursionError) as exc:
-            self._cache.note_unreadable(exc)
-            return None
-        # A class of the same schema may have been stricter, or a value made by hand.
-        if found is None or not _is_whole(found, self._form):
-            return None
-        return found
+        for key, target in self._places.items():
+            value = await self._timed(self._cache._store.get, key)  # noqa: SLF001
+            if value is None or value is _FAILED:
+                continue
+            try:
+                found = _read_value(key, value)
+            except (ValueError, RecursionError) as exc:
+                self._cache.note_unreadable(exc)
+                continue
+            # A class of the same schema may have been stricter, or a value made by hand.
+            if found is not None and _is_whole(found, self._form):
+                found.deployment = target.deployment
+                return found
+        return None
 
     async def _timed(self, work: Callable[..., Awaitable[Any]], *args: Any) -> Any:
         """Do some work in what is left of the time; return _FAILED if it fails."""
@@ -554,7 +579,7 @@ class _Entry:
             return _FAILED
         begun = time.monotonic()
         try:
-            return await work(self.key, *args, self._left)
+            return await work(*args, self._left)
         except RedisUnavailableError:  # logged and counted by its circuit
             self.is_failing = True
             return _FAILED
@@ -573,18 +598,18 @@ async def _open_kept(
     progress: CallProgress,
 ) -> Opened:
     """Open a stream that is kept."""
-    items = _keep_stream(entry, await send(progress))
+    items = _keep_stream(entry, await send(progress), progress)
     return Opened(items, await anext(items))
 
 
-async def _keep_stream(entry: _Entry, opened: Opened) -> Items:
+async def _keep_stream(entry: _Entry, opened: Opened, progress: CallProgress) -> Items:
     """Pass a stream on, and keep its result."""
     item: StreamChunk | Result = opened.first
     try:
         while not isinstance(item, ChatResult):
             yield item
             item = await anext(opened.items)
-        await entry.keep(item)
+        await entry.keep(item, progress.target)
         yield item
     except StopAsyncIteration:
         return

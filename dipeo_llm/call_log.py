@@ -34,6 +34,8 @@ def log_call(record: CallRecord) -> None:
             "finish_reason": record.finish_reason,
             "request_id": record.request_id,
             "cached": record.cached,
+            "route": record.route,
+            "deployment": record.deployment,
             "person_id": record.person_id,
             "labels": dict(record.labels),
         },
@@ -41,23 +43,26 @@ def log_call(record: CallRecord) -> None:
 
 
 def log_retry(
-    progress: CallProgress, error: DiPeOLLMError, wait: float, attempts: int
+    progress: CallProgress, error: DiPeOLLMError, wait: float | None, attempts: int
 ) -> None:
     """Log that a failed attempt is followed by another.
 
     Args:
         progress: The call.
         error: The failure of the attempt.
-        wait: Seconds before the next attempt.
+        wait: Seconds before the next attempt; None if it goes to another deployment.
         attempts: Most attempts of the call.
     """
     status = getattr(error, "status_code", None)
     reason = type(error).__name__ if status in {None, 200} else str(status)
+    following = (
+        "another deployment" if wait is None else f"next attempt in {wait:.1f} s"
+    )
     _log.warning(
-        "%s: %s, next attempt in %.1f s (%d of %d)",
+        "%s: %s, %s (%d of %d)",
         _name(progress.service, progress.model),
         reason,
-        wait,
+        following,
         progress.attempts + 1,
         attempts,
         extra={
@@ -65,7 +70,8 @@ def log_retry(
             "model": progress.model,
             "error": type(error).__name__,
             "status_code": status,
-            "wait": wait,
+            "wait": wait or 0.0,
+            "deployment": progress.deployment,
             "attempt": progress.attempts + 1,
         },
     )
@@ -87,6 +93,8 @@ def _describe(record: CallRecord) -> str:
         f"{record.requests} attempt{'' if record.requests == 1 else 's'}",
     ]
     about = {
+        "route": record.route,
+        "deployment": record.deployment,
         "finish": record.finish_reason,
         "request": record.request_id,
         "person": record.person_id,

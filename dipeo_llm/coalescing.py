@@ -150,7 +150,7 @@ def as_cached(result: Result) -> Result:
         result.original_cost_usd = result.cost_usd
     result.token_usage = None if result.original_usage is None else TokenUsage()
     result.cost_usd, result.attempts, result.queued = 0.0, 0, 0.0
-    result.cached = True
+    result.cached, result.tried = True, []
     return result
 
 

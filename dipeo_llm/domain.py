@@ -415,6 +415,9 @@ class LLMRequestOptions(BaseModel):
     coalesce: bool | None = None
     """False makes a call of its own where an identical one is in flight; None and True
     share its answer, if the service has a cache."""
+    session: Annotated[str, Field(min_length=1)] | None = None
+    """Names a conversation, for a route: its calls stay at one deployment, whose prompt
+    cache is warm; never sent. None is the person, with `execution_id` if it is given."""
     execution_phase: Any = None
     """The application's own labels, like the four below; never sent."""
     execution_id: Any = None
@@ -445,6 +448,7 @@ class CommonOptions(TypedDict, total=False):
     cache: CacheMode | None
     sample: int | None
     coalesce: bool | None
+    session: str | None
     execution_phase: Any
     execution_id: Any
     trace_id: Any
@@ -548,11 +552,19 @@ class ChatResult(BaseModel, Generic[T]):
     attempts: int = 1
     """Requests that this call sent, including the successful one."""
     queued: float = 0.0
-    """Seconds that the successful one waited for a permit, under `max_concurrency`."""
+    """Seconds that the call waited for its turn: the successful request for a permit
+    under `max_concurrency`, and the call for a deployment of its route."""
     cached: bool = False
     """True if this call sent nothing: the answer comes from the cache, or from an
     identical call that was in flight. Its `token_usage` and `cost_usd` are then 0, and
     so is `attempts`."""
+    route: str | None = None
+    """The route that was asked for; None for a model."""
+    deployment: str | None = None
+    """The deployment of the route that answered."""
+    tried: list[str] = Field(default_factory=list)
+    """The deployments that this call tried, in order, the one that answered last; empty
+    if the answer comes from the cache."""
     original_usage: TokenUsage | None = None
     """The tokens of the call that the provider answered, where `cached` is true."""
     original_cost_usd: float | None = None
@@ -653,6 +665,7 @@ class ChatRequest:
     """As for `LLMRequestOptions`; only the service looks at it and at the next two."""
     sample: int | None = None
     coalesce: bool = True
+    session: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict, compare=False)
     """Those of LABELS that were given; for the record of the call, never sent."""
 
@@ -701,6 +714,7 @@ def request_from_options(
         cache=read["cache"],
         sample=read["sample"],
         coalesce=read["coalesce"] is not False,
+        session=read["session"],
         labels={name: label(read[name]) for name in LABELS if read[name] is not None},
     )
 

@@ -19,6 +19,7 @@ from dipeo_llm.errors import CallError, DiPeOLLMError, LLMTimeoutError
 from dipeo_llm.record import AttemptRecord, CallRecord, Status
 
 if TYPE_CHECKING:
+    from dipeo_llm.adapters.base import Target
     from dipeo_llm.telemetry import CallTrace
 
 _NOTHING: Mapping[str, Any] = {}
@@ -67,11 +68,19 @@ class CallProgress:
         self.prompt: str | None = None
         """The file of the prompt template, as in `CallRecord`."""
         self.prompt_version: str | None = None
+        self.route: str | None = None
+        """The route that was asked for, as in `CallRecord`, like the next two."""
+        self.deployment: str | None = None
+        self.tried: list[str] = []
+        self.queued = 0.0
+        """Seconds that the call waited for a deployment of its route."""
+        self.target: Target | None = None
+        """What answered."""
+        self.is_stream = is_stream
         self.trace: CallTrace | None = None
         """What telemetry keeps of the call, if it is on."""
         self.is_recorded = False
         self._person_id = person_id
-        self._is_stream = is_stream
         self._options = options
         self._labels = labels
         self._base_url: str | None = None
@@ -130,11 +139,13 @@ class CallProgress:
         """Return a copy for work that other calls may share; it has no deadline yet."""
         made = copy(self)
         made.ends = None
+        made.tried = list(self.tried)
         return made
 
     def follow(self, branch: "CallProgress") -> None:
         """Take over the attempts that were made for this call in a branch of it."""
         self.attempts, self.last = branch.attempts, branch.last
+        self.deployment, self.tried = branch.deployment, list(branch.tried)
         self._attempt_start = branch._attempt_start  # noqa: SLF001 - its own class
         shift = branch._start - self._start  # noqa: SLF001
         self._past_attempts = tuple(
@@ -147,6 +158,12 @@ class CallProgress:
     def place(self, service: str, model: str, base_url: str | None = None) -> None:
         """Note the provider, its name of the model, and the address if it is known."""
         self.service, self.model, self._base_url = service, model[:256], base_url
+
+    def aim(self, target: "Target") -> None:
+        """Note what the next attempts go to."""
+        self.target, adapter = target, target.adapter
+        endpoint = adapter.endpoint
+        self.place(adapter.provider.name, adapter.model_name, endpoint.base_url)
 
     def send(self, messages: Sequence[Mapping[str, Any]]) -> None:
         """Note the whole conversation, for telemetry that reports content."""
@@ -165,8 +182,10 @@ class CallProgress:
     def retry(self, error: DiPeOLLMError, wait: float) -> None:
         """Note that another attempt follows the failed one after *wait* seconds."""
         self.last = error
-        *others, failed = self._past_attempts
-        self._past_attempts = (*others, replace(failed, wait=wait))
+        # A deployment without a key fails before its attempt begins.
+        if self._past_attempts and self._past_attempts[-1].wait is None:
+            *others, failed = self._past_attempts
+            self._past_attempts = (*others, replace(failed, wait=wait))
 
     def add_chunk(self) -> None:
         """Note that a chunk of a stream has arrived."""
@@ -184,6 +203,9 @@ class CallProgress:
             sent = self.attempts - 1 + result.attempts
             self.requests = 0 if result.cached else sent
         result.attempts = self.requests
+        result.route = self.route
+        result.queued += self.queued
+        self.queued = 0.0
         if not self.is_recorded:
             self._result = result
             self.end_attempt()
@@ -207,9 +229,12 @@ class CallProgress:
         return CallRecord(
             service=self.service,
             model=self.model,
-            is_stream=self._is_stream,
+            is_stream=self.is_stream,
             options=self._options,
             server=_server(self._base_url),
+            route=self.route,
+            deployment=result.deployment if result else self.deployment,
+            tried=tuple(result.tried if result else self.tried),
             status=failure.status if failure else ("ok" if result else "left"),
             error=failure.error if failure else None,
             status_code=failure.status_code if failure else None,
@@ -245,6 +270,7 @@ class CallProgress:
             duration=self._now() - start,
             error=failure.error if failure else None,
             status_code=failure.status_code if failure else None,
+            deployment=self.deployment,
         )
         self._past_attempts += (attempt,)
 

@@ -28,6 +28,8 @@ class AttemptRecord:
     """The HTTP status of a failed attempt; None without a response."""
     wait: float | None = None
     """Seconds between this attempt and the next; None if there was to be no next."""
+    deployment: str | None = None
+    """The deployment of the route that it went to; None without a route."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +46,13 @@ class CallRecord:
     values, `tools` as a number, `response_format` as its type, such as "json_schema"."""
     server: str | None = None
     """The base URL that was called, without its path."""
+
+    route: str | None = None
+    """The name of the route that was asked for; None for a model."""
+    deployment: str | None = None
+    """The route's deployment that answered, or that was tried last."""
+    tried: tuple[str, ...] = ()
+    """The deployments that were tried, in order; empty for an answer from the cache."""
 
     status: Status
     error: str | None = None

@@ -26,8 +26,15 @@ class RetryPolicy:
         self._settings = settings
         self._progress = progress
 
-    def next_wait(self, error: DiPeOLLMError) -> float | None:
+    def next_wait(
+        self, error: DiPeOLLMError, *, is_elsewhere: bool = False
+    ) -> float | None:
         """Note a failed attempt, and return the seconds to wait before the next.
+
+        Args:
+            error: The failure.
+            is_elsewhere: Whether the next attempt goes to another deployment, at once
+                and after an error that is not retryable too.
 
         Returns None to give up. A wait that the provider asks for and that is longer
         than `retry_after_max`, or than the rest of the deadline, ends the call at once:
@@ -40,31 +47,35 @@ class RetryPolicy:
                 error, InvalidRequestError
             )
             error.attempts = progress.attempts - (not was_sent)
-        wait = self._decide(error)
+            if is_elsewhere:
+                progress.attempts = error.attempts
+        wait = self._decide(error, is_elsewhere=is_elsewhere)
         if wait is None:
             progress.last = None
             return None
         progress.retry(error, wait)
-        log_retry(progress, error, wait, self._settings.max_retries + 1)
+        most = self._settings.max_retries + 1
+        log_retry(progress, error, None if is_elsewhere else wait, most)
         return wait
 
-    def _decide(self, error: DiPeOLLMError) -> float | None:
+    def _decide(self, error: DiPeOLLMError, *, is_elsewhere: bool) -> float | None:
         settings, progress = self._settings, self._progress
         if progress.attempts > settings.max_retries:
             return None
-        if not getattr(error, "retryable", False):
-            return None
         asked: float | None = getattr(error, "retry_after", None)
-        if progress.left() <= (asked or 0.0):
-            return None
-        if asked is not None and asked > settings.retry_after_max:
-            return None
+        if not is_elsewhere:
+            if not getattr(error, "retryable", False):
+                return None
+            if progress.left() <= (asked or 0.0):
+                return None
+            if asked is not None and asked > settings.retry_after_max:
+                return None
         # Imported by the first failure, because the import takes 25 ms.
         import stamina
 
         if not stamina.is_active():
             return None
-        if stamina.is_testing():
+        if is_elsewhere or stamina.is_testing():
             return 0.0
         return float(asked) if asked is not None else self._backoff()
 

@@ -1,4 +1,4 @@
-"""The order of things in a call: compose, check, place, key, media, cache, retry, adapter.
+"""The order of things in a call: compose, check, place, key, media, cache, route, retry.
 
 Knows no provider's name and no LiteLLM. Each step is another module's; the methods
 below stand in the order in which a call runs through them.
@@ -7,16 +7,19 @@ below stand in the order in which a call runs through them.
 import asyncio
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, overload
 from weakref import WeakSet
 
 from dipeo_llm import media
 from dipeo_llm.adapters import factory
-from dipeo_llm.adapters.base import BaseLLMAdapter, new_pool
+from dipeo_llm.adapters.base import BaseLLMAdapter, Target, new_pool
 from dipeo_llm.adapters.provider import Provider
 from dipeo_llm.adapters.usage import token_usage
+from dipeo_llm.cache_url import CacheURL
 from dipeo_llm.domain import (
     Capabilities,
     ChatRequest,
@@ -34,6 +37,7 @@ from dipeo_llm.domain import (
 )
 from dipeo_llm.errors import (
     APIKeyError,
+    CallError,
     DiPeOLLMError,
     InvalidRequestError,
     ServiceUnavailableError,
@@ -55,6 +59,9 @@ from dipeo_llm.system_prompt_handler import SystemPromptHandler
 if TYPE_CHECKING:
     from dipeo_llm.batch import Batch, Requests
     from dipeo_llm.cache import ResponseCache
+    from dipeo_llm.redis_clients import RedisClients
+    from dipeo_llm.routes import Deployment, Routes
+    from dipeo_llm.routing import RouteHealth, Routing
     from dipeo_llm.telemetry import Telemetry
 
 _T = TypeVar("_T")
@@ -74,6 +81,16 @@ class _Call:
     service: Any
     """The name of the provider, None where the model string decides."""
     person_id: str | None = None
+    targets: dict[str, Target] = field(default_factory=dict, compare=False)
+    """Those of a route's deployments that were found so far, by the deployments' ids."""
+
+    @property
+    def session(self) -> str | None:
+        """The name of the conversation: the caller's own, or the person's."""
+        own, execution = self.request.session, self.request.labels.get("execution_id")
+        if own or self.person_id is None:
+            return own
+        return f"{self.person_id}:{execution or ''}"
 
 
 class LLMInfraService:
@@ -98,6 +115,9 @@ class LLMInfraService:
         cache: Where answers are cached: a URL, as `Settings.cache_url`, or
             a `ResponseCache` that several services share and the application closes.
             None is the settings' URL.
+        routes: Names of the application's own for models, as `Routes.read` takes them:
+            a mapping of names to `Route`, or the path of a YAML or JSON file. None is
+            the settings' file.
     """
 
     def __init__(
@@ -111,6 +131,7 @@ class LLMInfraService:
         on_call: CallHook | None = None,
         telemetry: "Telemetry | None" = None,
         cache: "ResponseCache | str | None" = None,
+        routes: "Routes | Mapping[str, Any] | str | Path | None" = None,
     ) -> None:
         self.api_key_service = api_key_service
         self.llm_domain_service = llm_domain_service
@@ -126,6 +147,7 @@ class LLMInfraService:
         self._owns_cache = cache is None or isinstance(cache, str)
         self.cache = self._open_cache(cache)
         """The cache of answers, with its statistics; None if there is none."""
+        self._routing = self._open_routing(routes)
         self._loading: set[asyncio.Task[Any]] = set()
         self._ended: WeakSet[asyncio.Task[Any]] = WeakSet()
         self._closed = False
@@ -141,9 +163,14 @@ class LLMInfraService:
         """Import LiteLLM in a thread, which the first call would do otherwise.
 
         May be called twice; opens a service again that was closed.
+
+        Raises:
+            InvalidRequestError: The model of a route's deployment cannot be placed.
         """
         self._reopen()
         await self._load_litellm()
+        if self._routing is not None:
+            self._routing.check()
 
     async def aclose(self) -> None:
         """Close every open client. May be called twice.
@@ -157,6 +184,8 @@ class LLMInfraService:
         await asyncio.gather(self._pool.aclose(grace), self._end_loading(grace))
         if self.cache is not None and self._owns_cache:
             await self.cache.aclose()
+        if self._routing is not None:
+            await self._routing.aclose()
         await self._reporter.aclose(grace)
 
     @overload
@@ -195,14 +224,15 @@ class LLMInfraService:
         Args:
             messages: OpenAI-shaped, oldest first. A system prompt may have the role
                 "system" or "developer"; each provider gets it in its own place.
-            model: A model string, such as "gpt-4.1-nano" or "anthropic/claude-opus-4-1".
+            model: A model string, such as "gpt-4.1-nano" or "anthropic/claude-opus-4-1";
+                or, without a service, the name of a route.
             api_key_id: The key's name; None for a provider that needs none.
             service: The provider, where the model string does not tell it; wins over a
                 prefix. `provider` and `service_name` mean the same.
             **options: temperature, max_tokens, top_p, n, stop, seed, tools,
                 tool_choice, response_format, text_format, reasoning_effort,
                 options (an LLMRequestOptions), timeout (s, one attempt), deadline (s,
-                the whole call), extra_body, and the labels execution_phase,
+                the whole call), extra_body, cache, sample, coalesce, session, and the labels execution_phase,
                 execution_id, trace_id, person_name and node_id, which are never sent.
 
         Raises:
@@ -447,21 +477,21 @@ class LLMInfraService:
         options = {"tools": list(tools), "service": service}
         call = self._check_call(options, model, api_key_id, messages)
         async with CallProgress() as progress:
-            adapter = await self._find_adapter(call, progress)
-            request = await self._prepare_media(call.request, adapter)
-            return await self._retry(
-                adapter, partial(adapter.count_tokens, request), progress
-            )
+            deployment = self._first_deployment(call.model, call.service)
+            target = await self._find_target(call, progress, deployment)
+            return await self._retry(target, _count_tokens, progress)
 
     def capabilities(self, model: str, *, service: Any = None) -> Capabilities:
         """Say what a model takes and costs, by LiteLLM's table.
 
-        Imports LiteLLM if nothing has yet, which takes seconds: `await initialize()`
+        For a route it is the model of the first deployment. Imports LiteLLM if nothing has yet, which takes seconds: `await initialize()`
         does that off the event loop.
 
         Raises:
             InvalidRequestError: The model cannot be placed.
         """
+        if (deployment := self._first_deployment(model, service)) is not None:
+            return _describe(deployment)
         row, name = factory.resolve(model, service)
         return factory.capabilities(row, name)
 
@@ -516,14 +546,26 @@ class LLMInfraService:
     async def get_provider_for_model(self, model: str) -> str | None:
         """Return the provider of a model string, None where it cannot be told.
 
+        For a route it is the provider of the first deployment.
         LiteLLM is asked about a name that no row claims; its import takes seconds the
         first time, in a thread.
         """
+        service = None
+        if (deployment := self._first_deployment(model, None)) is not None:
+            model, service = deployment.model, deployment.service
         try:
-            placed = await self._place(model, None)
+            placed = await self._place(model, service)
         except InvalidRequestError:
             return None
         return placed[0].name if placed else None
+
+    def routes(self) -> "dict[str, RouteHealth]":
+        """Return the state of every route: cool-downs, latencies, calls in flight, limits.
+
+        It is what this process knows; with a shared state it hears of the others'
+        cool-downs at its next call. Empty if the service has no routes.
+        """
+        return self._routing.health() if self._routing is not None else {}
 
     def usage(self, *, reset: bool = False) -> Usage:
         """Return what the calls of this service have used so far.
@@ -542,6 +584,8 @@ class LLMInfraService:
             self._pool = new_pool(self.settings)
             if self.cache is not None and self._owns_cache:
                 self.cache.reopen()
+            if self._routing is not None:
+                self._routing.reopen()
         self._closed = False
 
     def _open_cache(
@@ -555,6 +599,38 @@ class LLMInfraService:
         from dipeo_llm.cache import ResponseCache
 
         return ResponseCache(url)
+
+    def _open_routing(
+        self, routes: "Routes | Mapping[str, Any] | str | Path | None"
+    ) -> "Routing | None":
+        source = self.settings.routes_file if routes is None else routes
+        if source is None:
+            return None
+        from dipeo_llm.routes import Routes
+        from dipeo_llm.routing import Routing
+
+        return Routing(
+            Routes.read(source),
+            describe=_describe,
+            settings=self.settings,
+            redis=self._open_state(),
+        )
+
+    def _first_deployment(self, model: str, service: Any) -> "Deployment | None":
+        """Return the first deployment of a route; None if the model is not a route."""
+        name = self._routing.find(model, service) if self._routing else None
+        if self._routing is None or name is None:
+            return None
+        return self._routing.deployments(name)[0]
+
+    def _open_state(self) -> "RedisClients | None":
+        """Open the state that routes share with other processes."""
+        url = self.settings.state_url or self.settings.cache_url
+        if not url or url.startswith("memory:"):
+            return None
+        from dipeo_llm.redis_clients import RedisClients
+
+        return RedisClients(CacheURL.read(url))
 
     # The steps of a call, in the order in which it takes them.
 
@@ -651,14 +727,12 @@ class LLMInfraService:
         return replace(call, request=request)
 
     async def _answer(self, call: _Call, progress: CallProgress) -> ChatResult[Any]:
-        """Find the adapter, prepare the media, and answer from the cache or by a call."""
+        """Answer from the cache, or by a call."""
         progress.send(call.request.messages)
-        adapter = await self._find_adapter(call, progress)
-        request = await self._prepare_media(call.request, adapter)
-        send = partial(self._retry, adapter, partial(adapter.complete, request))
-        if self.cache is None:
+        targets, send = await self._find_way(call, progress, _complete)
+        if self.cache is None or not targets:
             return await send(progress)
-        return await self.cache.answer(adapter, request, progress, send)
+        return await self.cache.answer(targets, progress, send)
 
     async def _open_with_person(
         self,
@@ -678,15 +752,62 @@ class LLMInfraService:
     async def _open(self, call: _Call, progress: CallProgress) -> Opened:
         """Do as `_answer` for a stream, until its first chunk is there."""
         progress.send(call.request.messages)
-        adapter = await self._find_adapter(call, progress)
-        request = await self._prepare_media(call.request, adapter)
-        send = partial(self._retry, adapter, partial(_open_stream, adapter, request))
-        if self.cache is None:
+        targets, send = await self._find_way(call, progress, _open_stream)
+        if self.cache is None or not targets:
             return await send(progress)
-        return await self.cache.open(adapter, request, progress, send)
+        return await self.cache.open(targets, progress, send)
+
+    async def _find_way(
+        self,
+        call: _Call,
+        progress: CallProgress,
+        attempt: Callable[[Target], Awaitable[_T]],
+    ) -> tuple[Sequence[Target], Callable[[CallProgress], Awaitable[_T]]]:
+        """Find who may answer a call, and what sends it: to one target, or by a route.
+
+        The targets are for the cache; without one, a route's are found one at a time.
+        """
+        routing = self._routing
+        name = routing.find(call.model, call.service) if routing else None
+        if routing is None or name is None:
+            target = await self._find_target(call, progress)
+            return (target,), partial(self._retry, target, attempt)
+        progress.route = name
+        await self._load_litellm()
+        targets: list[Target] = []
+        if self.cache is not None and call.request.cache != "bypass":
+            for deployment in routing.deployments(name):
+                # The call itself says what is wrong with a deployment without a key.
+                with suppress(CallError):
+                    targets.append(await self._find_target(call, progress, deployment))
+        return targets, partial(self._send_by_route, routing, name, call, attempt)
+
+    async def _find_target(
+        self,
+        call: _Call,
+        progress: CallProgress,
+        deployment: "Deployment | None" = None,
+    ) -> Target:
+        """Find the adapter of a call, or of a route's deployment, and load the media."""
+        if deployment is None:
+            adapter = await self._find_adapter(call, progress)
+            return Target(adapter, await self._prepare_media(call.request, adapter))
+        if (found := call.targets.get(deployment.id)) is not None:
+            return found
+        to = replace(
+            call,
+            model=deployment.model,
+            service=deployment.service,
+            api_key_id=deployment.api_key_id or call.api_key_id,
+        )
+        adapter = await self._find_adapter(to, progress, deployment.base_url)
+        request = await self._prepare_media(call.request, adapter)
+        target = Target(adapter, request, deployment.label)
+        call.targets[deployment.id] = target
+        return target
 
     async def _find_adapter(
-        self, call: _Call, progress: CallProgress
+        self, call: _Call, progress: CallProgress, base_url: str | None = None
     ) -> BaseLLMAdapter:
         """Place the model, find the key, and make the adapter."""
         placed = await self._place(call.model, call.service)
@@ -698,7 +819,7 @@ class LLMInfraService:
             raise factory.unknown_model(call.model)
         provider, name = placed
         progress.place(provider.name, name)
-        key = await self._find_key(call.api_key_id, provider)
+        key = await self._find_key(call.api_key_id, provider, base_url)
         return self._make_adapter(provider, name, key)
 
     async def _place(self, model: str, service: Any) -> tuple[Provider, str] | None:
@@ -712,19 +833,32 @@ class LLMInfraService:
         await load_litellm()
         factory.check_base_urls(self.settings.base_urls)
 
-    async def _find_key(self, api_key_id: str | None, provider: Provider | None) -> Key:
-        """Ask the application for the key of a provider, or of the key's own."""
-        return await find_key(
+    async def _find_key(
+        self,
+        api_key_id: str | None,
+        provider: Provider | None,
+        base_url: str | None = None,
+    ) -> Key:
+        """Ask the application for the key of a provider, or of the key's own.
+
+        A base URL of a route's deployment wins over that of the key's record.
+        """
+        key = await find_key(
             self.api_key_service,
             api_key_id,
             service=provider.name if provider else None,
             # An id that was given is looked up, also where no key is needed.
             needs_key=provider is None
             or (bool(api_key_id) and provider.needs_key)
-            or factory.needs_key(provider, self.settings),
+            or (
+                factory.needs_key(provider, self.settings)
+                if base_url is None
+                else provider.needs_key and not factory.is_local(base_url)
+            ),
             owner=lambda name: factory.by_name(name).name,
             is_local=factory.is_local,
         )
+        return key if base_url is None else replace(key, base_url=base_url)
 
     def _make_adapter(self, provider: Provider, name: str, key: Key) -> BaseLLMAdapter:
         return self._create_adapter(
@@ -757,8 +891,8 @@ class LLMInfraService:
 
     async def _retry(
         self,
-        adapter: BaseLLMAdapter,
-        attempt: Callable[[], Awaitable[_T]],
+        target: Target,
+        attempt: Callable[[Target], Awaitable[_T]],
         progress: CallProgress,
     ) -> _T:
         """Make attempts until one succeeds or another is not worth it.
@@ -766,18 +900,42 @@ class LLMInfraService:
         N retries are N + 1 attempts, and an attempt sends at most one request. The
         progress counts them; an error carries their number in `attempts`.
         """
-        progress.place(
-            adapter.provider.name, adapter.model_name, adapter.endpoint.base_url
-        )
+        progress.aim(target)
         policy = RetryPolicy(self.settings, progress)
         while True:
             progress.begin_attempt()
             try:
-                return await attempt()
+                return await attempt(target)
             except DiPeOLLMError as exc:
                 wait = policy.next_wait(exc)
                 if wait is None:
                     raise
+            await asyncio.sleep(wait)
+
+    async def _send_by_route(
+        self,
+        routing: "Routing",
+        name: str,
+        call: _Call,
+        attempt: Callable[[Target], Awaitable[_T]],
+        progress: CallProgress,
+    ) -> _T:
+        """Make attempts at a route's deployments until one answers or none is left.
+
+        One budget of attempts and one deadline are for all of them together.
+        """
+        choices = await routing.choose(name, call.request, call.session, progress)
+        while True:
+            async with await choices.take() as turn:
+                try:
+                    target = await self._find_target(call, progress, turn.deployment)
+                    progress.aim(target)
+                    progress.begin_attempt()
+                    return await turn.hold(await attempt(target))
+                except DiPeOLLMError as exc:
+                    wait = turn.fail(exc)
+                    if wait is None:
+                        raise choices.error(exc) from None
             await asyncio.sleep(wait)
 
     def _finish(
@@ -805,8 +963,12 @@ class LLMInfraService:
         self, adapter: BaseLLMAdapter, attempt: Callable[[], Awaitable[_T]]
     ) -> _T:
         """Do as `_retry` for what is not a call: it has no deadline and no record."""
+
+        async def ask(_: Target) -> _T:
+            return await attempt()
+
         async with CallProgress() as progress:
-            return await self._retry(adapter, attempt, progress)
+            return await self._retry(Target(adapter, ChatRequest(())), ask, progress)
 
     async def _find_key_adapter(
         self, api_key_id: str, provider: str | None
@@ -853,14 +1015,28 @@ class LLMInfraService:
             await asyncio.wait(ours)
 
 
-async def _open_stream(adapter: BaseLLMAdapter, request: ChatRequest) -> Opened:
+async def _complete(target: Target) -> ChatResult[Any]:
+    """Make one attempt at an answer."""
+    return await target.adapter.complete(target.request)
+
+
+async def _count_tokens(target: Target) -> TokenCount:
+    return await target.adapter.count_tokens(target.request)
+
+
+async def _open_stream(target: Target) -> Opened:
     """Make one attempt at a stream, until its first chunk is there."""
-    items = adapter.stream(request)
+    items = target.adapter.stream(target.request)
     try:
         return Opened(items, await anext(items))
     except BaseException:
         await items.aclose()
         raise
+
+
+def _describe(deployment: "Deployment") -> Capabilities:
+    """Return what LiteLLM's table says about the model of a deployment."""
+    return factory.capabilities(*factory.resolve(deployment.model, deployment.service))
 
 
 _SERVICE_NAMES = ("service", "provider", "service_name")

@@ -99,7 +99,7 @@ def _explain(error: ValidationError) -> Exception:
     return SettingsError(f"{where}{value} cannot be used: {problem}")
 
 
-_SECRET = frozenset({"base_urls", "proxy", "extra_headers", "cache_url"})
+_SECRET = frozenset({"base_urls", "proxy", "extra_headers", "cache_url", "state_url"})
 
 
 @_raise_settings_errors
@@ -164,6 +164,13 @@ class Settings:
     )
     """Where answers are cached: `memory://`, `redis://…` or `rediss://…`, as `CacheURL`
     reads it; None caches nothing."""
+    routes_file: Path | None = None
+    """YAML or JSON file of routes, as `Routes.read` takes it; None has no routes."""
+    state_url: Annotated[str, AfterValidator(_cache_url)] | None = field(
+        default=None, repr=False
+    )
+    """Where routes keep what processes share (cool-downs, limits, sessions): a Redis URL.
+    None is the server of `cache_url`, if that is Redis, else this process' memory."""
 
     def __post_init__(self) -> None:
         """Warn about a base URL under a name that looks misspelt."""
@@ -181,7 +188,7 @@ class Settings:
         """Read the settings from the environment.
 
         DIPEO_BASE_DIR, DIPEO_LLM_TIMEOUT (s), DIPEO_LLM_MAX_RETRIES, DIPEO_LLM_ENGINE,
-        DIPEO_LLM_CACHE_URL, and DIPEO_LLM_<PROVIDER>_BASE_URL for any provider, such as
+        DIPEO_LLM_CACHE_URL, DIPEO_LLM_ROUTES, DIPEO_LLM_STATE_URL, and DIPEO_LLM_<PROVIDER>_BASE_URL for any provider, such as
         DIPEO_LLM_OPENAI_BASE_URL; for Ollama also OLLAMA_HOST. `warn_about_environment`
         is called.
 
@@ -216,6 +223,8 @@ _VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "DIPEO_LLM_MAX_RETRIES": ("max_retries", int),
     "DIPEO_LLM_ENGINE": ("engine", str.lower),
     "DIPEO_LLM_CACHE_URL": ("cache_url", str),
+    "DIPEO_LLM_ROUTES": ("routes_file", lambda text: Path(text).expanduser()),
+    "DIPEO_LLM_STATE_URL": ("state_url", str),
 }
 """Variable to field, and what converts its text."""
 # Of the command.
@@ -244,7 +253,7 @@ def _read(env: Mapping[str, str], name: str, convert: Callable[[str], _T]) -> _T
     except ValueError as exc:
         problem = str(exc).rpartition(" cannot be used: ")[2]
         # A URL may hold a password; any other value is shown.
-        if name == "DIPEO_LLM_CACHE_URL":
+        if name in {"DIPEO_LLM_CACHE_URL", "DIPEO_LLM_STATE_URL"}:
             raise SettingsError(f"{name} cannot be read: {problem}") from None
         if "@" in text:
             raise SettingsError(

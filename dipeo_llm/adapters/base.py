@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from urllib.parse import quote, urlencode, urlsplit
 
 from pydantic import SecretStr
@@ -72,6 +72,15 @@ _log = logging.getLogger("dipeo_llm")
 # Seconds that a server gets to close a stream after its terminator.
 _AFTER_THE_END = 0.5
 _MOST_PAGES = 100
+
+
+class Target(NamedTuple):
+    """A request, and the adapter that it is for."""
+
+    adapter: "BaseLLMAdapter"
+    request: ChatRequest
+    deployment: str | None = None
+    """The deployment of a route that the adapter talks to; None without a route."""
 
 
 class BaseLLMAdapter:
