@@ -6,6 +6,7 @@ Configuration only, from Python or from a YAML or JSON file; `routing` chooses.
 import difflib
 import json
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -66,13 +67,13 @@ class Deployment(_Config):
     output_usd_per_million: _Price | None = None
     """USD for 1,000,000 output tokens, likewise."""
 
-    @property
+    @cached_property
     def label(self) -> str:
         """The name, or one made of the model, the key's id and the host."""
         host = urlsplit(self.base_url).netloc if self.base_url else None
         return self.name or "@".join(filter(None, (self.model, self.api_key_id, host)))
 
-    @property
+    @cached_property
     def id(self) -> str:
         """A digest of what is called; two routes share the state of one deployment."""
         service = getattr(self.service, "value", self.service)

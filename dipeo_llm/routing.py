@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar, cast
 
 from dipeo_llm.deployments import DeploymentStates
 from dipeo_llm.domain import Capabilities, ChatRequest, ChatResult, StreamChunk
@@ -34,6 +34,8 @@ from dipeo_llm.retry import RetryPolicy
 from dipeo_llm.routes import Deployment, Routes
 from dipeo_llm.settings import Settings
 from dipeo_llm.streaming import Items, Opened
+
+_T = TypeVar("_T")
 
 _EXPLORE = 0.05
 """The share of calls that "latency" sends to any deployment, so that a slow one is timed
@@ -569,17 +571,17 @@ class Turn:
         if not self._is_held:
             self._end(error=error)
 
-    async def hold(self, answer: Any) -> Any:
+    async def hold(self, answer: _T) -> _T:
         """Settle an answer, or hold the turn until a stream ends or is left."""
-        if not isinstance(answer, Opened):
+        if isinstance(answer, ChatResult):
             self._choices.mark(answer)
             self._end(result=answer)
-            return answer
-        self._is_held = True
-        seconds = time.monotonic() - self._begun
-        items = self._pass_on(answer, seconds)
-        # A generator that has not begun would not close the stream below it.
-        return Opened(items, await anext(items))
+        elif isinstance(answer, Opened):
+            self._is_held = True
+            items = self._pass_on(answer, time.monotonic() - self._begun)
+            # A generator that has not begun would not close the stream below it.
+            return cast(_T, Opened(items, await anext(items)))
+        return answer
 
     async def _pass_on(self, opened: Opened, seconds: float) -> Items:
         item: StreamChunk | ChatResult[Any] = opened.first

@@ -346,6 +346,7 @@ class Telemetry:
         given = {
             "dipeo.attempt": number,
             "dipeo.wait": attempt.wait,
+            "dipeo.deployment": attempt.deployment,
             "error.type": attempt.error,
             "http.response.status_code": attempt.status_code,
         }
@@ -378,6 +379,9 @@ class Telemetry:
             "dipeo.queued": record.queued,
             "dipeo.cost_usd": record.cost_usd,
             "dipeo.person_id": record.person_id,
+            "dipeo.route": record.route,
+            "dipeo.deployment": record.deployment,
+            "dipeo.tried": record.tried or None,
         }
         for name, (attribute, kind) in _OPTIONS.items():
             if name in options:

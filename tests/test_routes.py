@@ -137,8 +137,7 @@ BROKEN = {
         "yaml:3: .*at least 1",
     ),
     "an unknown fallback": (
-        "routes:\n  fast: {fallbacks: [smrt], deployments: [{model: a}]}\n"
-        + "  smart: {deployments: [{model: b}]}\n",
+        "routes:\n  fast: {fallbacks: [smrt], deployments: &d [{model: a}]}\n  smart: {deployments: *d}\n",
         "yaml:2: .*'smrt' is not another route; did you mean 'smart'",
     ),
     "a route that falls back to itself": (

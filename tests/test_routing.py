@@ -10,6 +10,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from dipeo_llm import (
     APIKeyError,
@@ -28,6 +31,7 @@ from dipeo_llm import (
     StaticAPIKeys,
     StreamInterruptedError,
 )
+from dipeo_llm.telemetry import Telemetry
 from tests.conftest import HELLO, MODELS
 from tests.provider_server import Answer, Fault, ProviderServer, error
 
@@ -778,6 +782,31 @@ async def test_tokens_are_settled_by_what_was_used(fleet: Fleet) -> None:
         assert service.routes()["main"].deployments[0].tokens_per_minute == 1_800
         with pytest.raises(RateLimitError):
             await call(service, max_tokens=1_000, deadline=0.5)
+
+
+# Telemetry.
+
+
+async def test_spans_say_which_deployment(fleet: Fleet) -> None:
+    """The call's span has route and deployments, an attempt's span its own."""
+    exporter = InMemorySpanExporter()
+    tracing = TracerProvider()
+    tracing.add_span_processor(SimpleSpanProcessor(exporter))
+    fleet[0].default = error("openai", 503)
+    async with LLMInfraService(
+        fleet.keys(),
+        settings=Settings(),
+        routes={"main": route(at(0), at(1))},
+        telemetry=Telemetry(tracer_provider=tracing),
+    ) as service:
+        await call(service)
+    spans = exporter.get_finished_spans()
+    said = [dict(span.attributes or {}) for span in spans]
+    attempts = [each["dipeo.deployment"] for each in said if "dipeo.attempt" in each]
+    (whole,) = (each for each in said if "dipeo.route" in each)
+    assert attempts == ["d0", "d1"]
+    assert (whole["dipeo.route"], whole["dipeo.deployment"]) == ("main", "d1")
+    assert whole["dipeo.tried"] == ("d0", "d1")
 
 
 # Questions.
