@@ -282,7 +282,10 @@ class Choices:
                 not wait, or not for so long; `retry_after` says when to come back.
         """
         while True:
-            turn = await self._take_one()
+            try:
+                turn = await self._take_one()
+            except RateLimitError as exc:
+                raise self.error(exc) from None
             if isinstance(turn, Turn):
                 return turn
             self._check_wait(turn)
@@ -302,9 +305,13 @@ class Choices:
         return wait
 
     def error(self, last: DiPeOLLMError) -> DiPeOLLMError:
-        """Return the error to raise: the first where all deployments failed, with all."""
-        is_exhausted = _may_move(last) and self._failures
-        error = self._failures[0][1] if is_exhausted else last
+        """Return the error to raise: the first where all deployments failed, with all.
+
+        That a model cannot do what is asked counts only if no other failed otherwise.
+        """
+        failures = [each for _, each in self._failures]
+        sent = [each for each in failures if not isinstance(each, InvalidRequestError)]
+        error = next(iter(sent or failures), last) if _may_move(last) else last
         if isinstance(error, CallError):
             error.attempts = self._progress.attempts
             error.details = {
@@ -352,7 +359,8 @@ class Choices:
             is_left_out = known.context_window is not None and feature != "tools"
             if has is False or (has is None and is_left_out):
                 return False
-        return self._has_room(deployment)
+        is_too_large = deployment.tpm is not None and self._need.tokens > deployment.tpm
+        return self._has_room(deployment) and not is_too_large
 
     def _look_for_more_room(self) -> None:
         """Leave the deployments that have more room than the last one, or may have."""
@@ -466,7 +474,19 @@ class Choices:
         prices = (known.input_usd_per_million, known.output_usd_per_million)
         if prices[0] is None or prices[1] is None:
             return math.inf
-        return prices[0] * self._need.tokens + prices[1] * self._need.output
+        return prices[0] * self._need.tokens + prices[1] * self._output(known)
+
+    def _output(self, known: Capabilities) -> int:
+        # DiPeO asks for 256,000 tokens of any model; the adapter lowers that too.
+        return min(self._need.output, known.max_output or self._need.output)
+
+    def _size(self, deployment: Deployment) -> int:
+        """Return the tokens to reserve: what is sent, and what may be answered."""
+        tokens = self._need.tokens
+        size = tokens + self._output(self._routing.capabilities(deployment))
+        return (
+            size if deployment.tpm is None else min(size, max(deployment.tpm, tokens))
+        )
 
     def _use(self, deployment: Deployment) -> float:
         """Return the share of its limits that a deployment has used up."""
@@ -482,7 +502,7 @@ class Choices:
             reservation = await self._routing.limits.reserve(
                 deployment.id,
                 limit,
-                self._need.tokens + self._need.output,
+                self._size(deployment),
                 ends=self._progress.ends,
                 wait=wait,
             )

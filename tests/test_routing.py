@@ -784,6 +784,37 @@ async def test_tokens_are_settled_by_what_was_used(fleet: Fleet) -> None:
             await call(service, max_tokens=1_000, deadline=0.5)
 
 
+async def test_a_large_max_tokens_fits_a_limit(fleet: Fleet) -> None:
+    """DiPeO asks for 256,000 tokens of any model; no more than the limit is reserved."""
+    async with fleet.open({"main": route(at(0, tpm=10_000))}) as service:
+        await call(service, max_tokens=256_000)
+        assert service.routes()["main"].deployments[0].tokens_per_minute == 17
+
+
+async def test_a_request_above_a_limit_goes_elsewhere(fleet: Fleet) -> None:
+    """A question that is longer than a deployment's minute is never for it."""
+    long = [{"role": "user", "content": "word " * 4_000}]
+    async with fleet.open({"main": route(at(0, tpm=1_000), at(1))}) as service:
+        assert (await service.complete(long, "main")).tried == ["d1"]
+    async with fleet.open({"main": route(at(0, tpm=1_000))}) as service:
+        with pytest.raises(InvalidRequestError, match="tokens"):
+            await service.complete(long, "main")
+    assert fleet.asked == [0, 1, 0]
+
+
+async def test_an_outage_is_not_hidden_by_an_unfit_model(fleet: Fleet) -> None:
+    """The error to act on is that of the server."""
+    fleet[1].default = error("openai", 503)
+    async with fleet.open(
+        {"main": route(at(0, "openai/gpt-4"), at(1))}, max_retries=0
+    ) as service:
+        with pytest.raises(ServiceUnavailableError) as caught:
+            await call(service, response_format={"type": "object", "properties": {}})
+    assert [each["error"] for each in caught.value.details["tried"]] == [
+        *("InvalidRequestError", "ServiceUnavailableError")
+    ]
+
+
 # Telemetry.
 
 
