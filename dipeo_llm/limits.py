@@ -231,6 +231,7 @@ class RateLimits:
         if waiter.reservation is None and line.first() is waiter and not is_shared:
             self._serve(line)
         if waiter.reservation is not None:
+            line.wake_first()
             return None
         now = _now()
         is_over = waiter.latest is not None and now >= waiter.latest
@@ -255,7 +256,6 @@ class RateLimits:
         now = _now()
         while (waiter := line.first()) is not None:
             if line.own.ready(now, waiter.limit, waiter.tokens) > now:
-                waiter.wake()
                 return
             self._grant(line, waiter, now)
 
