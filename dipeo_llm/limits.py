@@ -13,12 +13,19 @@ import random
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Callable,
+    Collection,
+    Coroutine,
+    Sequence,
+)
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 from dipeo_llm.errors import InvalidRequestError, RateLimitError
 from dipeo_llm.redis_clients import Circuit, RedisClients, RedisUnavailableError
@@ -106,6 +113,9 @@ class RateLimits:
         self._lines: dict[str, _Line] = {}
         self._most_lines = _LINES
         self._tasks: set[asyncio.Task[None]] = set()
+        self._keepers: WeakKeyDictionary[
+            asyncio.AbstractEventLoop, AsyncGenerator[None, None]
+        ] = WeakKeyDictionary()
         self._script: Any = None
 
     async def reserve(
@@ -194,12 +204,25 @@ class RateLimits:
 
     async def aclose(self) -> None:
         """Wait until Redis knows what calls have used, for two seconds at most."""
+        await self._finish(list(self._tasks))
+
+    async def _finish(self, tasks: Collection["asyncio.Task[None]"]) -> None:
         gives_up = time.monotonic() + _CLOSE_TIME
         # A task of another event loop cannot be awaited here.
-        while time.monotonic() < gives_up and any(  # noqa: ASYNC110 - as said
-            _is_running(task) for task in list(self._tasks)
-        ):
+        while any(map(_is_running, tasks)) and time.monotonic() < gives_up:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
+
+    async def _finish_with(
+        self, loop: asyncio.AbstractEventLoop
+    ) -> AsyncGenerator[None, None]:
+        """Let a loop end with the last correction, even if `aclose` is never called.
+
+        `asyncio.run` closes asynchronous generators after it has cancelled all tasks.
+        """
+        try:
+            yield
+        finally:
+            await self._finish([t for t in self._tasks if t.get_loop() is loop])
 
     def _is_shared(self, limit: Limit) -> bool:
         return self._redis is not None and limit != _NO_LIMIT
@@ -390,6 +413,10 @@ class RateLimits:
         """
         redis = self._redis
         assert redis is not None  # noqa: S101 - only shared limits run it
+        loop = asyncio.get_running_loop()
+        if loop not in self._keepers:
+            self._keepers[loop] = self._finish_with(loop)
+            await anext(self._keepers[loop])
         key = f"{redis.namespace}:limit:{line.digest}"
         arguments: list[Any] = [
             self._span,
