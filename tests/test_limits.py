@@ -378,6 +378,33 @@ def test_ten_thousand_at_once() -> None:
     run(work())
 
 
+def test_a_long_line_is_not_looked_at_for_each_call() -> None:
+    """Refusing calls behind thousands is quick, though answers give room back."""
+
+    async def work() -> None:
+        limits = RateLimits()
+        limit = Limit(tpm=10_000)
+        made = [await limits.reserve("a", limit, 10) for _ in range(1000)]
+        line = [start(limits, 10, limit) for _ in range(5000)]
+        await pause()
+        begun = time.perf_counter()
+        for reservation in made:
+            reservation.settle(9)
+            with pytest.raises(RateLimitError) as raised:
+                await limits.reserve("a", limit, 10, ends=Clock.now + 300)
+            assert (raised.value.retry_after or 0) > 300
+        assert time.perf_counter() - begun < 5
+        await pause()
+        assert sum(task.done() for task in line) == 100
+        for task in line[200:]:
+            task.cancel()
+        await asyncio.wait(line[200:])
+        # The line is short now: each call is looked at.
+        await limits.reserve("a", limit, 10, ends=Clock.now + 62)
+
+    run(work())
+
+
 # Sequences.
 
 gaps = st.sampled_from([0.0, 0.0, 0.0, 0.3, 1.0, 7.77, 31.0, 60.0, 61.0, 200.0])
@@ -616,6 +643,32 @@ def test_a_loop_that_stands_still_holds_up_no_other() -> None:
 
     assert asyncio.run(work()).queued < 1
     assert still.run_until_complete(waiting).queued > 0.2
+    still.close()
+
+
+def test_a_loop_that_stops_before_its_turn() -> None:
+    """A call that already waits behind it, on another loop, goes on."""
+    limits = RateLimits(window=0.3)
+    still = asyncio.new_event_loop()
+    waiting = still.create_task(limits.reserve("a", ONE, 1))
+    still.run_until_complete(waiting)
+    waiting = still.create_task(limits.reserve("a", ONE, 1))
+
+    async def behind() -> Reservation:
+        async with asyncio.timeout(5):
+            return await limits.reserve("a", ONE, 1)
+
+    async def stop_soon() -> None:
+        await asyncio.sleep(0.01)
+        others.start()
+        await asyncio.sleep(0.1)
+
+    made: list[Reservation] = []
+    others = threading.Thread(target=lambda: made.append(asyncio.run(behind())))
+    still.run_until_complete(stop_soon())
+    others.join(10)
+    assert 0.15 < made[0].queued < 2
+    still.run_until_complete(waiting)
     still.close()
 
 
