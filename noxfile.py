@@ -33,6 +33,7 @@ NEWEST = "litellm==1.110.2"
 REDIS_TESTS = [
     "tests/test_cache.py",
     "tests/test_cache_redis.py",
+    "tests/test_limits_redis.py",
     "tests/test_batch.py",
 ]
 

@@ -13,12 +13,19 @@ import random
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Callable,
+    Collection,
+    Coroutine,
+    Sequence,
+)
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from typing import Any, Self
+from weakref import WeakKeyDictionary, WeakSet
 
 from dipeo_llm.errors import InvalidRequestError, RateLimitError
 from dipeo_llm.redis_clients import Circuit, RedisClients, RedisUnavailableError
@@ -32,6 +39,8 @@ _BATCH = 100
 """The most calls that one script reserves."""
 _FORECAST_STEPS = 64
 """The most calls of a line, on average, that are looked at to refuse one."""
+_LOOKS = 5
+"""Buckets after which a call looks whether the event loop of the one before it runs."""
 _LINES = 64
 """Deployments from which on idle ones are forgotten."""
 _CLOSE_TIME = 2.0
@@ -106,6 +115,10 @@ class RateLimits:
         self._lines: dict[str, _Line] = {}
         self._most_lines = _LINES
         self._tasks: set[asyncio.Task[None]] = set()
+        self._keepers: WeakKeyDictionary[
+            asyncio.AbstractEventLoop, AsyncGenerator[None, None]
+        ] = WeakKeyDictionary()
+        self._ended: WeakSet[asyncio.AbstractEventLoop] = WeakSet()
         self._script: Any = None
 
     async def reserve(
@@ -148,7 +161,9 @@ class RateLimits:
         try:
             if not wait:
                 # It does not queue: those that are in the line are being served.
-                await asyncio.wait([self._start(self._ask(line, [waiter]))])
+                asking = self._start(self._ask(line, [waiter]))
+                await asyncio.wait([asking])
+                asking.result()
                 if waiter.reservation is None:
                     raise _refuse(line, waiter, line.ready(waiter, _now()))
             while waiter.reservation is None:
@@ -194,12 +209,26 @@ class RateLimits:
 
     async def aclose(self) -> None:
         """Wait until Redis knows what calls have used, for two seconds at most."""
+        await self._finish(list(self._tasks))
+
+    async def _finish(self, tasks: Collection["asyncio.Task[None]"]) -> None:
         gives_up = time.monotonic() + _CLOSE_TIME
         # A task of another event loop cannot be awaited here.
-        while time.monotonic() < gives_up and any(  # noqa: ASYNC110 - as said
-            _is_running(task) for task in list(self._tasks)
-        ):
+        while any(map(_is_running, tasks)) and time.monotonic() < gives_up:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
+
+    async def _finish_with(
+        self, loop: asyncio.AbstractEventLoop
+    ) -> AsyncGenerator[None, None]:
+        """Let a loop end with the last correction, even if `aclose` is never called.
+
+        `asyncio.run` closes asynchronous generators after it has cancelled all tasks.
+        """
+        try:
+            yield
+        finally:
+            self._ended.add(loop)
+            await self._finish([t for t in self._tasks if t.get_loop() is loop])
 
     def _is_shared(self, limit: Limit) -> bool:
         return self._redis is not None and limit != _NO_LIMIT
@@ -231,31 +260,33 @@ class RateLimits:
         if waiter.reservation is None and line.first() is waiter and not is_shared:
             self._serve(line)
         if waiter.reservation is not None:
+            line.wake_first()
             return None
         now = _now()
         is_over = waiter.latest is not None and now >= waiter.latest
-        if line.first() is not waiter or _is_running(line.asking):
+        if (busy := line.busy_loop(waiter)) is not None:
             if is_over:
                 raise _refuse(line, waiter, max(waiter.turn, line.ready(waiter, now)))
-            return waiter.latest
+            # Another loop may stop, and then it wakes nobody.
+            looks = busy is not waiter.loop
+            return waiter.no_later(now + _LOOKS * self._span if looks else None)
         ready = line.own.ready(now, waiter.limit, waiter.tokens)
         again = max(ready, line.ask_at) if is_shared else ready
         if is_shared and again <= now:
             line.asking = self._start(self._ask(line, line.batch(now)))
             line.asking.add_done_callback(lambda _: self._wake(line))
-            return waiter.latest
+            return self._drive(line, waiter, is_shared=is_shared)
         if line.ask_at > now:  # so that Redis has just been asked
             ready = line.ready(waiter, now)
         if is_over or waiter.is_late(ready):
             raise _refuse(line, waiter, ready)
-        return again if waiter.latest is None else min(again, waiter.latest)
+        return waiter.no_later(again)
 
     def _serve(self, line: "_Line") -> None:
         """Give turns by the window of this process."""
         now = _now()
         while (waiter := line.first()) is not None:
             if line.own.ready(now, waiter.limit, waiter.tokens) > now:
-                waiter.wake()
                 return
             self._grant(line, waiter, now)
 
@@ -328,9 +359,14 @@ class RateLimits:
         task.add_done_callback(self._tasks.discard)
         return task
 
+    def _take_owed(self, line: "_Line") -> dict[int, list[int]]:
+        with self._lock:
+            owed, line.owed = line.owed, {}
+        return owed
+
     async def _settle(self, line: "_Line") -> None:
         try:
-            while owed := line.take_owed():
+            while owed := self._take_owed(line):
                 await self._run_script(line, _NO_LIMIT, [], owed)
         except RedisUnavailableError:
             _log.debug("reservations are not corrected: they lapse by themselves")
@@ -340,7 +376,7 @@ class RateLimits:
         needs = [waiter.tokens for waiter in batch]
         try:
             granted, bucket = await self._run_script(
-                line, batch[0].limit, needs, line.take_owed()
+                line, batch[0].limit, needs, self._take_owed(line)
             )
         except RedisUnavailableError:
             with self._lock:
@@ -390,6 +426,12 @@ class RateLimits:
         """
         redis = self._redis
         assert redis is not None  # noqa: S101 - only shared limits run it
+        loop = asyncio.get_running_loop()
+        if loop in self._ended:
+            raise RedisUnavailableError
+        if loop not in self._keepers:
+            self._keepers[loop] = self._finish_with(loop)
+            await anext(self._keepers[loop])
         key = f"{redis.namespace}:limit:{line.digest}"
         arguments: list[Any] = [
             self._span,
@@ -401,17 +443,18 @@ class RateLimits:
         for bucket, change in owed.items():
             arguments += [bucket, *change]
 
-        async def run(cache: Any) -> Any:
+        async def run(cache: Any) -> tuple[int, int]:
             if self._script is None:
                 self._script = cache.client.register_script(_SCRIPT)
-            return await self._script([key], arguments, cache.client)
+            granted, time, text = await self._script([key], arguments, cache.client)
+            window = _Window.read(self._span, _now() - time, text)
+            with self._lock:
+                if line.shared is None:
+                    line.forecast = None
+                line.shared = window
+            return granted, time // self._span
 
-        granted, time_there, text = await redis.use(self.circuit, run)
-        with self._lock:
-            if line.shared is None:
-                line.forecast = None
-            line.shared = _Window.read(self._span, _now() - time_there, text)
-        return granted, time_there // self._span
+        return await redis.use(self.circuit, run)
 
 
 _NO_LIMIT = Limit()
@@ -544,6 +587,10 @@ class _Waiter:
         self.has_left = False
         self._woken: asyncio.Event | None = None
 
+    def no_later(self, time: int | None) -> int | None:
+        """Return a time, or the call's deadline if that is sooner; None is never."""
+        return min((t for t in (time, self.latest) if t is not None), default=None)
+
     def is_late(self, turn: int) -> bool:
         return self.latest is not None and turn > self.latest
 
@@ -632,6 +679,20 @@ class _Line:
                 return waiter
         return None
 
+    def busy_loop(self, waiter: _Waiter) -> asyncio.AbstractEventLoop | None:
+        """Return the loop that serves the line, None if that is for this call to do."""
+        first = self.first()
+        if first is not None and first is not waiter:
+            return first.loop
+        if self.asking is None:
+            return None
+        if _is_running(self.asking):
+            return self.asking.get_loop()
+        asked, self.asking = self.asking, None
+        if asked.done() and not asked.cancelled():
+            asked.result()  # raises what was not foreseen
+        return None
+
     def batch(self, now: int) -> list[_Waiter]:
         """Return the first calls that this process' own window has room for."""
         made: list[_Waiter] = []
@@ -692,10 +753,6 @@ class _Line:
         if self.shared is not None:
             self.shared.correct(bucket, requests, tokens)
         self.ask_at = 0
-
-    def take_owed(self) -> dict[int, list[int]]:
-        owed, self.owed = self.owed, {}
-        return owed
 
     def _predict(self, now: int) -> _Forecast:
         if self.forecast is None:

@@ -91,10 +91,14 @@ class Pool(Generic[C]):
     Args:
         ttl: Seconds that a client is leased after its creation; above 0.
         max_clients: Clients of one loop; above it, the longest idle one closes.
+        grace: Seconds that calls in flight have to end when their loop ends.
     """
 
-    def __init__(self, *, ttl: float = 3600.0, max_clients: int = 64) -> None:
+    def __init__(
+        self, *, ttl: float = 3600.0, max_clients: int = 64, grace: float = 0.0
+    ) -> None:
         self._ttl = ttl
+        self._grace = grace
         self._max_clients = max_clients
         self._lock = threading.Lock()
         self._loops: dict[asyncio.AbstractEventLoop, _LoopClients[C]] = {}
@@ -151,7 +155,7 @@ class Pool(Generic[C]):
             with self._lock:
                 self._loops.pop(loop, None)
             clients.keeper = None  # this generator
-            await clients.aclose(grace=0.0)
+            await clients.aclose(self._grace)
 
     async def aclose(self, grace: float = 0.0) -> None:
         """Close the clients of every loop, and the pool for good. May be called twice.

@@ -122,7 +122,8 @@ class RedisClients:
     def __init__(self, url: CacheURL) -> None:
         self.namespace = url.namespace
         self.timeout = url.timeout
-        self._pool: Pool[_Client] = Pool(ttl=_CLIENT_TTL)
+        # A command under a connection that closes would open another one.
+        self._pool: Pool[_Client] = Pool(ttl=_CLIENT_TTL, grace=self.timeout)
         # A full server refuses writes and scripts, and still reads.
         self.reads, self.writes = Circuit("cached answers"), Circuit("cache writes")
         self.locks = Circuit("locks")
@@ -195,7 +196,7 @@ class RedisClients:
 
     def reopen(self) -> None:
         """Allow clients again after `aclose`."""
-        self._pool = Pool(ttl=_CLIENT_TTL)
+        self._pool = Pool(ttl=_CLIENT_TTL, grace=self.timeout)
 
     async def _open(self) -> _Client:
         from aiocache import RedisCache
