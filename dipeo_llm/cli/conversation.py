@@ -180,7 +180,7 @@ class Conversation:
         except Exception as exc:
             self._note_answer("".join(printed), error=str(exc))
             raise
-        self._note_answer(result.text)
+        self._note_answer(result.text or result.refusal or "")
         self._seconds = time.perf_counter() - started
         if result.text:  # no provider accepts an empty turn
             said = Message(
