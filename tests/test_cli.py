@@ -1284,9 +1284,10 @@ async def test_ctrl_c_leaves_a_page_with_what_was_printed(
 ) -> None:
     """The only turn was stopped, and the process ends as it does without a page."""
     server.reply(Answer("one two", pieces=2, stall_after=1))
-    process = await start("chat", "gpt-4.1-nano", "Hi", "--stream", "--html", "a.html")
+    process = await start("chat", "llama3.2", "Hi", "--stream", "--html", "a.html")
     assert process.stdout is not None
-    await process.stdout.readexactly(1)
+    async with asyncio.timeout(60):
+        await process.stdout.readexactly(4)
 
     process.send_signal(signal.SIGINT)
     code, _, _ = await finish(process)
