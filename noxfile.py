@@ -89,6 +89,13 @@ def telemetry(session: nox.Session) -> None:
     session.run("pytest", "-rs", *tests, *session.posargs)
 
 
+@nox.session(default=False)
+def browser(session: nox.Session) -> None:
+    """Look at the page of a conversation in Chromium, if there is one on the PATH."""
+    install(session, "test")
+    session.run("pytest", "-rs", "tests/test_browser.py", *session.posargs)
+
+
 @nox.session
 def redis(session: nox.Session) -> None:
     """Run the tests of the shared cache on a real Redis server, out of a wheel."""

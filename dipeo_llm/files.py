@@ -1,11 +1,13 @@
 """Opens files inside a folder and nowhere else: prompts, pictures, documents.
 
-Knows paths and links, and of the content only that text is UTF-8. Everything blocks: call it in a thread
-from an event loop.
+Also replaces a file whole. Knows paths and links, and of the content only that text is
+UTF-8. Everything blocks: call it in a thread from an event loop.
 """
 
 import os
+import shutil
 import stat
+import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -57,6 +59,31 @@ def open_regular(path: Path) -> BinaryIO:
             "it is a directory" if is_folder else "it is not a regular file"
         )
     return os.fdopen(fd, "rb")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file beside *path* and rename it: readers never see half of it.
+
+    A link stays a link, and an existing file keeps its mode; a new one is its owner's.
+
+    Raises:
+        OSError: It cannot be written; what was there is left as it was.
+    """
+    path = path.resolve()
+    file = tempfile.NamedTemporaryFile(  # noqa: SIM115 - renamed after it is closed
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+    )
+    try:
+        with file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, file.name)
+        Path(file.name).replace(path)
+    except BaseException:
+        Path(file.name).unlink()
+        raise
 
 
 class TextFiles:

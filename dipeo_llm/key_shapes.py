@@ -13,32 +13,36 @@ from urllib.parse import quote
 # A prefix of a key, and what follows it. The rest asks for a digit and for a length that
 # a word does not reach: `sk-toggleable__content` is a class of scikit-learn's HTML.
 # Prefixes and lengths as in the rules of gitleaks (https://github.com/gitleaks/gitleaks,
-# 2026-11-25) and in the providers' consoles.
-_WITH_DIGIT: Final = r"(?=[\w-]*\d)"
+# 2026-11-25) and in the providers' consoles. Nothing looks ahead without a limit, or a
+# text of many prefixes ("sk-sk-sk-...") takes time that grows with its square.
+_WITH_DIGIT: Final = r"(?=[\w-]{0,255}\d)"
 _SHAPES: Final = (
     # OpenAI, Anthropic, DeepSeek, OpenRouter, LiteLLM; Cerebras: csk-.
-    (r"c?sk-", _WITH_DIGIT + r"(?:(?=[\w-]*[A-Za-z0-9]{12})[\w-]{16,}|[\w-]{40,})"),
+    (
+        r"c?sk-",
+        _WITH_DIGIT + r"(?:(?=[\w-]{0,255}[A-Za-z0-9]{12})[\w-]{16,}|[\w-]{40,})",
+    ),
     (r"AIza", r"[\w-]{30,}"),  # Google
     (r"AQ\.", r"[\w-]{20,}"),
     (r"ya29\.", r"[\w-]{20,}"),
-    (r"gsk_", r"(?=\w*\d)\w{20,}"),  # Groq
-    (r"xai-", r"(?=\w*\d)\w{20,}"),
-    (r"hf_", r"(?=\w*[A-Z0-9])\w{20,}"),  # Hugging Face
-    (r"pplx-", r"(?=\w*[A-Z0-9])\w{20,}"),  # Perplexity
-    (r"r8_", r"(?=\w*[A-Z0-9])\w{20,}"),  # Replicate
-    (r"nvapi-", r"(?=[\w-]*[A-Z0-9])[\w-]{20,}"),  # NVIDIA
-    (r"key-", r"(?=[A-Za-z]*\d)[A-Za-z0-9]{20,}"),  # Mailgun and others
-    (r"fw_", r"(?=\w*\d)\w{20,}"),  # Fireworks
-    (r"tvly-", r"(?=[\w-]*\d)[\w-]{20,}"),  # Tavily
-    (r"jina_", r"(?=\w*\d)\w{20,}"),
+    (r"gsk_", r"(?=\w{0,255}\d)\w{20,}"),  # Groq
+    (r"xai-", r"(?=\w{0,255}\d)\w{20,}"),
+    (r"hf_", r"(?=\w{0,255}[A-Z0-9])\w{20,}"),  # Hugging Face
+    (r"pplx-", r"(?=\w{0,255}[A-Z0-9])\w{20,}"),  # Perplexity
+    (r"r8_", r"(?=\w{0,255}[A-Z0-9])\w{20,}"),  # Replicate
+    (r"nvapi-", r"(?=[\w-]{0,255}[A-Z0-9])[\w-]{20,}"),  # NVIDIA
+    (r"key-", r"(?=[A-Za-z]{0,255}\d)[A-Za-z0-9]{20,}"),  # Mailgun and others
+    (r"fw_", r"(?=\w{0,255}\d)\w{20,}"),  # Fireworks
+    (r"tvly-", _WITH_DIGIT + r"[\w-]{20,}"),  # Tavily
+    (r"jina_", r"(?=\w{0,255}\d)\w{20,}"),
     (r"lsv2_[ps][tk]_", r"\w{20,}"),  # LangSmith
     (r"ABSK", r"[A-Za-z0-9+/]{100,}"),  # Amazon Bedrock
     (r"(?:AKIA|ASIA)", r"[A-Z0-9]{16}"),  # Amazon
     (r"gh[pousr]_", r"\w{30,}"),  # GitHub
     (r"github_pat_", r"\w{20,}"),
-    (r"xox[abprs]-", r"(?=[\w-]*\d)[\w-]{10,}"),  # Slack
+    (r"xox[abprs]-", _WITH_DIGIT + r"[\w-]{10,}"),  # Slack
     (r"[rs]k_(?:live|test)_", r"\w{16,}"),  # Stripe
-    (r"eyJ", r"[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,}"),  # a JSON Web Token
+    (r"eyJ", r"[\w-]{8,1000}\.[\w-]{8,}\.[\w-]{8,}"),  # a JSON Web Token
 )
 
 KEY_PARAMETERS: Final = (

@@ -22,12 +22,14 @@ from local_model import MODEL, LocalModel, LocalServerError, local_model
 from pydantic import BaseModel, Field
 
 from dipeo_llm import (
+    CallRecord,
     DiPeOLLMError,
     LLMInfraService,
     Person,
     PersonLLMConfig,
     Settings,
     StaticAPIKeys,
+    conversation_page,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -182,7 +184,9 @@ async def reply(
     )
 
 
-async def demonstrate(model: LocalModel, rounds: int, screen: "Screen") -> list[Talk]:
+async def demonstrate(
+    model: LocalModel, rounds: int, screen: "Screen", page: "Page"
+) -> list[Talk]:
     """Hold the talk, swap the seats, and hold it again."""
     keys = StaticAPIKeys(
         {
@@ -199,7 +203,9 @@ async def demonstrate(model: LocalModel, rounds: int, screen: "Screen") -> list[
         }
     )
     talks: list[Talk] = []
-    async with LLMInfraService(keys, settings=Settings(base_dir=ROOT)) as service:
+    async with LLMInfraService(
+        keys, settings=Settings(base_dir=ROOT), on_call=page.keep
+    ) as service:
         await service.initialize()  # LiteLLM's seconds are not the first speaker's
         for one, other in ((OPENAI, ANTHROPIC), (ANTHROPIC, OPENAI)):
             talk = Talk({"optimist": one, "sceptic": other})
@@ -208,6 +214,7 @@ async def demonstrate(model: LocalModel, rounds: int, screen: "Screen") -> list[
                 async for turn in turns:
                     talk.turns.append(turn)
                     screen.turn(turn)
+                    await asyncio.to_thread(page.add, talk)
             screen.sums(talk)
             talks.append(talk)
         await stream_an_answer(service, screen)
@@ -370,6 +377,39 @@ class Screen:
             self.line("  ".join(cells).rstrip(), "bold" if edge else None)
 
 
+class Page:
+    """Writes the talks as a web page, after each reply.
+
+    Args:
+        path: The file; None writes nothing.
+    """
+
+    def __init__(self, path: str | None) -> None:
+        self._path = path
+        self._turns: list[conversation_page.Turn] = []
+        self._record: CallRecord | None = None
+
+    def keep(self, record: CallRecord) -> None:
+        """Keep the record of a call, for the reply that it made."""
+        self._record = record
+
+    def add(self, talk: Talk) -> None:
+        """Add the last reply of a talk, after the host's question in a new round."""
+        question, asked = divmod(len(talk.turns) - 1, 2)
+        if not asked:
+            self._turns.append(conversation_page.Turn("Host", QUESTIONS[question]))
+        turn = talk.turns[-1]
+        self._turns.append(conversation_page.Turn(turn.person, turn.text, self._record))
+        self.write()
+
+    def write(self) -> None:
+        """Write the page of what was said so far."""
+        if self._path is not None:
+            conversation_page.write_page(
+                self._path, self._turns, title="An optimist and a sceptic"
+            )
+
+
 def _cost(usd: float | None) -> str:
     return "unknown" if usd is None else f"{usd:.6f}"
 
@@ -404,11 +444,21 @@ def main() -> int:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object and nothing else"
     )
+    parser.add_argument(
+        "--html",
+        metavar="FILE",
+        help="also write the two talks as a web page, with a time line of the calls",
+    )
     arguments = parser.parse_args()
     screen = Screen(silent=arguments.json)
+    page = Page(arguments.html)
+    try:
+        page.write()
+    except OSError as exc:
+        parser.error(f"the file {arguments.html!r} of --html cannot be written: {exc.strerror}")
     try:
         with local_model() as model:
-            talks = asyncio.run(demonstrate(model, arguments.turns, screen))
+            talks = asyncio.run(demonstrate(model, arguments.turns, screen, page))
     except (DiPeOLLMError, LocalServerError) as exc:
         print(f"the demo failed: {type(exc).__name__}: {exc}", file=sys.stderr)
         return 1

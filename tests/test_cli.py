@@ -29,6 +29,8 @@ from tests.provider_server import (
     Raw,
     error,
 )
+from tests.read_page import Page, kinds_of
+from tests.redis_server import RedisServer, needs_redis
 
 MODELS = {
     "openai": "gpt-4.1-nano",
@@ -1150,6 +1152,217 @@ async def test_a_folder_that_is_missing_is_named_before_anything_is_sent(
 
     assert (code, server.requests) == (2, [])
     assert "its folder" in said
+
+
+# --- the page of a conversation -----------------------------------------------------
+
+
+def read_page(path: str = "talk.html") -> Page:
+    """Read a page of the working directory."""
+    return Page(Path(path).read_text("utf-8"))
+
+
+@pytest.mark.usefixtures("environment")
+async def test_a_page_shows_the_retry_the_failure_and_the_stream(
+    run: Run,
+    server: ProviderServer,
+    folder: Path,
+    typed: Typed,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every turn is there, with the numbers of its call."""
+    monkeypatch.setenv("DIPEO_LLM_MAX_RETRIES", "1")
+    server.reply(Answer("One.", input_tokens=1000, output_tokens=100))
+    server.reply(error("openai", 429, retry_delay=0.2), Answer("<b>Two</b>", pieces=3))
+    server.reply(error("openai", 400, "no <i>such</i> thing"))
+    typed("Second?\nThird?\nFourth? \udcff".encode("utf-8", "replace"))
+
+    code, _, _ = await run(
+        *("chat", "gpt-4.1-nano", "First?", "--interactive", "--html", "talk.html")
+    )
+
+    page = read_page()
+    user, failed = "User", "InvalidRequestError 400: openai answered 400: no <i>such"
+    turns = [(who, said, why[: len(failed)]) for who, said, why in page.turns]
+    assert code == 0
+    assert turns == [
+        (user, "First?", ""),
+        ("Assistant", "One.", ""),
+        (user, "Second?\n", ""),
+        ("Assistant", "<b>Two</b>", ""),
+        (user, "Third?\n", ""),
+        ("Assistant", "", failed),
+        (user, "Fourth? ?", ""),
+        ("Assistant", "Hello from the loopback.", ""),
+    ]
+    assert page.root.one("h1") == "Conversation with gpt-4.1-nano"
+    assert page.root.one("ol", "attempts").startswith("RateLimitError 429 after 0.")
+    assert "then waited 0.20 s" in page.root.one("ol", "attempts")
+    assert [kinds_of(bar) for bar in page.bars] == [
+        ["call", "attempt", "stream"],
+        ["call", "failed", "wait", "attempt", "stream"],
+        ["call", "failed"],
+        ["call", "attempt", "stream"],
+    ]
+    assert page.totals["Calls"] == "45 requests, 1 error"
+    assert page.totals["Tokens"] == "11341024 in, 110 out; unknown for 1 call".replace(
+        "1134", "1,134"
+    ).replace("1024", "1,024")
+    # 0.1 and 0.4 USD for a million tokens
+    assert page.root.all("dl")[0].all("data")[0].attributes["value"] == repr(
+        sum([1000e-7 + 100 * 4e-7, 12e-7 + 5 * 4e-7, 12e-7 + 5 * 4e-7])
+    )
+    assert names_in(folder) == ["talk.html"]
+    assert "sk-openai" not in (folder / "talk.html").read_text("utf-8")
+
+
+@pytest.mark.usefixtures("environment", "folder")
+async def test_a_page_begins_with_what_was_said_before(
+    run: Run, server: ProviderServer
+) -> None:
+    """A continued conversation is one page; what was not called now has no numbers."""
+    talk = ["--conversation", "talk.json", "--html", "talk.html"]
+    await run("chat", "gpt-4.1-nano", "First?", *talk)
+    before = read_page().turns
+    server.reply(Answer('{"a": 1}'))
+
+    await run("chat", "Second?", *talk, "--json")
+
+    page = read_page()
+    assert (
+        page.turns[:2]
+        == before
+        == [
+            ("User", "First?", ""),
+            ("Assistant", "Hello from the loopback.", ""),
+        ]
+    )
+    assert page.turns[3] == ("Assistant", '{"a": 1}', "")
+    assert len(page.bars) == 1
+
+
+@needs_redis
+@pytest.mark.usefixtures("environment", "folder", "server")
+async def test_a_page_shows_that_an_answer_came_from_the_cache(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It costs nothing and sends nothing."""
+    with RedisServer(tmp_path) as redis:
+        monkeypatch.setenv("DIPEO_LLM_CACHE_URL", redis.url)
+        for name in ("one.html", "two.html"):
+            await run("chat", "gpt-4.1-nano", "Hi", "--html", name)
+
+    one, two = read_page("one.html"), read_page("two.html")
+    assert (one.totals["Calls"], kinds_of(one.bars[0])) == (
+        "11 request",
+        ["call", "attempt"],
+    )
+    assert (two.totals["Calls"], kinds_of(two.bars[0])) == (
+        "10 requests, 1 from the cache",
+        ["cached"],
+    )
+    assert one.turns == two.turns
+    assert two.totals["Tokens"] == "00 in, 0 out"
+
+
+@pytest.mark.usefixtures("environment", "folder")
+async def test_a_page_has_a_call_that_failed_without_a_conversation(
+    run: Run, server: ProviderServer
+) -> None:
+    """The exit code is that of the failure."""
+    server.reply(error("openai", 401, "Incorrect API key provided: sk-openai."))
+
+    code, _, _ = await run("chat", "gpt-4.1-nano", "Hi", "--html", "talk.html")
+
+    assert code == 3
+    assert read_page().turns[1][2].startswith("APIKeyError 401: ")
+
+
+@pytest.mark.usefixtures("environment", "folder")
+async def test_ctrl_c_leaves_a_page_with_what_was_printed(
+    server: ProviderServer,
+) -> None:
+    """The only turn was stopped, and the process ends as it does without a page."""
+    server.reply(Answer("one two", pieces=2, stall_after=1))
+    process = await start("chat", "llama3.2", "Hi", "--stream", "--html", "a.html")
+    assert process.stdout is not None
+    async with asyncio.timeout(60):
+        await process.stdout.readexactly(4)
+
+    process.send_signal(signal.SIGINT)
+    code, _, _ = await finish(process)
+
+    page = read_page("a.html")
+    assert code == 130
+    assert page.turns == [
+        ("User", "Hi", ""),
+        ("Assistant", "one ", "stopped before its end"),
+    ]
+    assert page.bars[0].attributes["aria-label"].startswith("stopped before its end")
+
+
+@pytest.mark.usefixtures("environment", "folder")
+async def test_a_killed_conversation_leaves_the_page_of_the_turn_before(
+    server: ProviderServer,
+) -> None:
+    """The page is whole after each turn."""
+    server.reply(Answer("One."), Fault("stall"))
+    process = await start(
+        *("chat", "llama3.2", "First?", "--interactive", "--html", "talk.html"),
+        stdin=PIPE,
+    )
+    assert process.stdin is not None
+    await until(lambda: Path("talk.html").exists())
+    process.stdin.write(b"Second?\n")
+    await until(lambda: server.in_flight == 1)
+
+    process.kill()
+    await finish(process)
+
+    assert read_page().turns == [("User", "First?", ""), ("Assistant", "One.", "")]
+    assert names_in(Path()) == ["talk.html"]
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("mode", ["--interactive", "--no-stream"])
+@pytest.mark.parametrize(
+    "path",
+    ["none/talk.html", ".", "talk.json", "../" * 99 + "dev/null", "a" * 300],
+)
+async def test_a_page_that_cannot_be_written_is_named_before_anything_is_sent(
+    run: Run, server: ProviderServer, folder: Path, path: str, mode: str
+) -> None:
+    """No answer is paid for that would be missing on the page."""
+    (folder / "talk.json").touch()
+    talk = ["--conversation", "talk.json", "--html", path]
+
+    code, out, said = await run("chat", "gpt-4.1-nano", "Hi", mode, *talk)
+
+    assert (code, out, server.requests) == (2, "", [])
+    assert "--html" in said
+    assert said.count("\n") == 1
+    assert names_in(folder) == ["talk.json"]
+    assert (folder / "talk.json").stat().st_size == 0
+
+
+@pytest.mark.usefixtures("environment", "server")
+async def test_a_page_that_fails_later_keeps_what_it_held(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer is printed, the failure is told, and nothing is left behind."""
+    await run("chat", "gpt-4.1-nano", "First?", "--html", "talk.html")
+    before = (folder / "talk.html").read_bytes()
+
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    code, out, said = await run("chat", "gpt-5", "Second?", "--html", "talk.html")
+
+    assert (code, out) == (1, "Hello from the loopback.\n")
+    assert said == "dipeo-llm: [Errno 28] No space left on device\n"
+    assert (folder / "talk.html").read_bytes() == before
+    assert names_in(folder) == ["talk.html"]
 
 
 @pytest.mark.parametrize(

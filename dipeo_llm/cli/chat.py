@@ -48,6 +48,7 @@ Examples:
   dipeo-llm chat llama3.2:1b --interactive --system "Answer like a pirate."
   dipeo-llm chat gpt-4.1-nano "My name is Ada." --conversation ada.json
   dipeo-llm chat "What is my name?" --conversation ada.json
+  dipeo-llm chat llama3.2:1b --interactive --html talk.html
   dipeo-llm chat my-model "Hi" --service openai --base-url http://127.0.0.1:8000/v1
 
 A schema file holds a JSON schema, such as
@@ -111,6 +112,14 @@ Variables and exit codes: dipeo-llm --help
     metavar="FILE",
     type=click.Path(dir_okay=False),
     help="Continue the conversation in FILE and save it there, as JSON.",
+)
+@click.option(
+    "--html",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, writable=True),
+    help="Write the conversation to FILE as a web page: every word, the tokens, the"
+    " cost, and a time line of the calls with their retries. An interactive one"
+    " rewrites it after each turn.",
 )
 @click.option(
     "--service",
@@ -203,10 +212,16 @@ def chat(model: str | None, prompt: str | None, **given: Any) -> Exit:
     options = SimpleNamespace(**given)
     _check_exclusive(options, prompt)
 
-    from dipeo_llm.cli.conversation import Conversation, read_conversation
+    from dipeo_llm.cli.conversation import (
+        Conversation,
+        check_page,
+        read_conversation,
+    )
     from dipeo_llm.domain import Person, PersonLLMConfig
 
     path = Path(options.conversation) if options.conversation else None
+    if options.html:
+        check_page(options.html, path)
     person = read_conversation(path) if path else None
     saved = person.llm_config if person else None
     default = saved.model if saved else os.environ.get("DIPEO_LLM_MODEL")
@@ -234,7 +249,9 @@ def chat(model: str | None, prompt: str | None, **given: Any) -> Exit:
             "prompt_file": None,
         }
     )
-    conversation = Conversation(options, person or Person("assistant"), config, path)
+    conversation = Conversation(
+        options, person or Person("assistant", "Assistant"), config, path
+    )
     if options.interactive:
         return conversation.hold(question)
     return conversation.answer(question or "")

@@ -6,7 +6,6 @@ this module when it needs it.
 
 import asyncio
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from dipeo_llm.cli.options import (
     report,
     run,
 )
+from dipeo_llm.conversation_page import Turn, write_page
 from dipeo_llm.domain import (
     ChatResult,
     Message,
@@ -35,6 +35,8 @@ from dipeo_llm.domain import (
     ToolType,
 )
 from dipeo_llm.errors import DiPeOLLMError
+from dipeo_llm.files import replace_file
+from dipeo_llm.record import CallRecord
 from dipeo_llm.service import LLMInfraService
 from dipeo_llm.streaming import ChatStream
 
@@ -63,6 +65,14 @@ class Conversation:
         self._person = person
         self._config = config
         self._path = path
+        self._html = Path(options.html) if options.html else None
+        names = {"user": "User", person.id: person.name}
+        self._turns = [
+            Turn(who, _words(message.content), name=names.get(who, ""))
+            for message in person.messages
+            for who in [message.from_person_id]
+        ]
+        self._record: CallRecord | None = None
         self._streams = options.stream
         if options.as_json or options.schema is not None:
             self._streams = False
@@ -76,7 +86,10 @@ class Conversation:
             async with await self._open() as service:
                 return await self._ask(service, question)
 
-        self._print(run(ask()))
+        try:
+            self._print(run(ask()))
+        finally:
+            self._write_page()
         return Exit.OK
 
     def hold(self, question: str | None) -> Exit:
@@ -101,6 +114,8 @@ class Conversation:
                             self._print(run(self._ask(service, question), runner))
                         except DiPeOLLMError as exc:
                             report(exc)
+                        finally:
+                            self._write_page()
                     question = None
             finally:
                 runner.run(service.aclose())
@@ -111,9 +126,15 @@ class Conversation:
         provider = await find_provider(config.model, config.service)
         update = {"api_key_id": key_for(provider, config.api_key_id)}
         self._config = self._person.llm_config = config.model_copy(update=update)
-        return open_service(
-            provider, base_url=options.base_url, timeout=options.timeout
+        service = open_service(
+            provider,
+            base_url=options.base_url,
+            on_call=self._keep_record,
+            timeout=options.timeout,
         )
+        if self._html is not None:
+            await service.initialize()  # LiteLLM's import is not the provider's time
+        return service
 
     async def _ask(self, service: LLMInfraService, question: str) -> ChatResult:
         """Make a call, printing a stream as it arrives, and remember the turn.
@@ -135,6 +156,8 @@ class Conversation:
             "tools": [ToolConfig(type=ToolType(name)) for name in options.tools],
         }
         printed: list[str] = []
+        self._record = None
+        self._turns.append(Turn("user", _words(content), name="User"))
         terminal.show_status(f"waiting for {self._config.model} ...")
         started = time.perf_counter()
         try:
@@ -150,8 +173,14 @@ class Conversation:
                 )
         except asyncio.CancelledError:
             if not options.interactive:
+                self._note_answer("".join(printed))
+                self._write_page()  # here, because the process ends at once
                 raise
             result = ChatResult(text="".join(printed), finish_reason=_INTERRUPTED)
+        except Exception as exc:
+            self._note_answer("".join(printed), error=str(exc))
+            raise
+        self._note_answer(result.text or result.refusal or "")
         self._seconds = time.perf_counter() - started
         if result.text:  # no provider accepts an empty turn
             said = Message(
@@ -174,6 +203,20 @@ class Conversation:
             if chunk.text:
                 printed.append(chunk.text)
                 await asyncio.to_thread(terminal.write_text, chunk.text)
+
+    def _keep_record(self, record: CallRecord) -> None:
+        self._record = record
+
+    def _note_answer(self, text: str, *, error: str | None = None) -> None:
+        """Add the person's turn, with the record of the last call, to the page."""
+        person = self._person
+        self._turns.append(Turn(person.id, text, self._record, error, person.name))
+
+    def _write_page(self) -> None:
+        """Write the page of the conversation, if one was asked for."""
+        if self._html is not None:
+            title = f"Conversation with {self._config.model}"
+            write_page(self._html, self._turns, title=title)
 
     def _print(self, result: ChatResult) -> None:
         """Print what is left of a turn, and save the conversation."""
@@ -222,20 +265,34 @@ def read_conversation(path: Path) -> Person | None:
     raise UsageError(f"the file {str(path)!r} of --conversation cannot be used: {why}")
 
 
-def _save(person: Person, path: Path) -> None:
-    """Write a file beside *path* and rename it: readers never see half of it."""
-    path = path.resolve()  # keeps a link a link
-    file = tempfile.NamedTemporaryFile(  # noqa: SIM115 - renamed after it is closed
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-    )
+def check_page(html: str, conversation: Path | None) -> None:
+    """Check that the page of a conversation can be written, and leave no trace.
+
+    Raises:
+        UsageError: It cannot, or it would replace the file of the conversation.
+    """
     try:
-        with file:
-            file.write(person.model_dump_json(indent=2, exclude_none=True) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, file.name)
-        Path(file.name).replace(path)
-    except BaseException:
-        Path(file.name).unlink()
-        raise
+        path = Path(html).resolve()
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a regular file")
+        if conversation is not None and path == conversation.resolve():
+            raise ValueError("--conversation names the same file")
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
+    except (OSError, ValueError, RuntimeError) as exc:
+        raise UsageError(
+            f"the file {html!r} of --html cannot be written: {inputs.reason(exc)}"
+        ) from None
+
+
+def _save(person: Person, path: Path) -> None:
+    """Save a conversation as JSON."""
+    text = person.model_dump_json(indent=2, exclude_none=True)
+    replace_file(path, text + "\n")
+
+
+def _words(content: Any) -> str:
+    """Return the text of a message; a picture or a file is named by its kind."""
+    parts = content if isinstance(content, list) else [content]
+    texts = (part.get("text") if isinstance(part, dict) else part for part in parts)
+    return "\n".join(text if isinstance(text, str) else "[file]" for text in texts)

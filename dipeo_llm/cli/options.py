@@ -27,6 +27,7 @@ from dipeo_llm.errors import (
 if TYPE_CHECKING:
     import asyncio
 
+    from dipeo_llm.reports import CallHook
     from dipeo_llm.service import LLMInfraService
 
 _T = TypeVar("_T")
@@ -169,13 +170,18 @@ def connection(command: _F) -> _F:
 
 
 def open_service(
-    provider: str, *, base_url: str | None = None, **changes: Any
+    provider: str,
+    *,
+    base_url: str | None = None,
+    on_call: "CallHook | None" = None,
+    **changes: Any,
 ) -> "LLMInfraService":
     """Make a service with the environment's settings.
 
     Args:
         provider: Whose address `base_url` replaces.
         base_url: None keeps the address of the settings.
+        on_call: Gets the record of each call.
         **changes: Fields of `Settings`; None keeps the environment's.
     """
     from dipeo_llm import (
@@ -197,6 +203,7 @@ def open_service(
         system_prompt_handler=SystemPromptHandler(
             Path.cwd(), allow_outside_base_dir=True
         ),
+        on_call=on_call,
     )
 
 
