@@ -34,6 +34,7 @@ REDIS_TESTS = [
     "tests/test_cache.py",
     "tests/test_cache_redis.py",
     "tests/test_limits_redis.py",
+    "tests/test_routing_redis.py",
     "tests/test_batch.py",
 ]
 
