@@ -18,7 +18,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urldefrag, urljoin
 
-from playwright.sync_api import Browser, Page, ViewportSize, sync_playwright
+from playwright.sync_api import (
+    Browser,
+    ConsoleMessage,
+    Page,
+    Request,
+    Response,
+    ViewportSize,
+    sync_playwright,
+)
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = [
@@ -72,24 +80,22 @@ def watch(page: Page, home: str, problems: list[str]) -> None:
     def note(text: str) -> None:
         problems.append(f"{page.url.removeprefix(home)}: {text}")
 
+    def check_console(line: ConsoleMessage) -> None:
+        if line.type == "error":
+            note(f"console: {line.text}")
+
+    def check_request(request: Request) -> None:
+        if not request.url.startswith((home, "data:")):
+            note(f"asks another host: {request.url}")
+
+    def check_response(response: Response) -> None:
+        if response.status >= 400:
+            note(f"{response.status} for {response.url}")
+
     page.on("pageerror", lambda error: note(f"an exception: {error}"))
-    page.on(
-        "console",
-        lambda line: line.type == "error" and note(f"console: {line.text}"),
-    )
-    page.on(
-        "request",
-        lambda request: (
-            request.url.startswith((home, "data:"))
-            or note(f"asks another host: {request.url}")
-        ),
-    )
-    page.on(
-        "response",
-        lambda response: (
-            response.status < 400 or note(f"{response.status} for {response.url}")
-        ),
-    )
+    page.on("console", check_console)
+    page.on("request", check_request)
+    page.on("response", check_response)
 
 
 def check_links(
@@ -130,8 +136,9 @@ def look(browser: Browser, home: str, folder: Path, pictures: Path | None) -> li
     problems: list[str] = []
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.html")]
     for size, viewport in SIZES.items():
-        scheme = "dark" if size == "phone" else "light"
-        page = browser.new_page(viewport=viewport, color_scheme=scheme)
+        page = browser.new_page(
+            viewport=viewport, color_scheme="dark" if size == "phone" else "light"
+        )
         watch(page, home, problems)
         read = {}
         for name in sorted(names):
