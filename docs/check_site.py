@@ -120,11 +120,11 @@ READ = """() => ({
   links: [...document.querySelectorAll("a[href]")].map(a => a.getAttribute("href")),
   ids: [...document.querySelectorAll("[id]")].map(e => e.id),
   without_text: [...document.querySelectorAll("img:not([alt]), img[alt='']")].map(e => e.src),
-  wider: document.documentElement.scrollWidth > innerWidth
-    ? [...document.querySelectorAll("article *")]
-        .filter(e => e.getBoundingClientRect().right > innerWidth)
-        .slice(0, 3).map(e => e.outerHTML.slice(0, 90))
-    : null,
+  wider: [...document.querySelectorAll(":root, .content, .content *")]
+    .filter(e => e.scrollWidth > e.clientWidth + 1 && !e.matches("pre, .table-wrapper"))
+    .filter(e => e === document.documentElement
+      || ["auto", "scroll"].includes(getComputedStyle(e).overflowX))
+    .map(e => e.outerHTML.slice(0, 40)),
 })"""
 
 SEARCHED = """() => /finished|did not match/.test(
@@ -145,7 +145,7 @@ def look(browser: Browser, home: str, folder: Path, pictures: Path | None) -> li
             page.goto(home + name)
             found = page.evaluate(READ)
             read[name] = found
-            if found["wider"] is not None:
+            if found["wider"]:
                 problems.append(
                     f"{name}: scrolls sideways on a {size}: {found['wider']}"
                 )

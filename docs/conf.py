@@ -2,7 +2,12 @@
 
 import re
 from pathlib import Path
+from typing import Annotated, Any, get_origin
 
+import sphinx.util.inspect
+import sphinx.util.typing
+from docutils import nodes
+from sphinx import addnodes
 from sphinx.application import Sphinx
 
 import dipeo_llm
@@ -20,8 +25,6 @@ extensions = [
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build"]
-# `type[T]` names the builtin, which Sphinx takes for any attribute `type`.
-suppress_warnings = ["ref.python"]
 
 myst_heading_anchors = 4  # as on GitHub
 default_role = "code"  # a docstring's `name`
@@ -31,7 +34,6 @@ autodoc_member_order = "bysource"
 autodoc_default_options = {
     "members": True,
     "undoc-members": True,
-    "show-inheritance": True,
     "exclude-members": "model_config, __init__, __new__",
 }
 autoclass_content = "class"
@@ -69,6 +71,21 @@ ROOT_PAGES = {
 """Pages of the site, and the file of the repository's root that each begins with."""
 
 
+write_annotation = sphinx.util.typing.stringify_annotation
+
+
+def write_type(annotation: Any, *args: Any, **options: Any) -> str:
+    """Write `Annotated[float, Ge(0)]` as `float`. Sphinx has no setting for it."""
+    if get_origin(annotation) is Annotated:
+        annotation = annotation.__origin__
+    return write_annotation(annotation, *args, **options)
+
+
+# autodoc, which is imported after this file, takes it from there.
+sphinx.util.typing.stringify_annotation = write_type
+sphinx.util.inspect.stringify_annotation = write_type
+
+
 def adapt(app: Sphinx, page: str, text: list[str]) -> None:
     """Put a root file on its page, and lead links to root files to their pages."""
     if file := ROOT_PAGES.get(page):
@@ -88,15 +105,15 @@ def keep_text(
         lines[0] = f": {lines[0]}"
 
 
-def leave_out_object(
-    app: Sphinx, name: str, cls: type, options: object, bases: list[type]
-) -> None:
-    """Say what a class is based on only where that says something."""
-    bases[:] = [base for base in bases if base is not object] or bases
+def unlink_builtin(app: Sphinx, doctree: nodes.document) -> None:
+    """Take the builtin in `type[T]` for no attribute that is called `type`."""
+    for reference in list(doctree.findall(addnodes.pending_xref)):
+        if reference["reftarget"] == "type":
+            reference.replace_self(reference.children)
 
 
 def setup(app: Sphinx) -> None:
     """Connect the hooks."""
     app.connect("source-read", adapt)
     app.connect("autodoc-process-docstring", keep_text, priority=400)
-    app.connect("autodoc-process-bases", leave_out_object)
+    app.connect("doctree-read", unlink_builtin)
