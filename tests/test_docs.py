@@ -13,6 +13,7 @@ import re
 import runpy
 import shlex
 from collections.abc import Iterable
+from importlib.metadata import metadata
 from pathlib import Path
 
 import click
@@ -376,6 +377,14 @@ def test_the_nox_sessions_that_are_named_exist() -> None:
 
     named = set(re.findall(r"nox -s (\w+)", "\n".join(TEXTS.values())))
     assert {"demo", "tests"} <= named <= set(defined)
+
+
+def test_the_extras_that_are_named_exist() -> None:
+    """What a page tells to install is there."""
+    named = set(re.findall(r"dipeo-llm\[(\w+)\]", "\n".join(TEXTS.values())))
+
+    extras = metadata("dipeo-llm").get_all("Provides-Extra")
+    assert named == set(extras or ())
 
 
 def test_the_architecture_page_shows_every_module() -> None:
