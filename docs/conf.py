@@ -7,6 +7,7 @@ from typing import Annotated, Any, get_origin
 import sphinx.util.inspect
 import sphinx.util.typing
 from docutils import nodes
+from pygments.lexers.shell import BashLexer
 from sphinx import addnodes
 from sphinx.application import Sphinx
 
@@ -83,7 +84,7 @@ def write_type(annotation: Any, *args: Any, **options: Any) -> str:
 
 # autodoc, which is imported after this file, takes it from there.
 sphinx.util.typing.stringify_annotation = write_type
-sphinx.util.inspect.stringify_annotation = write_type
+sphinx.util.inspect.stringify_annotation = write_type  # type: ignore[attr-defined]
 
 
 def adapt(app: Sphinx, page: str, text: list[str]) -> None:
@@ -114,6 +115,8 @@ def unlink_builtin(app: Sphinx, doctree: nodes.document) -> None:
 
 def setup(app: Sphinx) -> None:
     """Connect the hooks."""
+    # Its own lexer takes a line without a prompt for output, and shows it in grey.
+    app.add_lexer("console", BashLexer)
     app.connect("source-read", adapt)
     app.connect("autodoc-process-docstring", keep_text, priority=400)
     app.connect("doctree-read", unlink_builtin)
