@@ -79,6 +79,19 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def docs(session: nox.Session) -> None:
+    """Build the site into docs/_build, then look at every page in Chromium.
+
+    Arguments after -- go to the check: `-- --pictures FOLDER` keeps what it saw.
+    """
+    install(session, "docs")
+    out = "docs/_build"
+    shutil.rmtree(HERE / out, ignore_errors=True)
+    session.run("sphinx-build", "-W", "--keep-going", "-j", "auto", "docs", out)
+    session.run("python", "docs/check_site.py", out, *session.posargs)
+
+
+@nox.session(default=False)
 def telemetry(session: nox.Session) -> None:
     """Test telemetry beside the OpenAI SDK's own, and with Prometheus if it is there.
 
