@@ -91,7 +91,9 @@ async def test_batch_takes_a_route(run: Run, folder: Path) -> None:
     (folder / "in.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     code, _, _ = await run("batch", "in.jsonl", "out.jsonl", "--model", "fast")
     assert code == 0
-    rows = [json.loads(line) for line in (folder / "out.jsonl").open()]
+    rows = [
+        json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()
+    ]
     assert {row["result"]["deployment"] for row in rows} == {"nano"}
 
 
