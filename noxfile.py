@@ -34,6 +34,7 @@ REDIS_TESTS = [
     "tests/test_cache.py",
     "tests/test_cache_redis.py",
     "tests/test_batch.py",
+    "tests/test_litellm_router.py",
 ]
 
 
