@@ -146,7 +146,7 @@ def _fields(record: Any) -> Mapping[str, Any]:
 
 
 def _number(value: Any) -> int | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
         return None
     # The comparison is False for NaN and infinity too.
     return int(value) if abs(value) < _MOST else None
@@ -167,7 +167,7 @@ def rate_limits(headers: Mapping[str, str]) -> RateLimits | None:
     `anthropic-ratelimit-*` with resets as times
     (https://docs.anthropic.com/en/api/rate-limits), both read 2026-11-23.
     """
-    if not any("ratelimit" in name.lower() for name in headers):
+    if "ratelimit" not in " ".join(headers).lower():
         return None
     limits = {
         "requests_left": _integer(headers, "requests-remaining", "remaining-requests"),
