@@ -36,6 +36,7 @@ REDIS_TESTS = [
     "tests/test_limits_redis.py",
     "tests/test_routing_redis.py",
     "tests/test_batch.py",
+    "tests/test_litellm_router.py",
 ]
 
 

@@ -694,11 +694,11 @@ def request_from_options(
     bundle = options.get("options")
     keywords = {name: value for name, value in options.items() if name != "options"}
     given = {**(defaults or {}), **_rename(_read_bundle(bundle)), **_rename(keywords)}
-    if unknown := given.keys() - LLMRequestOptions.model_fields.keys():
-        raise unknown_keyword(min(unknown), {*OPTIONS, "service"})
+    if not given.keys() <= _FIELDS:
+        raise unknown_keyword(min(given.keys() - _FIELDS), {*OPTIONS, "service"})
     try:
         # The validated options by name; those that were not given are None.
-        read = vars(LLMRequestOptions.model_validate(given))
+        read = vars(LLMRequestOptions.model_validate(given)) if given else _NOT_GIVEN
     except ValidationError as exc:
         raise _explain(exc) from None
     return ChatRequest(
@@ -740,11 +740,15 @@ def _listed(names: Iterable[str]) -> str:
 
 def _read_bundle(bundle: Any) -> dict[str, Any]:
     """Return the options in an object: a mapping, ours, or the application's own."""
+    if bundle is None:
+        return {}
     if isinstance(bundle, Mapping):
         return dict(bundle)
-    return {
-        name: getattr(bundle, name, None) for name in LLMRequestOptions.model_fields
-    }
+    return {name: getattr(bundle, name, None) for name in _FIELDS}
+
+
+_FIELDS = LLMRequestOptions.model_fields.keys()
+_NOT_GIVEN: Mapping[str, Any] = vars(LLMRequestOptions())
 
 
 def _rename(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -678,7 +678,8 @@ class LLMInfraService:
                 'cache="only" needs a cache: LLMInfraService(cache="memory://"), or'
                 " DIPEO_LLM_CACHE_URL"
             )
-        return replace(request, response_format=form_of(request.response_format))
+        form = form_of(request.response_format)
+        return request if form is None else replace(request, response_format=form)
 
     def _begin(self, call: _Call, *, is_stream: bool = False) -> CallProgress:
         """Start the clock of a call."""
@@ -874,7 +875,8 @@ class LLMInfraService:
         self, request: ChatRequest, adapter: BaseLLMAdapter
     ) -> ChatRequest:
         """Load pictures, files and sounds, once for all attempts."""
-        if all(isinstance(m.get("content"), str | None) for m in request.messages):
+        contents = [message.get("content") for message in request.messages]
+        if all(content is None or isinstance(content, str) for content in contents):
             return request
         # LiteLLM's import takes the proxy's variables away for a while.
         await load_litellm()

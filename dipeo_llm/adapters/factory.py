@@ -129,9 +129,11 @@ def by_name(service: Any) -> Provider:
 
 def _read_name(service: Any) -> str:
     name = str(getattr(service, "value", service)).strip().lower()
+    if name in _BY_NAME:
+        return name
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
         raise InvalidRequestError(f"{service!r} is not the name of a service")
-    if name in REFUSED and name not in _BY_NAME:
+    if name in REFUSED:
         raise InvalidRequestError(
             f"{name} is not reached: {REFUSED[name]}", service=name
         )

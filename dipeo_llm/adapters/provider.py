@@ -62,6 +62,8 @@ class Provider:
 
         Dashes count as underscores: a variable's name cannot have a dash.
         """
+        if not base_urls or self.name in base_urls:
+            return base_urls.get(self.name)
         urls = {
             # A member of a string enum may stand for a name.
             _plain(str(getattr(name, "value", name))): url
