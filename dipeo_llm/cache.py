@@ -46,7 +46,7 @@ _VERSION = 1
 _LEFT_OUT = frozenset(
     {
         *("timeout", "idle_timeout", "deadline", "cache", "coalesce"),
-        *("labels", "execution_phase", "execution_id", "trace_id"),
+        *("labels", "execution_phase", "execution_id", "trace_id", "watch_usage"),
     }
 )
 """The fields of a request that its answer does not depend on; every other one counts."""

@@ -6,6 +6,7 @@ so no prompt and no key.
 
 import logging
 
+from dipeo_llm.domain import TokenUsage
 from dipeo_llm.errors import DiPeOLLMError
 from dipeo_llm.progress import CallProgress
 from dipeo_llm.record import CallRecord
@@ -73,7 +74,6 @@ def log_retry(
 
 def _describe(record: CallRecord) -> str:
     """Return a call as one line."""
-    usage = record.usage
     outcome: str = record.status
     if record.status == "error":
         status = f" {record.status_code}" if record.status_code else ""
@@ -82,7 +82,7 @@ def _describe(record: CallRecord) -> str:
         outcome = "ok from the cache"
     said = [
         f"{_name(record.service, record.model)}: {outcome} in {record.duration:.2f} s",
-        f"{usage.input} + {usage.output} tokens" if usage else "unknown tokens",
+        _describe_usage(record.usage),
         "unknown cost" if record.cost_usd is None else f"${record.cost_usd:.6f}",
         f"{record.requests} attempt{'' if record.requests == 1 else 's'}",
     ]
@@ -94,6 +94,13 @@ def _describe(record: CallRecord) -> str:
     }
     said += [f"{name} {_word(value)}" for name, value in about.items() if value]
     return ", ".join(said)
+
+
+def _describe_usage(usage: TokenUsage | None) -> str:
+    if usage is None:
+        return "unknown tokens"
+    written = "unknown" if usage.is_partial else usage.output
+    return f"{usage.input} + {written} tokens"
 
 
 def _name(service: str | None, model: str) -> str:

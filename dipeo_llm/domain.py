@@ -331,6 +331,9 @@ class TokenUsage(BaseModel):
     """The part of `input` that the provider wrote to its prompt cache."""
     reasoning: int = 0
     """The part of `output` that was reasoning."""
+    is_partial: bool = False
+    """Whether the call ended before the provider had told all of it. `input` is known
+    then; `output`, `reasoning` and `total` are only what was told, so the least."""
 
     @model_validator(mode="after")
     def _add_up(self) -> Self:
@@ -342,7 +345,8 @@ class TokenUsage(BaseModel):
         if not isinstance(other, TokenUsage):
             return NotImplemented
         mine, others = vars(self), vars(other)
-        return TokenUsage(**{name: mine[name] + others[name] for name in mine})
+        added = {name: mine[name] + others[name] for name in mine}
+        return TokenUsage(**added | {"is_partial": self.is_partial or other.is_partial})
 
 
 class RateLimits(BaseModel):
@@ -628,6 +632,10 @@ OPTIONS = frozenset({*LLMRequestOptions.model_fields, "options"})
 """Every keyword that a call takes besides messages, model, key and service."""
 
 
+UsageSoFar: TypeAlias = Callable[[], TokenUsage | None]
+"""Returns the usage that the provider has told so far."""
+
+
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
     """One request as an adapter receives it: validated and complete."""
@@ -655,6 +663,11 @@ class ChatRequest:
     coalesce: bool = True
     labels: Mapping[str, str] = field(default_factory=dict, compare=False)
     """Those of LABELS that were given; for the record of the call, never sent."""
+    watch_usage: Callable[[UsageSoFar], object] | None = field(
+        default=None, compare=False, repr=False
+    )
+    """The adapter calls it when an answer begins, so that the record of a call that ends
+    early has what the provider had told."""
 
 
 def request_from_options(

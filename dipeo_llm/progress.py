@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
-from dipeo_llm.domain import ChatResult
+from dipeo_llm.domain import ChatResult, TokenUsage, UsageSoFar
 from dipeo_llm.errors import CallError, DiPeOLLMError, LLMTimeoutError
 from dipeo_llm.record import AttemptRecord, CallRecord, Status
 
@@ -82,6 +82,7 @@ class CallProgress:
         self._chunks = 0
         self._result: ChatResult[Any] | None = None
         self._failure: _Failure | None = None
+        self._usage_so_far: UsageSoFar | None = None
         self._limit = asyncio.timeout_at(self.ends)
 
     async def __aenter__(self) -> Self:
@@ -168,6 +169,10 @@ class CallProgress:
         *others, failed = self._past_attempts
         self._past_attempts = (*others, replace(failed, wait=wait))
 
+    def watch_usage(self, usage: UsageSoFar | None) -> None:
+        """Note where to find the usage of a call that ends without a result."""
+        self._usage_so_far = usage
+
     def add_chunk(self) -> None:
         """Note that a chunk of a stream has arrived."""
         before, self._last_chunk = self._last_chunk, self._now()
@@ -203,7 +208,12 @@ class CallProgress:
         result, self._result = self._result, None
         failure = self._failure
         self._end_attempt(failure)
-        usage = result.token_usage if result else None
+        usage_so_far, self._usage_so_far = self._usage_so_far, None
+        usage: TokenUsage | None = None
+        if result is not None:
+            usage = result.token_usage
+        elif usage_so_far is not None:
+            usage = usage_so_far()
         return CallRecord(
             service=self.service,
             model=self.model,

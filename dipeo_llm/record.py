@@ -57,7 +57,8 @@ class CallRecord:
     request_id: str | None = None
     """The provider's id of the request."""
     usage: TokenUsage | None = None
-    """None if the provider reported none, such as for a cancelled call."""
+    """None if the provider told nothing. Of a call that ended early it is what had been
+    told by then, with `is_partial`."""
     cost_usd: float | None = None
     """None if the price or the usage is unknown."""
     cached: bool = False

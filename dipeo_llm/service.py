@@ -655,6 +655,7 @@ class LLMInfraService:
         progress.send(call.request.messages)
         adapter = await self._find_adapter(call, progress)
         request = await self._prepare_media(call.request, adapter)
+        request = replace(request, watch_usage=progress.watch_usage)
         send = partial(self._retry, adapter, partial(adapter.complete, request))
         if self.cache is None:
             return await send(progress)
@@ -680,6 +681,7 @@ class LLMInfraService:
         progress.send(call.request.messages)
         adapter = await self._find_adapter(call, progress)
         request = await self._prepare_media(call.request, adapter)
+        request = replace(request, watch_usage=progress.watch_usage)
         send = partial(self._retry, adapter, partial(_open_stream, adapter, request))
         if self.cache is None:
             return await send(progress)

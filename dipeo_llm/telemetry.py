@@ -393,10 +393,11 @@ class Telemetry:
             found["gen_ai.output.type"] = "text" if is_text else "json"
         if usage is not None:
             found["gen_ai.usage.input_tokens"] = usage.input
-            found["gen_ai.usage.output_tokens"] = usage.output
             # 0 where the provider does not tell.
             found["gen_ai.usage.cache_read.input_tokens"] = usage.cached or None
             found[self._cache_written] = usage.cache_written or None
+        if usage is not None and not usage.is_partial:
+            found["gen_ai.usage.output_tokens"] = usage.output
             found["gen_ai.usage.reasoning.output_tokens"] = usage.reasoning or None
         for name, value in record.labels.items():
             found[f"dipeo.{name}"] = value
@@ -451,20 +452,23 @@ def _measures(
     if record.cost_usd is not None:
         yield "cost", record.cost_usd, {}
     usage = record.usage
-    if usage is not None:
-        yield "tokens", usage.input, {"gen_ai.token.type": "input"}
-        yield "tokens", usage.output, {"gen_ai.token.type": "output"}
-    # The newer conventions count 0 for a call without usage; v1.41 counts nothing. The
+    # The newer conventions count 0 for usage that is unknown; v1.41 counts nothing. The
     # providers do not tell how many tokens were text and how many an image.
     modality = {"gen_ai.token.modality": "unknown"}
-    yield "input", usage.input if usage else 0, modality
-    yield "output", usage.output if usage else 0, modality
-    yield "input_of_call", usage.input if usage else 0, error
-    yield "output_of_call", usage.output if usage else 0, error
+    read = written = 0
     if usage is not None:
+        read = usage.input
+        yield "tokens", read, {"gen_ai.token.type": "input"}
         yield "cache_read", usage.cached, modality
         yield "cache_written", usage.cache_written, modality
+    if usage is not None and not usage.is_partial:
+        written = usage.output
+        yield "tokens", written, {"gen_ai.token.type": "output"}
         yield "reasoning", usage.reasoning, modality
+    yield "input", read, modality
+    yield "output", written, modality
+    yield "input_of_call", read, error
+    yield "output_of_call", written, error
 
 
 def _operation(record: CallRecord) -> str:

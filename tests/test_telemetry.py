@@ -657,6 +657,31 @@ def test_a_call_without_usage(collected: Collected, names: Names) -> None:
 
 
 @pytest.mark.parametrize("names", ["v1.41", "latest"])
+def test_a_call_whose_output_is_unknown(collected: Collected, names: Names) -> None:
+    """Of a stream that was left the input is counted, and the output is not."""
+    told = TokenUsage(input=30, output=1, cached=8, is_partial=True)
+    collected.telemetry(names).report(
+        replace(RECORD, status="left", usage=told, cost_usd=None)
+    )
+
+    (span,) = collected.calls
+    usage = {name: value for name, value in given(span).items() if "usage" in name}
+    assert usage == {
+        "gen_ai.usage.input_tokens": 30,
+        "gen_ai.usage.cache_read.input_tokens": 8,
+    }
+    metrics = collected.metrics
+    if names == "v1.41":
+        (tokens,) = metrics["gen_ai.client.token.usage"]
+        assert (tokens.sum, tokens.attributes["gen_ai.token.type"]) == (30, "input")
+        return
+    (read,) = metrics["gen_ai.client.inference.usage.input_tokens"]
+    (written,) = metrics["gen_ai.client.inference.usage.output_tokens"]
+    assert (read.value, written.value) == (30, 0)
+    assert "gen_ai.client.inference.usage.reasoning.output_tokens" not in metrics
+
+
+@pytest.mark.parametrize("names", ["v1.41", "latest"])
 def test_a_hit_of_our_cache_counts_no_tokens_and_no_cost(
     collected: Collected, names: Names
 ) -> None:

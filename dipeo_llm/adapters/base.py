@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -236,7 +236,7 @@ class BaseLLMAdapter:
 
     async def receive(self, attempt: CompletionAttempt, client: Client) -> Items:
         """Send a request and read the answer as a stream."""
-        reader = self.stream_reader()
+        reader = self.open_reader(attempt)
         names = attempt.prepared.tool_names
         async with asyncio.timeout_at(attempt.due):
             await self._send(attempt, client)
@@ -253,6 +253,19 @@ class BaseLLMAdapter:
         body = self._check_stream(attempt, reader)
         self._log_left_out(attempt)
         yield self._make_result(attempt, body)
+
+    def open_reader(self, attempt: CompletionAttempt) -> StreamReader:
+        """Make the reader of an attempt, and let the call watch its usage."""
+        reader = self.stream_reader()
+        self._tell_usage(attempt, lambda: reader.usage)
+        return reader
+
+    def _tell_usage(
+        self, attempt: CompletionAttempt, record: Callable[[], Any]
+    ) -> None:
+        """Let the call find what the provider tells of an answer that ends early."""
+        if attempt.request.watch_usage is not None:
+            attempt.request.watch_usage(lambda: _usage_so_far(record))
 
     async def _send(self, attempt: CompletionAttempt, client: Client) -> None:
         """Send the request; read the body unless a stream has begun with 200."""
@@ -438,7 +451,7 @@ class BaseLLMAdapter:
 
     # The answer.
 
-    def _check_answer(self, attempt: Attempt) -> JSON:
+    def _check_answer(self, attempt: CompletionAttempt) -> JSON:
         """Return the JSON of a 200.
 
         Raises:
@@ -459,7 +472,7 @@ class BaseLLMAdapter:
             )
         return data
 
-    def _check_stream(self, attempt: Attempt, reader: StreamReader) -> JSON:
+    def _check_stream(self, attempt: CompletionAttempt, reader: StreamReader) -> JSON:
         """Return the JSON of a whole stream.
 
         Raises:
@@ -479,8 +492,9 @@ class BaseLLMAdapter:
         self._check_prompt(attempt, body)
         return body
 
-    def _check_prompt(self, attempt: Attempt, body: Mapping[str, Any]) -> None:
+    def _check_prompt(self, attempt: CompletionAttempt, body: JSON) -> None:
         if reason := self.blocked_prompt(body):
+            self._tell_usage(attempt, lambda: self.read(body).usage)
             raise ContentFilterError(
                 f"{self.provider.name} refused the prompt: {self._clean(reason)}",
                 **self._answer_fields(attempt),
@@ -975,6 +989,15 @@ def _find_row(name: Any) -> Provider:
     from dipeo_llm.adapters.factory import by_name
 
     return by_name(name)
+
+
+def _usage_so_far(record: Callable[[], Any]) -> TokenUsage | None:
+    """Read a record of usage as a partial one; None if it cannot be read."""
+    try:
+        usage = token_usage(record())
+    except _UNREADABLE:
+        return None
+    return usage and usage.model_copy(update={"is_partial": True})
 
 
 class _Permit:
