@@ -6,7 +6,6 @@ so no prompt and no key.
 
 import logging
 
-from dipeo_llm.domain import TokenUsage
 from dipeo_llm.errors import DiPeOLLMError
 from dipeo_llm.progress import CallProgress
 from dipeo_llm.record import CallRecord
@@ -30,6 +29,7 @@ def log_call(record: CallRecord) -> None:
             "status_code": record.status_code,
             "seconds": round(record.duration, 6),
             "tokens": usage.model_dump() if usage else None,
+            "is_usage_partial": record.is_usage_partial,
             "cost_usd": record.cost_usd,
             "attempts": record.requests,
             "finish_reason": record.finish_reason,
@@ -82,7 +82,7 @@ def _describe(record: CallRecord) -> str:
         outcome = "ok from the cache"
     said = [
         f"{_name(record.service, record.model)}: {outcome} in {record.duration:.2f} s",
-        _describe_usage(record.usage),
+        _describe_usage(record),
         "unknown cost" if record.cost_usd is None else f"${record.cost_usd:.6f}",
         f"{record.requests} attempt{'' if record.requests == 1 else 's'}",
     ]
@@ -96,11 +96,11 @@ def _describe(record: CallRecord) -> str:
     return ", ".join(said)
 
 
-def _describe_usage(usage: TokenUsage | None) -> str:
-    if usage is None:
+def _describe_usage(record: CallRecord) -> str:
+    if record.usage is None:
         return "unknown tokens"
-    written = "unknown" if usage.is_partial else usage.output
-    return f"{usage.input} + {written} tokens"
+    written = "unknown" if record.is_usage_partial else record.usage.output
+    return f"{record.usage.input} + {written} tokens"
 
 
 def _name(service: str | None, model: str) -> str:

@@ -331,9 +331,6 @@ class TokenUsage(BaseModel):
     """The part of `input` that the provider wrote to its prompt cache."""
     reasoning: int = 0
     """The part of `output` that was reasoning."""
-    is_partial: bool = False
-    """Whether the call ended before the provider had told all of it. `input` is known
-    then; `output`, `reasoning` and `total` are only what was told, so the least."""
 
     @model_validator(mode="after")
     def _add_up(self) -> Self:
@@ -345,8 +342,7 @@ class TokenUsage(BaseModel):
         if not isinstance(other, TokenUsage):
             return NotImplemented
         mine, others = vars(self), vars(other)
-        added = {name: mine[name] + others[name] for name in mine}
-        return TokenUsage(**added | {"is_partial": self.is_partial or other.is_partial})
+        return TokenUsage(**{name: mine[name] + others[name] for name in mine})
 
 
 class RateLimits(BaseModel):
@@ -719,8 +715,12 @@ def request_from_options(
 
 
 def label(value: Any) -> str:
-    """Return an application's label as text, at most 256 characters of it."""
-    return str(getattr(value, "value", value))[:_LONGEST_LABEL]
+    """Return an application's label as text, at most 256 characters of it.
+
+    Half of a surrogate pair is escaped: exporters of telemetry fail at it.
+    """
+    text = str(getattr(value, "value", value))[:_LONGEST_LABEL]
+    return text.encode(errors="backslashreplace").decode()
 
 
 def unknown_keyword(name: str, known: Iterable[str]) -> TypeError:

@@ -36,7 +36,7 @@ class UsageTotals:
     requests: int = 0
     """Requests that were sent, including retries."""
     tokens: TokenUsage = field(default_factory=TokenUsage)
-    """The sum of the usage that is known; `is_partial` if that of a call was."""
+    """The sum of the known usage."""
     cost_usd: float = 0.0
     """The sum of the known costs."""
     unknown_usage: int = 0
@@ -134,7 +134,6 @@ class _Sum:
         "errors",
         "input",
         "output",
-        "partial",
         "reasoning",
         "requests",
         "total",
@@ -146,7 +145,7 @@ class _Sum:
         self.calls = self.errors = self.cancelled = self.cached = self.requests = 0
         self.input = self.output = self.total = 0
         self.cached_tokens = self.cache_written = self.reasoning = 0
-        self.unknown_usage = self.unknown_cost = self.partial = 0
+        self.unknown_usage = self.unknown_cost = 0
         self.cost = 0.0
 
     def add(self, record: CallRecord) -> None:
@@ -167,8 +166,7 @@ class _Sum:
             self.cached_tokens += usage.cached
             self.cache_written += usage.cache_written
             self.reasoning += usage.reasoning
-            self.partial += usage.is_partial
-        if record.requests and (usage is None or usage.is_partial):
+        if record.requests and (usage is None or record.is_usage_partial):
             self.unknown_usage += 1
         if record.cost_usd is not None:
             self.cost += record.cost_usd
@@ -193,7 +191,6 @@ class _Sum:
                 total=self.total,
                 cache_written=self.cache_written,
                 reasoning=self.reasoning,
-                is_partial=self.partial > 0,
             ),
             cost_usd=self.cost,
             unknown_usage=self.unknown_usage,

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
-from dipeo_llm.domain import ChatResult, TokenUsage, UsageSoFar
+from dipeo_llm.domain import ChatResult, TokenUsage, UsageSoFar, label
 from dipeo_llm.errors import CallError, DiPeOLLMError, LLMTimeoutError
 from dipeo_llm.record import AttemptRecord, CallRecord, Status
 
@@ -147,7 +147,7 @@ class CallProgress:
 
     def place(self, service: str, model: str, base_url: str | None = None) -> None:
         """Note the provider, its name of the model, and the address if it is known."""
-        self.service, self.model, self._base_url = service, model[:256], base_url
+        self.service, self.model, self._base_url = service, label(model), base_url
 
     def send(self, messages: Sequence[Mapping[str, Any]]) -> None:
         """Note the whole conversation, for telemetry that reports content."""
@@ -230,6 +230,7 @@ class CallProgress:
             ),
             # The caller may change its own.
             usage=usage.model_copy() if usage else None,
+            is_usage_partial=result is None and usage is not None,
             cost_usd=result.cost_usd if result else None,
             cached=result.cached if result else False,
             started_at=self._started_at,

@@ -396,7 +396,7 @@ class Telemetry:
             # 0 where the provider does not tell.
             found["gen_ai.usage.cache_read.input_tokens"] = usage.cached or None
             found[self._cache_written] = usage.cache_written or None
-        if usage is not None and not usage.is_partial:
+        if usage is not None and not record.is_usage_partial:
             found["gen_ai.usage.output_tokens"] = usage.output
             found["gen_ai.usage.reasoning.output_tokens"] = usage.reasoning or None
         for name, value in record.labels.items():
@@ -461,7 +461,7 @@ def _measures(
         yield "tokens", read, {"gen_ai.token.type": "input"}
         yield "cache_read", usage.cached, modality
         yield "cache_written", usage.cache_written, modality
-    if usage is not None and not usage.is_partial:
+    if usage is not None and not record.is_usage_partial:
         written = usage.output
         yield "tokens", written, {"gen_ai.token.type": "output"}
         yield "reasoning", usage.reasoning, modality

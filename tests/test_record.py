@@ -487,13 +487,13 @@ TOLD = pytest.mark.parametrize(
         (
             "anthropic",
             Answer("x" * 40, input_tokens=30, cached_tokens=8, cache_write_tokens=9),
-            TokenUsage(input=30, output=1, cached=8, cache_written=9, is_partial=True),
+            TokenUsage(input=30, output=1, cached=8, cache_written=9),
         ),
         # Each response tells what has been counted so far.
         (
             "google",
             Answer("x" * 40, input_tokens=30),
-            TokenUsage(input=30, is_partial=True),
+            TokenUsage(input=30),
         ),
     ],
 )
@@ -525,7 +525,7 @@ async def test_a_stream_that_is_left_keeps_the_usage_that_was_told(
         totals = service.usage().total
 
     [record] = records
-    assert record.usage == told
+    assert (record.usage, record.is_usage_partial) == (told, True)
     assert (record.cost_usd, totals.cost_usd) == (None, 0.0)
     assert totals.tokens == told
     assert (totals.unknown_usage, totals.unknown_cost) == (1, 1)
@@ -555,7 +555,8 @@ async def test_a_stream_that_breaks_off_keeps_the_usage_that_was_told(
                 ) as stream:
                     await stream.result()
 
-    assert [record.usage for record in records] == [told] * 3
+    assert [r.usage for r in records] == [told] * 3
+    assert all(r.is_usage_partial for r in records)
 
 
 async def test_a_stream_that_ends_before_its_first_chunk_keeps_the_usage(
@@ -578,7 +579,7 @@ async def test_a_stream_that_ends_before_its_first_chunk_keeps_the_usage(
 
     assert [record.status for record in records] == ["error", "cancelled"]
     for record in records:
-        assert record.usage == TokenUsage(input=30, output=1, is_partial=True)
+        assert record.usage == TokenUsage(input=30, output=1)
         assert record.chunks == 0
 
 
@@ -606,7 +607,7 @@ async def test_a_prompt_that_google_blocks_keeps_its_usage(
             await call
 
     [record] = records
-    assert record.usage == TokenUsage(input=30, is_partial=True)
+    assert record.usage == TokenUsage(input=30)
 
 
 async def test_callers_that_share_a_stream_count_its_usage_once(
@@ -624,10 +625,10 @@ async def test_callers_that_share_a_stream_count_its_usage_once(
             await anext(first)
             await first.aclose()
             await second.result()
-        tokens = service.usage().total.tokens
+        total = service.usage().total
 
     assert len(server.requests) == 1
-    assert (tokens.input, tokens.is_partial) == (30, False)
+    assert total.tokens.input == 30
 
 
 @each_provider

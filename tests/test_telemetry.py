@@ -27,7 +27,7 @@ from dipeo_llm.record import AttemptRecord, CallRecord
 from dipeo_llm.service import LLMInfraService
 from dipeo_llm.settings import Engine, Settings
 from tests.conftest import HELLO, MODELS, each_provider
-from tests.provider_server import DEFAULT_TEXT, Answer, ProviderServer, error
+from tests.provider_server import DEFAULT_TEXT, Answer, ProviderServer, Raw, error
 
 pytest.importorskip("opentelemetry.sdk", reason="the extra otel and the SDK are absent")
 
@@ -659,9 +659,9 @@ def test_a_call_without_usage(collected: Collected, names: Names) -> None:
 @pytest.mark.parametrize("names", ["v1.41", "latest"])
 def test_a_call_whose_output_is_unknown(collected: Collected, names: Names) -> None:
     """Of a stream that was left the input is counted, and the output is not."""
-    told = TokenUsage(input=30, output=1, cached=8, is_partial=True)
+    told = TokenUsage(input=30, output=1, cached=8)
     collected.telemetry(names).report(
-        replace(RECORD, status="left", usage=told, cost_usd=None)
+        replace(RECORD, status="left", usage=told, is_usage_partial=True, cost_usd=None)
     )
 
     (span,) = collected.calls
@@ -987,6 +987,30 @@ async def test_a_key_is_in_nothing_that_is_reported(
             await service.complete(HELLO, MODEL, "openai")
         await service.complete(HELLO, MODEL, "openai")
 
+    assert "sk-test" not in collected.everything()
+
+
+async def test_the_words_of_a_server_are_fit_to_be_reported(
+    service: LLMInfraService, collected: Collected, server: ProviderServer
+) -> None:
+    """Short, on one line, without the key.
+
+    Half of a surrogate pair in a name would make every later export fail.
+    """
+    body = (
+        b'{"id": "a", "model": "sk-test-openai\\n", "choices": [{"message":'
+        b' {"content": "Hi"}, "finish_reason": "%b\\n"}]}' % (b"x" * 10_000)
+    )
+    headers = {"content-type": "application/json", "x-request-id": "sk-test-openai"}
+    server.reply(Raw(headers=headers, body=body))
+    result = await service.complete(HELLO, MODEL, "openai")
+    with pytest.raises(DiPeOLLMError):
+        await service.complete(HELLO, "\ud800", "openai", service="openai")
+    await service.complete(HELLO, MODEL, "openai", execution_id="\ud800")
+
+    assert (result.model, result.request_id) == ("[key]", "[key]")
+    assert len(result.finish_reason or "") == 256
+    collected.everything().encode()
     assert "sk-test" not in collected.everything()
 
 

@@ -72,6 +72,7 @@ _log = logging.getLogger("dipeo_llm")
 # Seconds that a server gets to close a stream after its terminator.
 _AFTER_THE_END = 0.5
 _MOST_PAGES = 100
+_LONGEST_WORD = 256
 
 
 class BaseLLMAdapter:
@@ -516,11 +517,13 @@ class BaseLLMAdapter:
                 raw_response=body,
                 tool_outputs=reading.tool_outputs,
                 tool_calls=reading.tool_calls,
-                finish_reason=reading.finish,
-                model=reading.model or self.model_name,
+                finish_reason=self._clean_word(reading.finish),
+                model=self._clean_word(reading.model) or self.model_name,
                 service=self.provider.name,
                 cost_usd=self._cost(attempt.litellm, usage, reading.usage),
-                request_id=failures.request_id(attempt.headers) or reading.id,
+                request_id=self._clean_word(
+                    failures.request_id(attempt.headers) or reading.id
+                ),
                 attempts=max(attempt.requests, 1),
                 queued=attempt.queued,
                 reasoning=reading.reasoning,
@@ -620,6 +623,14 @@ class BaseLLMAdapter:
     def _clean(self, text: str) -> str:
         """Redact the key in somebody else's words, and drop what is not printable."""
         return failures.clean(text, self.endpoint.secret.get_secret_value())
+
+    def _clean_word(self, text: str | None) -> str | None:
+        """Do as `_clean` for a word that metrics and logs repeat for each call."""
+        secret = self.endpoint.secret.get_secret_value()
+        # The check is fast; `_clean` takes 20 µs.
+        if text and not (text.isprintable() and (not secret or secret not in text)):
+            text = self._clean(text)
+        return text[:_LONGEST_WORD] if text else None
 
     def _fields(self) -> dict[str, Any]:
         return {"service": self.provider.name, "model": self.model_name or None}
@@ -992,12 +1003,11 @@ def _find_row(name: Any) -> Provider:
 
 
 def _usage_so_far(record: Callable[[], Any]) -> TokenUsage | None:
-    """Read a record of usage as a partial one; None if it cannot be read."""
+    """Read a record of usage; return None if it cannot be read."""
     try:
-        usage = token_usage(record())
+        return token_usage(record())
     except _UNREADABLE:
         return None
-    return usage and usage.model_copy(update={"is_partial": True})
 
 
 class _Permit:
