@@ -224,7 +224,11 @@ class _Book:
     def totals(self) -> dict[str, UsageTotals]:
         found = {key: each.totals() for key, each in self._sums.items()}
         if self._other is not None:
-            found[OTHER] = self._other.totals()
+            other = _Sum()
+            other.merge(self._other)
+            if (of_its_name := self._sums.get(OTHER)) is not None:
+                other.merge(of_its_name)
+            found[OTHER] = other.totals()
         return found
 
 

@@ -774,7 +774,33 @@ def _cancelling(record: CallRecord) -> None:
     raise asyncio.CancelledError("of the hook")
 
 
-@pytest.mark.parametrize("hook", [_failing, _failing_later, _cancelling])
+async def _cancelling_later(record: CallRecord) -> None:
+    raise asyncio.CancelledError("of the hook")
+
+
+class _OfAnApplicationError(BaseException):
+    pass
+
+
+def _leaving(record: CallRecord) -> None:
+    raise _OfAnApplicationError("of the hook")
+
+
+async def _leaving_later(record: CallRecord) -> None:
+    raise _OfAnApplicationError("of the hook")
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        _failing,
+        _failing_later,
+        _cancelling,
+        _cancelling_later,
+        _leaving,
+        _leaving_later,
+    ],
+)
 async def test_a_failing_hook_breaks_nothing(
     hook: Callable[[CallRecord], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -791,6 +817,37 @@ async def test_a_failing_hook_breaks_nothing(
     assert caplog.text.count("Error: of the hook") == 2
     assert SECRET not in caplog.text
     assert service.usage().total.calls == 2
+
+
+async def test_a_hook_cannot_change_what_is_counted() -> None:
+    """It gets a record of its own; its mappings and its usage can be written to."""
+
+    def forge(record: CallRecord) -> None:
+        dict.clear(record.labels)  # type: ignore[arg-type] # it is one
+        if record.usage is not None:
+            record.usage.input = 1_000_000
+
+    async with mocked("Hello", on_call=forge) as service:
+        result = await ask_mock(service, execution_id="run-1")
+        used = service.usage()
+
+    assert used.by_execution["run-1"].tokens == result.token_usage
+
+
+async def test_a_hook_may_call_the_service() -> None:
+    """Its calls are calls like any other, also where one at a time is allowed."""
+    records: list[CallRecord] = []
+
+    async def ask_again(record: CallRecord) -> None:
+        records.append(record)
+        if len(records) < 3:
+            await ask_mock(service)
+
+    async with mocked("a", "b", "c", on_call=ask_again) as service:
+        async with asyncio.timeout(5):
+            assert (await ask_mock(service)).text == "a"
+
+    assert len(records) == service.usage().total.calls == 3
 
 
 async def test_a_cancelled_call_does_not_wait_for_its_hook() -> None:
