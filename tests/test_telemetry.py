@@ -1014,6 +1014,35 @@ async def test_the_words_of_a_server_are_fit_to_be_reported(
     assert "sk-test" not in collected.everything()
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": "a", "tool_calls": [{"id": "c"}]},
+        {"role": "user", "content": [{"type": "text", "text": b"bytes"}]},
+        {"role": "user", "content": "a", "reasoning_content": object()},
+        {"content": "no role"},
+        "no message",
+    ],
+)
+async def test_content_of_any_shape_loses_no_span(
+    keys: StaticAPIKeys,
+    collected: Collected,
+    server: ProviderServer,
+    monkeypatch: pytest.MonkeyPatch,
+    message: Any,
+) -> None:
+    """Of a request that is refused too."""
+    monkeypatch.setenv(CONTENT_VARIABLE, "SPAN_AND_EVENT")
+    async with LLMInfraService(keys, telemetry=collected.telemetry()) as service:
+        with suppress(DiPeOLLMError):
+            await service.complete([message, *HELLO], MODEL, "openai")
+        calls = service.usage().total.calls
+
+    assert len(collected.calls) == calls
+    durations = collected.metrics.get("gen_ai.client.operation.duration", [])
+    assert sum(point.count for point in durations) == calls
+
+
 @pytest.mark.parametrize("fails", [False, True])
 async def test_telemetry_that_fails_breaks_no_call(
     keys: StaticAPIKeys,
@@ -1047,6 +1076,8 @@ async def test_telemetry_that_fails_breaks_no_call(
     assert "broken processor" in caplog.text
     assert "x-secret" not in caplog.text
     assert len(seen) == 1
+    (duration,) = collected.metrics["gen_ai.client.operation.duration"]
+    assert duration.count == 1
 
 
 async def test_without_an_sdk_nothing_happens(
