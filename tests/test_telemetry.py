@@ -26,6 +26,7 @@ from dipeo_llm.keys import StaticAPIKeys
 from dipeo_llm.record import AttemptRecord, CallRecord
 from dipeo_llm.service import LLMInfraService
 from dipeo_llm.settings import Engine, Settings
+from dipeo_llm.system_prompt_handler import SystemPromptHandler
 from tests.conftest import HELLO, MODELS, each_provider
 from tests.provider_server import DEFAULT_TEXT, Answer, ProviderServer, Raw, error
 
@@ -336,6 +337,35 @@ async def test_the_parent_is_the_span_at_the_start_of_the_call(
 
     parents = [span.parent.span_id for span in collected.calls if span.parent]
     assert parents == [work.get_span_context().span_id] * 2
+
+
+async def test_work_in_a_thread_sees_the_current_span(
+    keys: StaticAPIKeys, collected: Collected, server: ProviderServer
+) -> None:
+    """A prompt is found in a thread; a call may be made in one."""
+    tracer = collected.tracers.get_tracer("application")
+
+    class Prompts(SystemPromptHandler):
+        def get_system_prompt(self, *_: Any, **__: Any) -> str:
+            with tracer.start_as_current_span("prompt"):
+                return "Be brief."
+
+    async def ask() -> None:
+        config = PersonLLMConfig(model=MODEL, api_key_id="openai", prompt_file="p.md")
+        said = [Message(from_person_id="a", to_person_id="b", content="Hi")]
+        async with LLMInfraService(
+            keys, telemetry=collected.telemetry(), system_prompt_handler=Prompts()
+        ) as service:
+            await service.complete_with_person(said, "b", config)
+
+    with tracer.start_as_current_span("work") as work:
+        await asyncio.to_thread(asyncio.run, ask())
+
+    spans = {span.name: span for span in collected.spans}
+    for name in ("prompt", f"chat {MODEL}"):
+        parent = spans[name].parent
+        assert parent is not None
+        assert parent.span_id == work.get_span_context().span_id
 
 
 # --- streams
