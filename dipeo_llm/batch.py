@@ -77,13 +77,7 @@ class BatchTotals:
             self.without_price += 1
         else:
             self.cost_usd += result.cost_usd
-        usage = result.token_usage or TokenUsage()
-        self.tokens = TokenUsage(
-            **{
-                name: getattr(self.tokens, name) + getattr(usage, name)
-                for name in TokenUsage.model_fields
-            }
-        )
+        self.tokens += result.token_usage or TokenUsage()
 
 
 class Batch:

@@ -47,6 +47,7 @@ _LEFT_OUT = frozenset(
     {
         *("timeout", "idle_timeout", "deadline", "cache", "coalesce"),
         *("labels", "session", "execution_phase", "execution_id", "trace_id"),
+        "watch_usage",
     }
 )
 """The fields of a request that its answer does not depend on; every other one counts."""

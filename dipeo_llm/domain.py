@@ -640,6 +640,10 @@ OPTIONS = frozenset({*LLMRequestOptions.model_fields, "options"})
 """Every keyword that a call takes besides messages, model, key and service."""
 
 
+UsageSoFar: TypeAlias = Callable[[], TokenUsage | None]
+"""Returns the usage that the provider has told so far."""
+
+
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
     """One request as an adapter receives it: validated and complete."""
@@ -668,6 +672,11 @@ class ChatRequest:
     session: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict, compare=False)
     """Those of LABELS that were given; for the record of the call, never sent."""
+    watch_usage: Callable[[UsageSoFar], object] | None = field(
+        default=None, compare=False, repr=False
+    )
+    """The adapter calls it when an answer begins, so that the record of a call that ends
+    early has what the provider had told."""
 
 
 def request_from_options(
@@ -720,8 +729,12 @@ def request_from_options(
 
 
 def label(value: Any) -> str:
-    """Return an application's label as text, at most 256 characters of it."""
-    return str(getattr(value, "value", value))[:_LONGEST_LABEL]
+    """Return an application's label as text, at most 256 characters of it.
+
+    Half of a surrogate pair is escaped: exporters of telemetry fail at it.
+    """
+    text = str(getattr(value, "value", value))[:_LONGEST_LABEL]
+    return text.encode(errors="backslashreplace").decode()
 
 
 def unknown_keyword(name: str, known: Iterable[str]) -> TypeError:

@@ -40,7 +40,8 @@ class UsageTotals:
     cost_usd: float = 0.0
     """The sum of the known costs."""
     unknown_usage: int = 0
-    """Calls that sent a request, but whose usage is unknown: `tokens` lacks them."""
+    """Calls that sent a request, but whose usage is unknown or partial: `tokens` lacks
+    what was not told."""
     unknown_cost: int = 0
     """Calls that sent a request, but whose cost is unknown: `cost_usd` lacks them."""
 
@@ -165,7 +166,7 @@ class _Sum:
             self.cached_tokens += usage.cached
             self.cache_written += usage.cache_written
             self.reasoning += usage.reasoning
-        elif record.requests:
+        if record.requests and (usage is None or record.is_usage_partial):
             self.unknown_usage += 1
         if record.cost_usd is not None:
             self.cost += record.cost_usd
@@ -223,7 +224,11 @@ class _Book:
     def totals(self) -> dict[str, UsageTotals]:
         found = {key: each.totals() for key, each in self._sums.items()}
         if self._other is not None:
-            found[OTHER] = self._other.totals()
+            other = _Sum()
+            other.merge(self._other)
+            if (of_its_name := self._sums.get(OTHER)) is not None:
+                other.merge(of_its_name)
+            found[OTHER] = other.totals()
         return found
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dipeo_llm.call_log import log_call
@@ -121,10 +122,19 @@ class CallReporter:
         self, on_call: CallHook, record: CallRecord
     ) -> "asyncio.Task[None] | None":
         of_the_call = sys.exception()
+        # The ledger may add its record up later, so the hook gets one of its own.
+        record = replace(
+            record,
+            usage=record.usage and record.usage.model_copy(),
+            options=dict(record.options),
+            labels=dict(record.labels),
+        )
         try:
             made = on_call(record)
+        except (KeyboardInterrupt, SystemExit):
+            raise
         # Nobody can cancel a function, so a CancelledError is the hook's own too.
-        except (Exception, asyncio.CancelledError) as exc:  # noqa: BLE001 - logged
+        except BaseException as exc:  # noqa: BLE001 - logged
             _forget_context(exc, of_the_call)
             _log.error("on_call failed", exc_info=exc)
             return None
@@ -192,9 +202,15 @@ class _Watched:
 
 
 async def _wait_for(hook: Awaitable[Any]) -> None:
+    task = asyncio.current_task()
     try:
         await hook
-    except Exception:  # noqa: BLE001 - logged
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as exc:
+        # `aclose` cancels a hook that is late, and logs it.
+        if isinstance(exc, asyncio.CancelledError) and task and task.cancelling():
+            raise
         _log.exception("on_call failed")
 
 

@@ -792,7 +792,8 @@ class LLMInfraService:
         """Find the adapter of a call, or of a route's deployment, and load the media."""
         if deployment is None:
             adapter = await self._find_adapter(call, progress)
-            return Target(adapter, await self._prepare_media(call.request, adapter))
+            request = await self._prepare_media(call.request, adapter)
+            return Target(adapter, _watched(request, progress))
         if (found := call.targets.get(deployment.id)) is not None:
             return found
         to = replace(
@@ -803,7 +804,7 @@ class LLMInfraService:
         )
         adapter = await self._find_adapter(to, progress, deployment.base_url)
         request = await self._prepare_media(call.request, adapter)
-        target = Target(adapter, request, deployment.label)
+        target = Target(adapter, _watched(request, progress), deployment.label)
         call.targets[deployment.id] = target
         return target
 
@@ -1015,6 +1016,13 @@ class LLMInfraService:
             task.get_loop().call_soon_threadsafe(task.cancel)
         if ours:
             await asyncio.wait(ours)
+
+
+def _watched(request: ChatRequest, progress: CallProgress) -> ChatRequest:
+    """Let a stream tell its usage before its end."""
+    if not progress.is_stream:
+        return request
+    return replace(request, watch_usage=progress.watch_usage)
 
 
 async def _complete(target: Target) -> ChatResult[Any]:

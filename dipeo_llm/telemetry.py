@@ -30,7 +30,7 @@ try:
     from opentelemetry._logs import LoggerProvider, get_logger
     from opentelemetry.context import Context
     from opentelemetry.metrics import Meter, MeterProvider
-    from opentelemetry.trace import SpanKind, Status, StatusCode, TracerProvider
+    from opentelemetry.trace import Span, SpanKind, Status, StatusCode, TracerProvider
 except ImportError as exc:
     raise ImportError(
         "dipeo_llm.telemetry needs opentelemetry-api: pip install 'dipeo-llm[otel]'"
@@ -306,23 +306,44 @@ class Telemetry:
             kept: What `begin` returned; None is the current context, without content.
         """
         kept = self.begin() if kept is None else kept
-        context = kept.context
-        content = _content(kept.messages, kept.result) if self.captures_content else {}
-        start = int(record.started_at * 1e9)
-        operation = _operation(record)
+        content: dict[str, Any] = {}
+        if self.captures_content:
+            try:
+                content = _content(kept.messages, kept.result)
+            # A message that was refused may have any shape.
+            except Exception as exc:  # noqa: BLE001 - logged
+                _log.warning("the content of a call has no telemetry: %r", exc)
         attributes = self._span_attributes(record)
         if self._content_on_spans:
             attributes |= {
-                name: json.dumps(value, ensure_ascii=False)
+                name: json.dumps(value, ensure_ascii=False, default=str)
                 for name, value in content.items()
             }
-        span = self._tracer.start_span(
-            f"{operation} {record.model}".strip(),
-            context,
-            SpanKind.CLIENT,
-            attributes,
-            start_time=start,
-        )
+        span: Span = trace.INVALID_SPAN
+        try:
+            span = self._tracer.start_span(
+                f"{_operation(record)} {record.model}".strip(),
+                kept.context,
+                SpanKind.CLIENT,
+                attributes,
+                start_time=int(record.started_at * 1e9),
+            )
+            self._report_details(span, record, kept.context, content)
+        # A span processor may raise; the metrics are measured nevertheless.
+        finally:
+            within = trace.set_span_in_context(span, kept.context)
+            self._measure(record, kept, within)
+
+    def _report_details(
+        self,
+        span: Span,
+        record: CallRecord,
+        context: Context,
+        content: Mapping[str, Any],
+    ) -> None:
+        """Report what lies within the span of a call, and end it."""
+        start = int(record.started_at * 1e9)
+        end = start + int(record.duration * 1e9)
         within = trace.set_span_in_context(span, context)
         if span.is_recording():
             for number, attempt in enumerate(record.attempts, 1):
@@ -332,12 +353,11 @@ class Telemetry:
         if self._content_on_events:
             self._events.emit(
                 event_name="gen_ai.client.inference.operation.details",
-                timestamp=start + int(record.duration * 1e9),
+                timestamp=end,
                 context=within,
                 attributes={**self._span_attributes(record), **content},
             )
-        self._measure(record, kept, within)
-        span.end(start + int(record.duration * 1e9))
+        span.end(end)
 
     def _report_attempt(
         self, attempt: AttemptRecord, number: int, call_start: int, within: Context
@@ -397,10 +417,11 @@ class Telemetry:
             found["gen_ai.output.type"] = "text" if is_text else "json"
         if usage is not None:
             found["gen_ai.usage.input_tokens"] = usage.input
-            found["gen_ai.usage.output_tokens"] = usage.output
             # 0 where the provider does not tell.
             found["gen_ai.usage.cache_read.input_tokens"] = usage.cached or None
             found[self._cache_written] = usage.cache_written or None
+        if usage is not None and not record.is_usage_partial:
+            found["gen_ai.usage.output_tokens"] = usage.output
             found["gen_ai.usage.reasoning.output_tokens"] = usage.reasoning or None
         for name, value in record.labels.items():
             found[f"dipeo.{name}"] = value
@@ -455,20 +476,23 @@ def _measures(
     if record.cost_usd is not None:
         yield "cost", record.cost_usd, {}
     usage = record.usage
-    if usage is not None:
-        yield "tokens", usage.input, {"gen_ai.token.type": "input"}
-        yield "tokens", usage.output, {"gen_ai.token.type": "output"}
-    # The newer conventions count 0 for a call without usage; v1.41 counts nothing. The
+    # The newer conventions count 0 for usage that is unknown; v1.41 counts nothing. The
     # providers do not tell how many tokens were text and how many an image.
     modality = {"gen_ai.token.modality": "unknown"}
-    yield "input", usage.input if usage else 0, modality
-    yield "output", usage.output if usage else 0, modality
-    yield "input_of_call", usage.input if usage else 0, error
-    yield "output_of_call", usage.output if usage else 0, error
+    read = written = 0
     if usage is not None:
+        read = usage.input
+        yield "tokens", read, {"gen_ai.token.type": "input"}
         yield "cache_read", usage.cached, modality
         yield "cache_written", usage.cache_written, modality
+    if usage is not None and not record.is_usage_partial:
+        written = usage.output
+        yield "tokens", written, {"gen_ai.token.type": "output"}
         yield "reasoning", usage.reasoning, modality
+    yield "input", read, modality
+    yield "output", written, modality
+    yield "input_of_call", read, error
+    yield "output_of_call", written, error
 
 
 def _operation(record: CallRecord) -> str:

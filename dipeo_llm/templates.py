@@ -212,6 +212,11 @@ class _Loader(BaseLoader):
             raise ValueError(f"template {template!r} is refused: {exc}") from None
 
 
+class _Undefined(StrictUndefined):
+    # Jinja's own prints "Undefined" in a list, such as that of `map(attribute="nom")`.
+    __repr__ = StrictUndefined.__str__
+
+
 class _Environment(ImmutableSandboxedEnvironment):
     def join_path(self, template: str, parent: str) -> str:
         """Return the path of a template from the base folder.
@@ -228,7 +233,7 @@ def _environment(loader: BaseLoader) -> Environment:
     """Make the environment that all templates of a folder share."""
     environment = _Environment(
         loader=loader,
-        undefined=StrictUndefined,
+        undefined=_Undefined,
         # Escaping is HTML's: a model would read `&#39;`.
         autoescape=False,
         # A line with nothing but a tag leaves no empty line, and a file without a tag

@@ -560,6 +560,10 @@ class GeminiStream(StreamReader):
             self._pieces[id(part)] = [part.get("text") or ""]
 
     @property
+    def usage(self) -> Any:
+        return self._head.get("usageMetadata")
+
+    @property
     def is_ended(self) -> bool:
         feedback = self._head.get("promptFeedback") or {}
         return bool(feedback.get("blockReason")) or (

@@ -702,6 +702,10 @@ class OpenAIStream(StreamReader):
             )
 
     @property
+    def usage(self) -> Any:
+        return self._head.get("usage")
+
+    @property
     def is_ended(self) -> bool:
         return (
             self._done
