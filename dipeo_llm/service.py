@@ -793,7 +793,8 @@ class LLMInfraService:
         if deployment is None:
             adapter = await self._find_adapter(call, progress)
             request = await self._prepare_media(call.request, adapter)
-            return Target(adapter, _watched(request, progress))
+            request = replace(request, watch_usage=progress.watch_usage)
+            return Target(adapter, request)
         if (found := call.targets.get(deployment.id)) is not None:
             return found
         to = replace(
@@ -804,7 +805,8 @@ class LLMInfraService:
         )
         adapter = await self._find_adapter(to, progress, deployment.base_url)
         request = await self._prepare_media(call.request, adapter)
-        target = Target(adapter, _watched(request, progress), deployment.label)
+        request = replace(request, watch_usage=progress.watch_usage)
+        target = Target(adapter, request, deployment.label)
         call.targets[deployment.id] = target
         return target
 
@@ -1016,13 +1018,6 @@ class LLMInfraService:
             task.get_loop().call_soon_threadsafe(task.cancel)
         if ours:
             await asyncio.wait(ours)
-
-
-def _watched(request: ChatRequest, progress: CallProgress) -> ChatRequest:
-    """Let a stream tell its usage before its end."""
-    if not progress.is_stream:
-        return request
-    return replace(request, watch_usage=progress.watch_usage)
 
 
 async def _complete(target: Target) -> ChatResult[Any]:
