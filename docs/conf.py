@@ -88,12 +88,15 @@ sphinx.util.inspect.stringify_annotation = write_type  # type: ignore[attr-defin
 
 
 def adapt(app: Sphinx, page: str, text: list[str]) -> None:
-    """Put a root file on its page, and lead links to root files to their pages."""
+    """Put a root file on its page, and lead links to root files to their pages.
+
+    Of such a page's own text only the navigation stays: the rest is for GitHub.
+    """
     if file := ROOT_PAGES.get(page):
         app.env.note_dependency(str(ROOT / file))
         body = (ROOT / file).read_text("utf-8")
         body = re.sub(r"\]\((?!https?:|#)", "](../", body).replace("](../docs/", "](")
-        text[0] = body + text[0]
+        text[0] = body + "".join(text[0].partition("```{toctree}")[1:])
     for twin, file in ROOT_PAGES.items():
         text[0] = text[0].replace(f"](../{file}", f"]({twin}.md")
 
