@@ -36,7 +36,7 @@ _WINDOW = 4
 
 @dataclass(frozen=True, slots=True)
 class BatchItem:
-    """What became of one request."""
+    """The result or the error of one request."""
 
     index: int
     """The request's place in the input, from 0."""
@@ -49,7 +49,7 @@ class BatchItem:
 
 @dataclass(slots=True)
 class BatchTotals:
-    """What the requests of a batch have come to so far."""
+    """Counts, tokens and cost of a batch so far."""
 
     succeeded: int = 0
     failed: int = 0

@@ -394,6 +394,7 @@ class ResponseCache:
         if entry is None:
             return await send(progress)
         if (found := await self._find(entry)) is not None:
+            progress.is_cached = True
             items = replay(found)
         elif request.coalesce and request.cache is None:
             items = self._streams.read(

@@ -1,4 +1,4 @@
-"""The ledger: what the calls of a service used, in all and by whom.
+"""The ledger: tokens and cost of all calls of a service, in all and by key.
 
 Made from the records of calls. Any number of threads and event loops may add to it.
 """
@@ -23,7 +23,7 @@ _BATCH = 64
 
 @dataclass(frozen=True, slots=True)
 class UsageTotals:
-    """What a number of calls used."""
+    """Tokens, cost and number of some calls."""
 
     calls: int = 0
     """All calls, however they ended."""
@@ -48,7 +48,7 @@ class UsageTotals:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What the calls of a service used, at one moment.
+    """A snapshot of a service's usage.
 
     Each mapping lists the 1,000 keys that were used last; the calls of all earlier ones
     are under "(other)". A call without a person or an execution is only in `total`.
@@ -89,7 +89,7 @@ class Ledger:
                 self._lock.release()
 
     def usage(self, *, reset: bool = False) -> Usage:
-        """Return what was used so far.
+        """Return a snapshot of the usage so far.
 
         Args:
             reset: Whether to start again at zero. No call is lost in between.

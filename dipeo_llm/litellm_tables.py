@@ -39,7 +39,7 @@ _SIGN_IN = frozenset({"github_copilot", "chatgpt"})
 def model_info(
     litellm: Any, litellm_name: str, model: str, name: str = ""
 ) -> Mapping[str, Any] | None:
-    """Return a model's row of LiteLLM's table, None if there is none.
+    """Return a model's row of LiteLLM's table, or None.
 
     Reads the table itself, because `litellm.get_model_info` posts to a local Ollama.
 

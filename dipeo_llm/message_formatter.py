@@ -95,7 +95,7 @@ def check_messages(messages: Any) -> tuple[Mapping[str, Any], ...]:
     """Return the messages of a call as a tuple, if a provider could answer them.
 
     Raises:
-        InvalidRequestError: There are none besides system prompts, or one is not a
+        InvalidRequestError: There are only system prompts, or a message is not a
             mapping with a known role and a content of a possible type.
     """
     is_list = isinstance(messages, (list, tuple)) or (

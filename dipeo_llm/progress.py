@@ -79,6 +79,8 @@ class CallProgress:
         self.is_stream = is_stream
         self.trace: CallTrace | None = None
         """What telemetry keeps of the call, if it is on."""
+        self.is_cached = False
+        """Whether a stream comes from a cache of this package."""
         self.is_recorded = False
         self._person_id = person_id
         self._options = options
@@ -257,7 +259,7 @@ class CallProgress:
             usage=usage.model_copy() if usage else None,
             is_usage_partial=result is None and usage is not None,
             cost_usd=result.cost_usd if result else None,
-            cached=result.cached if result else False,
+            cached=result.cached if result else self.is_cached,
             started_at=self._started_at,
             duration=duration,
             queued=result.queued if result else failure.queued if failure else None,

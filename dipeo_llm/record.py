@@ -1,4 +1,4 @@
-"""The record of one call: what was asked, how it ended, how long it took, what it used.
+"""The record of one call: its options, outcome, times, tokens and cost.
 
 The ledger, the call log, `on_call` and telemetry are made from it and from nothing else.
 It holds no message, no answer, no tool and no key, so it may be stored anywhere.

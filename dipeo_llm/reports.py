@@ -1,4 +1,4 @@
-"""What becomes of a call's record: the ledger, the call log, telemetry, `on_call`."""
+"""Hands the record of each call to the ledger, the call log, telemetry and `on_call`."""
 
 import asyncio
 import inspect
@@ -215,7 +215,7 @@ async def _wait_for(hook: Awaitable[Any]) -> None:
 
 
 def _forget_context(error: BaseException, context: BaseException | None) -> None:
-    """Take the call's error, which may quote the prompt, out of another's traceback."""
+    """Cut the call's error, which may quote the prompt, off the chain of another error."""
     while error.__context__ is not None:
         if error.__context__ is context:
             error.__context__ = None

@@ -1,7 +1,7 @@
 """Finds a person's system prompt: a file inside the base directory, or inline text.
 
-Knows files, templates and the role of a system prompt. Reads block: the service calls it in a
-thread.
+Knows files, templates and the role of a system prompt. Reading blocks, so the service calls
+it in a thread.
 """
 
 import logging

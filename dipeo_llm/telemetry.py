@@ -220,7 +220,7 @@ _OPTIONS: dict[str, tuple[str, type]] = {
 
 
 class CallTrace:
-    """What telemetry keeps of a call until its end, beside the record.
+    """Keeps, until the end of a call, the values that its record does not hold.
 
     Args:
         context: The context of the call's start; its span is the parent of the call's.
@@ -238,7 +238,7 @@ class CallTrace:
         self._captures_content = captures_content
 
     def keep_messages(self, messages: Sequence[Mapping[str, Any]]) -> None:
-        """Keep what is sent, if content is reported."""
+        """Keep the conversation, if content is reported."""
         if self._captures_content:
             self.messages = messages
 
@@ -295,7 +295,7 @@ class Telemetry:
         self._record = _instruments(meter, names)
 
     def begin(self) -> "CallTrace":
-        """Return what is to be kept of a call until its end."""
+        """Return a trace with the current context, for a call that begins."""
         return CallTrace(contexts.get_current(), captures_content=self.captures_content)
 
     def report(self, record: CallRecord, kept: "CallTrace | None" = None) -> None:
@@ -460,7 +460,7 @@ def _instruments(meter: Meter, names: Names) -> dict[str, _Record]:
 def _measures(
     record: CallRecord, chunk_gaps: Iterable[float]
 ) -> Iterator[tuple[str, float, Mapping[str, Any]]]:
-    """Yield what a call measures: the metric's key, the value, more attributes."""
+    """Yield each measurement of a call: the metric's key, the value, more attributes."""
     error = {"error.type": record.error} if record.error else {}
     yield "duration", record.duration, error
     if record.first_chunk is not None:
@@ -552,7 +552,7 @@ def _names() -> Names:
 
 
 def _content_mode() -> str:
-    """Return the mode of the variable; only a word that is known switches content on."""
+    """Return the variable's mode; an unknown word means no content."""
     word = os.environ.get(CONTENT_VARIABLE, "").strip()
     mode = word.upper() or "NO_CONTENT"
     if mode not in {"NO_CONTENT", *_ON_SPANS, *_ON_EVENTS}:
@@ -622,7 +622,7 @@ def _message_parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _parts(content: Any) -> list[dict[str, Any]]:
-    """Return text parts, and of every other part only its type: a picture is large."""
+    """Return text parts whole, and of other parts only the type: a picture is large."""
     if not isinstance(content, list | tuple):
         return [{"type": "text", "content": content}] if content else []
     found: list[dict[str, Any]] = []

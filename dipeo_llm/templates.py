@@ -161,7 +161,7 @@ class Templates:
 
 
 class _Loader(BaseLoader):
-    """Loads what a template includes, extends or imports: `.j2` files of one folder."""
+    """Loads the `.j2` files of one folder that a template includes, extends or imports."""
 
     def __init__(self, base: Path, files: TextFiles) -> None:
         self.names: set[str] = set()
@@ -254,9 +254,9 @@ def _to_json(value: Any, indent: int | None = None) -> str:
 
 
 def _plain(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values as str, int, float, bool, None, list and dict, and as nothing else.
+    """Convert the values to plain str, int, float, bool, None, list and dict.
 
-    An object would give a template whatever can be reached from it.
+    A template could reach everything that an object refers to.
     """
     values: dict[str, Any] = {}
     for name, value in variables.items():

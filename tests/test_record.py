@@ -610,6 +610,22 @@ async def test_a_prompt_that_google_blocks_keeps_its_usage(
     assert record.usage == TokenUsage(input=30)
 
 
+async def test_a_stream_from_the_cache_that_is_left_is_cached(
+    server: ProviderServer, keys: StaticAPIKeys
+) -> None:
+    """Its model was not asked, and did not answer within a millisecond."""
+    records: list[CallRecord] = []
+    service = LLMInfraService(keys, cache="memory://", on_call=records.append)
+
+    async with service:
+        await service.complete(ASKED, MODELS["openai"], "openai")
+        async with service.stream(ASKED, MODELS["openai"], "openai") as stream:
+            await anext(stream)
+
+    assert [(r.status, r.cached) for r in records] == [("ok", False), ("left", True)]
+    assert service.usage().total.cached == 1
+
+
 async def test_callers_that_share_a_stream_count_its_usage_once(
     server: ProviderServer, keys: StaticAPIKeys
 ) -> None:

@@ -303,7 +303,7 @@ class GeminiAdapter(BaseLLMAdapter):
             finish=(
                 "content_filter"
                 if reason in _FILTER
-                # As it is: MALFORMED_FUNCTION_CALL and its like are no whole answer.
+                # Kept as it is: after MALFORMED_FUNCTION_CALL the answer is not whole.
                 else _FINISH.get(reason, reason.lower())
                 if reason
                 else None

@@ -47,13 +47,15 @@ def token_usage(usage: Any) -> TokenUsage | None:
         "input_tokens" in counts and "input_tokens_details.cached_tokens" not in counts
     ):
         read += counts.get("cache_read_input_tokens", 0) + written
+    # Some servers tell a part that is larger than the whole.
+    cached = min(cached, read)
     return TokenUsage(
         input=read,
         output=output,
         cached=cached,
         total=read + output,
-        cache_written=written,
-        reasoning=reasoning,
+        cache_written=min(written, read - cached),
+        reasoning=min(reasoning, output),
     )
 
 
@@ -148,8 +150,8 @@ def _fields(record: Any) -> Mapping[str, Any]:
 def _number(value: Any) -> int | None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return None
-    # The comparison is False for NaN and infinity too.
-    return int(value) if abs(value) < _MOST else None
+    # The comparison is False for NaN too.
+    return int(value) if 0 <= value < _MOST else None
 
 
 def _first(counts: Mapping[str, int], names: Sequence[str]) -> int | None:

@@ -243,7 +243,7 @@ class Conversation:
 
 
 def read_conversation(path: Path) -> Person | None:
-    """Read a saved conversation; None if there is none yet.
+    """Read a saved conversation; return None if the file does not exist yet.
 
     Raises:
         UsageError: The file cannot be used, or its folder cannot be written to.
