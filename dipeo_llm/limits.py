@@ -41,6 +41,8 @@ _FORECAST_STEPS = 64
 """The most calls of a line, on average, that are looked at to refuse one."""
 _LOOKS = 5
 """Buckets after which a call looks whether the event loop of the one before it runs."""
+_CLOCK_ERROR = 1_000_000
+"""Microseconds that Redis' clock may go back before its answers count as newer."""
 _LINES = 64
 """Deployments from which on idle ones are forgotten."""
 _CLOSE_TIME = 2.0
@@ -646,6 +648,7 @@ class _Line:
         """What this process has reserved, with and without Redis."""
         self._shared: _Window | None = None
         self._noted: tuple[int, int, bytes] | None = None
+        self._latest = 0
         self.waiters: OrderedDict[_Waiter, None] = OrderedDict()
         self.forecast: _Forecast | None = None
         self.is_stale = False
@@ -668,9 +671,11 @@ class _Line:
 
     def note(self, time: int, here: int, value: bytes) -> None:
         """Keep what Redis said."""
+        if 0 < self._latest - time < _CLOCK_ERROR:
+            return  # of two answers, the earlier one came later
         if self._shared is None:
             self.forecast = None
-        self._noted = (time, here, value)
+        self._noted, self._latest = (time, here, value), time
 
     def forget(self) -> None:
         """Redis fails: what it said does not count."""

@@ -137,8 +137,17 @@ async def test_calls_without_a_limit_do_not_ask(
         assert client.keys("*") == []
 
 
-async def test_order_and_large_calls(limits: RateLimits) -> None:
+async def test_order_and_large_calls(redis_server: RedisServer) -> None:
     """First come, first served: a small call does not overtake a large one."""
+    # The first one looks every 10 s, and does not wait for that.
+    async with open_limits(redis_server, window=600) as limits:
+        begun = time.monotonic()
+        await serve_in_order(limits)
+        assert time.monotonic() - begun < 5
+
+
+async def serve_in_order(limits: RateLimits) -> None:
+    """Make a large call wait, and small ones behind it."""
     limit = Limit(tpm=100)
     made = await limits.reserve("a", limit, 60)
     turns: list[int] = []
@@ -411,6 +420,34 @@ def test_a_loop_that_ends_with_corrections_under_way(
     assert time.monotonic() - begun < 5
     assert [r.getMessage() for r in caplog.records if r.name == "asyncio"] == []
     assert window_in(redis_server) == (5, 15)
+
+
+def test_a_generator_that_corrects_as_its_loop_ends(
+    redis_server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is too late for Redis: the estimate lapses, and no connection is left open."""
+    redis = RedisClients(CacheURL.read(redis_server.url))
+    limits = RateLimits(redis)
+
+    async def stream() -> AsyncIterator[int]:
+        made = await limits.reserve("a", Limit(rpm=5), 10)
+        try:
+            yield 1
+        finally:
+            await asyncio.sleep(0.05)
+            made.settle(3)
+
+    streams = [stream() for _ in range(3)]
+
+    async def work() -> None:
+        for one in streams:
+            await anext(one)
+
+    asyncio.run(work())
+    assert [r.getMessage() for r in caplog.records if r.name == "asyncio"] == []
+    assert limits.circuit.failed == 0
+    with redis_server.client() as client:
+        assert client.info("clients")["connected_clients"] == 1
 
 
 async def test_a_thread_without_a_loop_gives_back(
