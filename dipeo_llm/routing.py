@@ -300,7 +300,8 @@ class Choices:
             self._look_for_more_room()
         has_other = _may_move(error) and self._has_other()
         wait = self._policy.next_wait(error, is_elsewhere=has_other)
-        if wait is not None and not has_other:
+        if wait is not None and (not has_other or getattr(error, "retryable", False)):
+            # Also if the others begin a cool-down meanwhile.
             self._again = self._last
         return wait
 
