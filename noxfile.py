@@ -260,6 +260,18 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def concerns(session: nox.Session) -> None:
+    """Measure telemetry, hook, ledger, cache and processes; write docs/performance.md.
+
+    Or: -- --quick.
+    """
+    # LiteLLM's own cache needs the last two.
+    install(session, "bench", "test", "redis")
+    session.install("orjson", "soundfile")
+    session.run("python", "-m", "benchmarks.concerns", *session.posargs)
+
+
+@nox.session
 def soak(session: nox.Session) -> None:
     """Run for long and under load; write docs/reliability.md. Or: -- --quick."""
     install(session, "bench")
