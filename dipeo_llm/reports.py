@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import WeakSet
 
 from dipeo_llm.call_log import log_call
 from dipeo_llm.ledger import Ledger
@@ -16,6 +17,7 @@ from dipeo_llm.progress import CallProgress
 from dipeo_llm.record import CallRecord
 
 if TYPE_CHECKING:
+    from dipeo_llm.streaming import ChatStream
     from dipeo_llm.telemetry import Telemetry
 
 _log = logging.getLogger("dipeo_llm")
@@ -47,6 +49,9 @@ class CallReporter:
         self._telemetry = telemetry
         self._calls: set[asyncio.Task[Any]] = set()
         self._hooks: set[asyncio.Task[Any]] = set()
+        self.streams: WeakSet[ChatStream[Any]] = WeakSet()
+        """The streams that were opened; those of them that are still open end with the
+        service."""
 
     def begin(self, progress: CallProgress) -> CallProgress:
         """Let telemetry note the context of a call that begins; return its progress."""
@@ -83,17 +88,38 @@ class CallReporter:
         self._report(progress)
 
     async def aclose(self, grace: float) -> None:
-        """Wait for the calls that are ending, and for their hooks.
+        """Wait for the calls that are ending, and for their hooks; report open streams.
 
         Args:
             grace: Seconds that hooks have to end, at least 1; then they are cancelled.
         """
         await _wait_for_end(self._calls, _ENDING)
+        await self._end_streams()
         if hooks := await _wait_for_end(self._hooks, max(grace, _ENDING)):
             _log.warning("%d on_call hooks did not end and were cancelled", len(hooks))
         for task in hooks:
             with suppress(RuntimeError):  # its loop has just closed
                 task.get_loop().call_soon_threadsafe(task.cancel)
+
+    async def _end_streams(self) -> None:
+        """Report the streams that are still open.
+
+        A task that reads one gets its error first, and the stream is reported with it.
+        """
+        here = asyncio.current_task()
+        give_up_at = time.monotonic() + _ENDING
+        while any(stream.is_read_beside(here) for stream in list(self.streams)):
+            if time.monotonic() > give_up_at:
+                break
+            await asyncio.sleep(0.01)
+        is_late = False
+        for stream in list(self.streams):
+            progress = stream.progress
+            if progress is not None and not progress.is_recorded:
+                self.report_dropped(progress)
+                is_late = True
+        if is_late:
+            await asyncio.sleep(0.01)  # the loops of the streams report them
 
     def _report(self, progress: CallProgress) -> "asyncio.Task[None] | None":
         if progress.is_recorded:

@@ -269,7 +269,7 @@ class Choices:
         self._groups = self._list_groups()
         self._again: Deployment | None = None
         self._last: Deployment | None = None
-        self._failures: list[tuple[str, DiPeOLLMError]] = []
+        self._failures: list[tuple[Deployment, DiPeOLLMError]] = []
         progress.route = name
         has_choice = route.affinity and len(route.deployments) > 1
         self.session = f"{name}:{session}" if session and has_choice else None
@@ -295,7 +295,7 @@ class Choices:
     def next_wait(self, error: DiPeOLLMError) -> float | None:
         """Note a failure, and return the seconds until the next `take`; None to give up."""
         if self._last is not None:
-            self._failures.append((self._last.label, error))
+            self._failures.append((self._last, error))
         if isinstance(error, ContextWindowError):
             self._look_for_more_room()
         has_other = _may_move(error) and self._has_other()
@@ -320,11 +320,11 @@ class Choices:
                 "route": self.name,
                 "tried": [
                     {
-                        "deployment": label,
+                        "deployment": deployment.label,
                         "error": type(each).__name__,
                         "status_code": getattr(each, "status_code", None),
                     }
-                    for label, each in self._failures
+                    for deployment, each in self._failures
                 ],
             }
         return error
@@ -365,14 +365,10 @@ class Choices:
 
     def _look_for_more_room(self) -> None:
         """Leave the deployments that have more room than the last one, or may have."""
-        failed = {label for label, _ in self._failures}
+        failed = {each.id for each, _ in self._failures}
         groups = self._list_groups(_CONTEXT)
         self._groups = [
-            [
-                each
-                for each in group
-                if each.label not in failed and self._has_more(each)
-            ]
+            [each for each in group if each.id not in failed and self._has_more(each)]
             for group in groups
         ]
 

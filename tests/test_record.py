@@ -960,6 +960,30 @@ async def test_calls_in_flight_are_reported_before_aclose_returns(
     assert {type(exc) for exc in got} == {ServiceUnavailableError}
 
 
+async def test_streams_that_are_open_are_reported_before_aclose_returns(
+    server: ProviderServer, recorded: OpenRecorded
+) -> None:
+    """One that is being read breaks off; one that nobody reads counts as left."""
+    server.default = Answer("x" * 40, stall_after=2)
+
+    async with recorded(close_grace=0.05) as (service, records):
+        held, read = (service.stream(ASKED, MODELS["openai"], "openai") for _ in "ab")
+        await held.__aenter__()
+        await read.__aenter__()
+        reader = asyncio.create_task(read.result())
+        await asyncio.sleep(0.1)
+        async with asyncio.timeout(5):
+            await service.aclose()
+        assert sorted(record.status for record in records) == ["error", "left"]
+
+        with pytest.raises(StreamInterruptedError, match="closed"):
+            await reader
+        with pytest.raises(StreamInterruptedError, match="closed"):
+            await held.result()
+        await held.aclose()
+    assert len(records) == 2
+
+
 def test_one_hook_serves_two_event_loops() -> None:
     """Each call's hook runs on the call's own loop; nothing is lost between them."""
     loops: list[Any] = []
