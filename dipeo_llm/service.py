@@ -6,7 +6,7 @@ below stand in the order in which a call runs through them.
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -37,6 +37,7 @@ from dipeo_llm.domain import (
 )
 from dipeo_llm.errors import (
     APIKeyError,
+    CacheMissError,
     CallError,
     DiPeOLLMError,
     InvalidRequestError,
@@ -180,6 +181,8 @@ class LLMInfraService:
         long, and is then cancelled.
         """
         self._closed = True
+        if self._routing is not None:
+            self._routing.is_closing = True
         grace = self.settings.close_grace
         await asyncio.gather(self._pool.aclose(grace), self._end_loading(grace))
         if self.cache is not None and self._owns_cache:
@@ -732,7 +735,9 @@ class LLMInfraService:
         targets, send = await self._find_way(call, progress, _complete)
         if self.cache is None or not targets:
             return await send(progress)
-        return await self.cache.answer(targets, progress, send)
+        return await self.cache.answer(
+            targets, progress, send, _shared_by(call, progress)
+        )
 
     async def _open_with_person(
         self,
@@ -755,7 +760,9 @@ class LLMInfraService:
         targets, send = await self._find_way(call, progress, _open_stream)
         if self.cache is None or not targets:
             return await send(progress)
-        return await self.cache.open(targets, progress, send)
+        return await self.cache.open(
+            targets, progress, send, _shared_by(call, progress)
+        )
 
     async def _find_way(
         self,
@@ -780,6 +787,12 @@ class LLMInfraService:
                 # The call itself says what is wrong with a deployment without a key.
                 with suppress(CallError):
                     targets.append(await self._find_target(call, progress, deployment))
+            if not targets and call.request.cache == "only":
+                raise CacheMissError(
+                    'no deployment of the route has a key, and cache="only" sends'
+                    " nothing",
+                    model=name,
+                )
         return targets, partial(self._send_by_route, routing, name, call, attempt)
 
     async def _find_target(
@@ -857,6 +870,7 @@ class LLMInfraService:
             ),
             owner=lambda name: factory.by_name(name).name,
             is_local=factory.is_local,
+            base_url=base_url,
         )
         return key if base_url is None else replace(key, base_url=base_url)
 
@@ -925,18 +939,23 @@ class LLMInfraService:
         One budget of attempts and one deadline are for all of them together.
         """
         choices = await routing.choose(name, call.request, call.session, progress)
-        while True:
-            async with await choices.take() as turn:
-                try:
-                    target = await self._find_target(call, progress, turn.deployment)
-                    progress.aim(target)
-                    progress.begin_attempt()
-                    return await turn.hold(await attempt(target))
-                except DiPeOLLMError as exc:
-                    wait = turn.fail(exc)
-                    if wait is None:
-                        raise choices.error(exc) from None
-            await asyncio.sleep(wait)
+        try:
+            while True:
+                async with await choices.take() as turn:
+                    try:
+                        target = await self._find_target(
+                            call, progress, turn.deployment
+                        )
+                        progress.aim(target)
+                        progress.begin_attempt()
+                        return await turn.hold(await attempt(target))
+                    except DiPeOLLMError as exc:
+                        wait = turn.fail(exc)
+                        if wait is None:
+                            raise choices.error(exc) from None
+                await asyncio.sleep(wait)
+        finally:
+            choices.forget()
 
     def _finish(
         self, request: ChatRequest, result: ChatResult[Any], progress: CallProgress
@@ -1032,6 +1051,15 @@ async def _open_stream(target: Target) -> Opened:
     except BaseException:
         await items.aclose()
         raise
+
+
+def _shared_by(call: _Call, progress: CallProgress) -> Hashable:
+    """Return what identical calls have in common, or else they must not be one call.
+
+    Fallbacks are not among the targets of a call by a route: they depend on the route,
+    and their keys may be the call's.
+    """
+    return progress.route and (progress.route, call.api_key_id)
 
 
 def _describe(deployment: "Deployment") -> Capabilities:
