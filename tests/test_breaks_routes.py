@@ -6,14 +6,17 @@ import pickle
 import weakref
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import stamina
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dipeo_llm import (
     APIKeyError,
     CacheMissError,
+    CallError,
     ChatResult,
     Deployment,
     InvalidRequestError,
@@ -24,6 +27,7 @@ from dipeo_llm import (
     Settings,
     StaticAPIKeys,
 )
+from dipeo_llm.routes import Strategy
 from tests.conftest import HELLO, MODELS
 from tests.provider_server import Answer, ProviderServer, error
 from tests.test_routing import OPENAI, Ask, Fleet, at, call, each_way, read, route
@@ -376,3 +380,100 @@ def test_three_event_loops_leave_no_count() -> None:
     for _ in range(3):
         asyncio.run(run())
         assert in_flight(service) == [0]
+
+
+# Any routes, any failures.
+
+FAILURES = [
+    *(error("openai", status) for status in (400, 401, 404, 429, 500, 503)),
+    error("openai", 429, code="insufficient_quota"),
+    error("openai", 400, code="context_length_exceeded"),
+    Answer(error_after=1),
+    Answer("one two three four", error_after=4),
+    Answer(),
+]
+
+
+@st.composite
+def any_routes(draw: st.DrawFn) -> dict[str, Route]:
+    """Draw one to three routes over three servers, which may lead to each other."""
+    names = ["main", "a", "b"][: draw(st.integers(1, 3))]
+
+    def draw_route(name: str) -> Route:
+        places = st.lists(st.integers(0, 2), min_size=1, max_size=3, unique=True)
+        others = st.lists(st.sampled_from(names), max_size=2).map(
+            lambda found: tuple(other for other in found if other != name)
+        )
+        return Route(
+            deployments=tuple(at(index) for index in draw(places)),
+            strategy=draw(st.sampled_from(get_args(Strategy))),
+            fallbacks=draw(others),
+            context_window_fallbacks=draw(others),
+            cooldown=draw(st.sampled_from([0.0, 0.05, 30.0])),
+            failures=draw(st.integers(1, 3)),
+            when_busy=draw(st.sampled_from(["wait", "fail"])),
+        )
+
+    return {name: draw_route(name) for name in names}
+
+
+@given(
+    routes=any_routes(),
+    failures=st.lists(
+        st.lists(st.sampled_from(FAILURES), max_size=3), min_size=3, max_size=3
+    ),
+    asks=st.lists(st.sampled_from([call, read]), min_size=1, max_size=3),
+    max_retries=st.integers(0, 4),
+    cache=st.sampled_from([None, "memory://"]),
+    cancel_after=st.none() | st.floats(0, 0.03),
+)
+@settings(max_examples=60, deadline=None)
+def test_what_holds_for_any_routes(
+    routes: dict[str, Route],
+    failures: list[list[Any]],
+    asks: list[Ask],
+    max_retries: int,
+    cache: str | None,
+    cancel_after: float | None,
+) -> None:
+    """One budget; each deployment once, but the last; true accounts of what was sent."""
+
+    async def check(fleet: Fleet, service: LLMInfraService, ask: Ask) -> None:
+        before, seen = list(fleet.asked), len(fleet.records)
+        outcome: Any = None
+        try:
+            async with asyncio.timeout(cancel_after):
+                outcome = await ask(service, deadline=2.0)
+        except (TimeoutError, CallError) as exc:
+            outcome = exc
+        sent = [now - then for now, then in zip(fleet.asked, before, strict=True)]
+        (record,) = fleet.records[seen:]
+        assert sum(sent) <= max_retries + 1
+        assert all(each.in_flight == 0 for each in every(service))
+        *others, _ = [*record.tried, None]
+        once = list(dict.fromkeys(others))
+        assert others[: len(once)] == once  # only the last one is tried again
+        assert set(others[len(once) :]) <= set(once[-1:])
+        if isinstance(outcome, TimeoutError):
+            return
+        by_server = [record.tried.count(f"d{index}") for index in range(3)]
+        assert by_server == sent
+        assert outcome.attempts == record.requests == sum(sent)
+        if isinstance(outcome, ChatResult) and not outcome.cached:
+            assert outcome.deployment == outcome.tried[-1]
+
+    def every(service: LLMInfraService) -> list[Any]:
+        return [d for each in service.routes().values() for d in each.deployments]
+
+    async def run() -> None:
+        async with ProviderServer() as a, ProviderServer() as b, ProviderServer() as c:
+            fleet = Fleet([a, b, c])
+            for server, replies in zip(fleet.servers, failures, strict=True):
+                server.reply(*replies)
+            async with fleet.open(
+                routes, cache=cache, max_retries=max_retries, retry_after_max=0.5
+            ) as service:
+                for ask in asks:
+                    await check(fleet, service, ask)
+
+    asyncio.run(run())
