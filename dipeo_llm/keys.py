@@ -69,7 +69,7 @@ async def find_key(
     try:
         key = await _read(port, given)
     except Exception as exc:
-        is_missing = isinstance(exc, APIKeyError) or _is_key_error(exc)
+        is_missing = isinstance(exc, APIKeyError) or is_key_error(exc)
         if is_missing and service is not None and not by_name(service).needs_key:
             return NO_KEY
         raise
@@ -154,7 +154,7 @@ def _wrap(secret: Any) -> SecretStr | None:
     return SecretStr(secret.strip()) if isinstance(secret, str) else None
 
 
-def _is_key_error(exc: Exception) -> bool:
+def is_key_error(exc: Exception) -> bool:
     """Recognise the application's own APIKeyError by its name."""
     return any(c.__name__ == "APIKeyError" for c in type(exc).__mro__)
 

@@ -44,7 +44,7 @@ from dipeo_llm.errors import (
     ServiceUnavailableError,
     StructuredOutputError,
 )
-from dipeo_llm.keys import Key, find_key
+from dipeo_llm.keys import Key, find_key, is_key_error
 from dipeo_llm.ledger import Usage
 from dipeo_llm.litellm_import import load_litellm
 from dipeo_llm.message_formatter import MessageFormatter, check_messages
@@ -813,8 +813,20 @@ class LLMInfraService:
             service=deployment.service,
             api_key_id=deployment.api_key_id or call.api_key_id,
         )
-        adapter = await self._find_adapter(to, progress, deployment.base_url)
-        request = await self._prepare_media(call.request, adapter)
+        try:
+            adapter = await self._find_adapter(to, progress, deployment.base_url)
+        except Exception as exc:
+            # The application's own error leads on to another deployment, as ours does.
+            if isinstance(exc, DiPeOLLMError) or not is_key_error(exc):
+                raise
+            raise APIKeyError(str(exc), service=progress.service) from exc
+        # Two deployments of a provider get the same pictures, loaded once.
+        for each in call.targets.values():
+            if each.adapter.provider is adapter.provider:
+                request = each.request
+                break
+        else:
+            request = await self._prepare_media(call.request, adapter)
         target = Target(adapter, request, deployment.label)
         call.targets[deployment.id] = target
         return target
