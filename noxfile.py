@@ -36,6 +36,7 @@ REDIS_TESTS = [
     "tests/test_limits_redis.py",
     "tests/test_routing_redis.py",
     "tests/test_batch.py",
+    "tests/test_litellm_router.py",
 ]
 
 
@@ -76,6 +77,19 @@ def tests(session: nox.Session) -> None:
     """Run the tests, offline, in parallel. Arguments after -- go to pytest."""
     install(session, "test")
     session.run("pytest", *(session.posargs or ["-n", "2", "--dist", "worksteal"]))
+
+
+@nox.session(default=False)
+def docs(session: nox.Session) -> None:
+    """Build the site into docs/_build, then look at every page in Chromium.
+
+    Arguments after -- go to the check: `-- --pictures FOLDER` keeps what it saw.
+    """
+    install(session, "docs")
+    out = "docs/_build"
+    shutil.rmtree(HERE / out, ignore_errors=True)
+    session.run("sphinx-build", "-W", "--keep-going", "-j", "auto", "docs", out)
+    session.run("python", "docs/check_site.py", out, *session.posargs)
 
 
 @nox.session(default=False)
@@ -243,6 +257,18 @@ def bench(session: nox.Session) -> None:
     """Measure a call beside its peers and write docs/performance.md. Or: -- --quick."""
     install(session, "bench")
     session.run("python", "-m", "benchmarks.run", *session.posargs)
+
+
+@nox.session
+def concerns(session: nox.Session) -> None:
+    """Measure telemetry, hook, ledger, cache and processes; write docs/performance.md.
+
+    Or: -- --quick.
+    """
+    # LiteLLM's own cache needs the last two.
+    install(session, "bench", "test", "redis")
+    session.install("orjson", "soundfile")
+    session.run("python", "-m", "benchmarks.concerns", *session.posargs)
 
 
 @nox.session

@@ -5,10 +5,12 @@ import of a library stands inside the class that uses it. No client retries, log
 anywhere or talks to anything but the server.
 """
 
+import asyncio
 import json
 import os
 from collections.abc import AsyncIterator, Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 SYSTEM = "You are brief."
 PROMPT = "Say hello."
@@ -140,6 +142,7 @@ class Ours(Client):
     """This package, by its direct engine."""
 
     engine = "direct"
+    cache: str | None = None
 
     async def open(self) -> None:
         from dipeo_llm import LLMInfraService, Settings, StaticAPIKeys
@@ -150,7 +153,10 @@ class Ours(Client):
             base_urls={self.format: self.base_url},
         )
         self._service = LLMInfraService(
-            StaticAPIKeys({"key": KEY}), settings=self._settings
+            StaticAPIKeys({"key": KEY}),
+            settings=self._settings,
+            # Older versions, with which this one is compared, have no cache.
+            **({"cache": self.cache} if self.cache else {}),
         )
         self._adapter: Any = None
 
@@ -188,6 +194,18 @@ class OursThroughLiteLLM(Ours):
     """This package, by the engine that calls `litellm.acompletion`."""
 
     engine = "litellm"
+
+
+class OursCached(Ours):
+    """This package, with a hit in memory for every call but the first."""
+
+    cache = "memory://"
+
+
+class OursShared(Ours):
+    """Likewise in Redis."""
+
+    cache = os.environ.get("BENCHMARK_REDIS")
 
 
 class LiteLLM(Client):
@@ -228,6 +246,30 @@ class LiteLLM(Client):
 
     async def close(self) -> None:
         await self._litellm.close_litellm_async_clients()
+
+
+class LiteLLMCached(LiteLLM):
+    """`litellm.acompletion` with its own cache, in memory."""
+
+    async def open(self) -> None:
+        await super().open()
+        self._litellm.cache = self._litellm.Cache(**self.cache())
+
+    def cache(self) -> dict[str, Any]:
+        return {"type": "local"}
+
+    async def call(self) -> str:
+        text = await super().call()
+        await asyncio.sleep(0)  # it stores in a task of its own
+        return text
+
+
+class LiteLLMShared(LiteLLMCached):
+    """Likewise in Redis."""
+
+    def cache(self) -> dict[str, Any]:
+        url = urlsplit(os.environ["BENCHMARK_REDIS"])
+        return {"type": "redis", "host": url.hostname, "port": str(url.port)}
 
 
 class LiteLLMRouter(Client):
@@ -460,6 +502,10 @@ CLIENTS: dict[str, type[Client]] = {
     "engine-litellm": OursThroughLiteLLM,
     "litellm": LiteLLM,
     "litellm-router": LiteLLMRouter,
+    "cached-memory": OursCached,
+    "cached-redis": OursShared,
+    "litellm-memory": LiteLLMCached,
+    "litellm-redis": LiteLLMShared,
     "openai": OpenAI,
     "anthropic": Anthropic,
     "google-genai": GoogleGenAI,

@@ -27,6 +27,13 @@ _PACKAGES = {
 _PEERS = {peer.name: peer for peer in PEERS}
 
 
+def machine() -> str:
+    """Return the interpreter, the processor and the number of its cores."""
+    return (
+        f"Python {platform.python_version()} on {_processor()}, {os.cpu_count()} cores"
+    )
+
+
 def tables(figures: Figures) -> str:
     """Return every table, as Markdown."""
     view = View(figures)
@@ -111,8 +118,7 @@ class View:
         today = dt.datetime.now(dt.UTC).date()
         text = (
             f"{'A quick run' if figures.quick else 'Measured'} on {today}:"
-            f" {rounds} interleaved rounds in {figures.seconds:.0f} s, Python"
-            f" {platform.python_version()} on {_processor()}, {os.cpu_count()} cores,"
+            f" {rounds} interleaved rounds in {figures.seconds:.0f} s, {machine()},"
             f" load {figures.load:.1f}. {versions}."
         )
         for name, why in figures.absent.items():

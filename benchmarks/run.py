@@ -78,6 +78,7 @@ QUICK = Effort(
 def _environment() -> dict[str, str]:
     """Return ours without what changes a library: keys, proxies, tracing, bytecode."""
     kept = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "SYSTEMROOT", "SSL_CERT_FILE")
+    kept += ("BENCHMARK_REDIS",)
     made = {name: os.environ[name] for name in kept if name in os.environ}
     return made | {
         "PYTHONPATH": str(ROOT),
@@ -123,12 +124,20 @@ class Process:
 
     def ask(self, **order: Any) -> dict[str, Any]:
         """Give an order and return what came of it."""
+        self.tell(**order)
+        return self.hear()
+
+    def tell(self, **order: Any) -> None:
+        """Give an order, and wait for nothing."""
         assert self._child.stdin is not None
         self._child.stdin.write(json.dumps(order) + "\n")
         self._child.stdin.flush()
+
+    def hear(self) -> dict[str, Any]:
+        """Wait for what came of an order."""
         answer = self._read()
         if "error" in answer:
-            raise RuntimeError(f"{order}: {answer['error']}")
+            raise RuntimeError(f"{self._child.args!r}: {answer['error']}")
         return answer
 
     def _read(self) -> dict[str, Any]:

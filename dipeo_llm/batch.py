@@ -37,7 +37,7 @@ _WINDOW = 4
 
 @dataclass(frozen=True, slots=True)
 class BatchItem:
-    """What became of one request."""
+    """The result or the error of one request."""
 
     index: int
     """The request's place in the input, from 0."""
@@ -50,7 +50,7 @@ class BatchItem:
 
 @dataclass(slots=True)
 class BatchTotals:
-    """What the requests of a batch have come to so far."""
+    """Counts, tokens and cost of a batch so far."""
 
     succeeded: int = 0
     failed: int = 0
@@ -78,13 +78,7 @@ class BatchTotals:
             self.without_price += 1
         else:
             self.cost_usd += result.cost_usd
-        usage = result.token_usage or TokenUsage()
-        self.tokens = TokenUsage(
-            **{
-                name: getattr(self.tokens, name) + getattr(usage, name)
-                for name in TokenUsage.model_fields
-            }
-        )
+        self.tokens += result.token_usage or TokenUsage()
 
 
 class Batch:

@@ -47,9 +47,11 @@ _LEFT_OUT = frozenset(
     {
         *("timeout", "idle_timeout", "deadline", "cache", "coalesce"),
         *("labels", "session", "execution_phase", "execution_id", "trace_id"),
+        "watch_usage",
     }
 )
 """The fields of a request that its answer does not depend on; every other one counts."""
+_COUNTED = tuple(f.name for f in fields(ChatRequest) if f.name not in _LEFT_OUT)
 
 
 class _NotPlainError(ValueError):
@@ -73,11 +75,7 @@ def cache_key(
     Returns:
         None if a value in the request is not plain JSON.
     """
-    asked = {
-        item.name: getattr(request, item.name)
-        for item in fields(request)
-        if item.name not in _LEFT_OUT
-    }
+    asked = {name: getattr(request, name) for name in _COUNTED}
     tools = sort_tools(request.tools)
     asked["tools"] = tools.functions
     asked["own_tools"] = [tool.model_dump(mode="json") for tool in tools.provided]
@@ -106,15 +104,18 @@ def _plain(value: Any) -> Any:
         _NotPlainError: It is not, such as a mapping with a number as a key.
     """
     # The types themselves first: isinstance takes several times as long.
-    if value is None or type(value) in _LEAVES or isinstance(value, str | int | float):
+    kind = type(value)
+    if value is None or kind in _LEAVES:
         return value
-    if type(value) is dict or isinstance(value, Mapping):
+    if kind is dict or isinstance(value, Mapping):
         for name in value:
             if not isinstance(name, str):
                 raise _NotPlainError
         return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    if isinstance(value, (str, int, float)):
+        return value
     raise _NotPlainError
 
 
@@ -194,7 +195,7 @@ def _read_value(key: str, value: bytes) -> Result | None:
         "attempts": 0,
         "cached": True,
     }
-    return ChatResult[Any].model_validate(answer)
+    return Result.model_validate(answer)
 
 
 # Where values are.
@@ -396,6 +397,7 @@ class ResponseCache:
         if entry is None:
             return await send(progress)
         if (found := await self._find(entry, progress)) is not None:
+            progress.is_cached = True
             items = replay(found)
         elif request.coalesce and request.cache is None:
             items = self._streams.read(

@@ -29,6 +29,7 @@ def log_call(record: CallRecord) -> None:
             "status_code": record.status_code,
             "seconds": round(record.duration, 6),
             "tokens": usage.model_dump() if usage else None,
+            "is_usage_partial": record.is_usage_partial,
             "cost_usd": record.cost_usd,
             "attempts": record.requests,
             "finish_reason": record.finish_reason,
@@ -79,7 +80,6 @@ def log_retry(
 
 def _describe(record: CallRecord) -> str:
     """Return a call as one line."""
-    usage = record.usage
     outcome: str = record.status
     if record.status == "error":
         status = f" {record.status_code}" if record.status_code else ""
@@ -88,7 +88,7 @@ def _describe(record: CallRecord) -> str:
         outcome = "ok from the cache"
     said = [
         f"{_name(record.service, record.model)}: {outcome} in {record.duration:.2f} s",
-        f"{usage.input} + {usage.output} tokens" if usage else "unknown tokens",
+        _describe_usage(record),
         "unknown cost" if record.cost_usd is None else f"${record.cost_usd:.6f}",
         f"{record.requests} attempt{'' if record.requests == 1 else 's'}",
     ]
@@ -102,6 +102,13 @@ def _describe(record: CallRecord) -> str:
     }
     said += [f"{name} {_word(value)}" for name, value in about.items() if value]
     return ", ".join(said)
+
+
+def _describe_usage(record: CallRecord) -> str:
+    if record.usage is None:
+        return "unknown tokens"
+    written = "unknown" if record.is_usage_partial else record.usage.output
+    return f"{record.usage.input} + {written} tokens"
 
 
 def _name(service: str | None, model: str) -> str:

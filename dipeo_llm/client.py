@@ -20,6 +20,7 @@ from functools import cache, lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
+from weakref import WeakSet
 
 from pydantic import SecretStr
 from pydantic_core import to_json
@@ -99,6 +100,7 @@ class Client:
         # Looked up once: it reads the whole environment, which takes 40 µs.
         self._proxy = proxy_for(url, settings) if url else None
         self.session = open_session(tls, limit=settings.max_connections)
+        self._responses: WeakSet[Any] = WeakSet()
 
     async def send(
         self,
@@ -160,6 +162,7 @@ class Client:
         attempt.status = response.status
         attempt.headers = response.headers
         attempt.response = response
+        self._responses.add(response)
 
     async def _request(
         self,
@@ -257,6 +260,9 @@ class Client:
 
     async def aclose(self) -> None:
         """Close the session and every connection; calls in flight fail."""
+        # The session closes their connections without waking the tasks that read.
+        for response in list(self._responses):
+            response.close()
         await self.session.close()
 
     def _record(self, exc: Exception, attempt: Attempt) -> None:

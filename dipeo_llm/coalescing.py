@@ -253,6 +253,9 @@ class Streams:
         finally:
             stream.ends.remove(caller.ends)
             stream.progress.ends = _latest(stream.ends)
+            if stream.ends or stream.is_taken:
+                # The usage belongs to a caller that reads on, or that has the result.
+                caller.watch_usage(None)
             is_done = stream.is_over or not stream.ends
             if is_done and streams.get(identity) is stream:
                 del streams[identity]

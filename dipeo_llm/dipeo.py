@@ -31,7 +31,7 @@ class LLMUsage(BaseModel):
 
 
 class ChatResult(domain.ChatResult[T]):
-    """A result that also answers to DiPeO's newer name for the usage."""
+    """A result that has the usage under DiPeO's newer name too."""
 
     @property
     def llm_usage(self) -> LLMUsage | None:
@@ -177,7 +177,7 @@ class LLMInfraService(service.LLMInfraService):
             **options: As for `complete`. `temperature` is 0 if it is not given.
 
         Raises:
-            InvalidRequestError: There is no question.
+            InvalidRequestError: The question is missing.
             StructuredOutputError: The model's answer is not a decision.
             DiPeOLLMError, TypeError, RuntimeError: As `complete`.
 

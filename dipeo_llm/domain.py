@@ -640,6 +640,10 @@ OPTIONS = frozenset({*LLMRequestOptions.model_fields, "options"})
 """Every keyword that a call takes besides messages, model, key and service."""
 
 
+UsageSoFar: TypeAlias = Callable[[], TokenUsage | None]
+"""Returns the usage that the provider has told so far."""
+
+
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
     """One request as an adapter receives it: validated and complete."""
@@ -668,6 +672,11 @@ class ChatRequest:
     session: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict, compare=False)
     """Those of LABELS that were given; for the record of the call, never sent."""
+    watch_usage: Callable[[UsageSoFar], object] | None = field(
+        default=None, compare=False, repr=False
+    )
+    """The adapter calls it when an answer begins, so that the record of a call that ends
+    early has what the provider had told."""
 
 
 def request_from_options(
@@ -694,11 +703,11 @@ def request_from_options(
     bundle = options.get("options")
     keywords = {name: value for name, value in options.items() if name != "options"}
     given = {**(defaults or {}), **_rename(_read_bundle(bundle)), **_rename(keywords)}
-    if unknown := given.keys() - LLMRequestOptions.model_fields.keys():
-        raise unknown_keyword(min(unknown), {*OPTIONS, "service"})
+    if not given.keys() <= _FIELDS:
+        raise unknown_keyword(min(given.keys() - _FIELDS), {*OPTIONS, "service"})
     try:
         # The validated options by name; those that were not given are None.
-        read = vars(LLMRequestOptions.model_validate(given))
+        read = vars(LLMRequestOptions.model_validate(given)) if given else _NOT_GIVEN
     except ValidationError as exc:
         raise _explain(exc) from None
     return ChatRequest(
@@ -720,8 +729,12 @@ def request_from_options(
 
 
 def label(value: Any) -> str:
-    """Return an application's label as text, at most 256 characters of it."""
-    return str(getattr(value, "value", value))[:_LONGEST_LABEL]
+    """Return an application's label as text, at most 256 characters of it.
+
+    Half of a surrogate pair is escaped: exporters of telemetry fail at it.
+    """
+    text = str(getattr(value, "value", value))[:_LONGEST_LABEL]
+    return text.encode(errors="backslashreplace").decode()
 
 
 def unknown_keyword(name: str, known: Iterable[str]) -> TypeError:
@@ -740,11 +753,15 @@ def _listed(names: Iterable[str]) -> str:
 
 def _read_bundle(bundle: Any) -> dict[str, Any]:
     """Return the options in an object: a mapping, ours, or the application's own."""
+    if bundle is None:
+        return {}
     if isinstance(bundle, Mapping):
         return dict(bundle)
-    return {
-        name: getattr(bundle, name, None) for name in LLMRequestOptions.model_fields
-    }
+    return {name: getattr(bundle, name, None) for name in _FIELDS}
+
+
+_FIELDS = LLMRequestOptions.model_fields.keys()
+_NOT_GIVEN: Mapping[str, Any] = vars(LLMRequestOptions())
 
 
 def _rename(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Opens files inside a folder and nowhere else: prompts, pictures, documents.
+"""Opens prompts, pictures and documents inside a folder, and nowhere else.
 
-Also replaces a file whole. Knows paths and links, and of the content only that text is
-UTF-8. Everything blocks: call it in a thread from an event loop.
+It also replaces a file whole. Knows paths, links and UTF-8. Everything blocks: call it in
+a thread from an event loop.
 """
 
 import os
@@ -14,7 +14,7 @@ from typing import BinaryIO
 TEMPLATE_SUFFIX = ".j2"
 """The end of the name of a text file that is always a template."""
 
-# Windows has none of these flags; there the check of the resolved path is all. O_PATH
+# Windows lacks these flags; there only the resolved path is checked. O_PATH
 # opens a folder that may be entered but not listed.
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _FILE = os.O_RDONLY | _NOFOLLOW | getattr(os, "O_NONBLOCK", 0)

@@ -138,7 +138,7 @@ def base64_spellings(secret: str) -> set[str]:
 
 
 def pattern_of(secrets: set[str]) -> re.Pattern[str] | None:
-    """Return what finds any spelling of these secrets in a text, or None without any.
+    """Return a pattern for every spelling of these secrets, or None without secrets.
 
     A secret of less than `SHORTEST` characters is found only as a whole word: the key
     "a" does not take every "a" out of a sentence.

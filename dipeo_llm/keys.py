@@ -1,4 +1,4 @@
-"""Where keys come from, and how they are held so that nothing prints them.
+"""Finds keys, and wraps them so that nothing prints them.
 
 Reads the environment for keys and for nothing else.
 """

@@ -1,4 +1,4 @@
-"""The ledger: what the calls of a service used, in all and by whom.
+"""The ledger: tokens and cost of all calls of a service, in all and by key.
 
 Made from the records of calls. Any number of threads and event loops may add to it.
 """
@@ -23,7 +23,7 @@ _BATCH = 64
 
 @dataclass(frozen=True, slots=True)
 class UsageTotals:
-    """What a number of calls used."""
+    """Tokens, cost and number of some calls."""
 
     calls: int = 0
     """All calls, however they ended."""
@@ -40,14 +40,15 @@ class UsageTotals:
     cost_usd: float = 0.0
     """The sum of the known costs."""
     unknown_usage: int = 0
-    """Calls that sent a request, but whose usage is unknown: `tokens` lacks them."""
+    """Calls that sent a request, but whose usage is unknown or partial: `tokens` lacks
+    what was not told."""
     unknown_cost: int = 0
     """Calls that sent a request, but whose cost is unknown: `cost_usd` lacks them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What the calls of a service used, at one moment.
+    """A snapshot of a service's usage.
 
     Each mapping lists the 1,000 keys that were used last; the calls of all earlier ones
     are under "(other)". A call without a person or an execution is only in `total`.
@@ -88,7 +89,7 @@ class Ledger:
                 self._lock.release()
 
     def usage(self, *, reset: bool = False) -> Usage:
-        """Return what was used so far.
+        """Return a snapshot of the usage so far.
 
         Args:
             reset: Whether to start again at zero. No call is lost in between.
@@ -165,7 +166,7 @@ class _Sum:
             self.cached_tokens += usage.cached
             self.cache_written += usage.cache_written
             self.reasoning += usage.reasoning
-        elif record.requests:
+        if record.requests and (usage is None or record.is_usage_partial):
             self.unknown_usage += 1
         if record.cost_usd is not None:
             self.cost += record.cost_usd
@@ -223,7 +224,11 @@ class _Book:
     def totals(self) -> dict[str, UsageTotals]:
         found = {key: each.totals() for key, each in self._sums.items()}
         if self._other is not None:
-            found[OTHER] = self._other.totals()
+            other = _Sum()
+            other.merge(self._other)
+            if (of_its_name := self._sums.get(OTHER)) is not None:
+                other.merge(of_its_name)
+            found[OTHER] = other.totals()
         return found
 
 

@@ -6,10 +6,10 @@ corrects and reads the window of all processes, by the clock of Redis.
 """
 
 import asyncio
-import json
 import logging
 import math
 import random
+import struct
 import threading
 import time
 from collections import OrderedDict
@@ -41,6 +41,8 @@ _FORECAST_STEPS = 64
 """The most calls of a line, on average, that are looked at to refuse one."""
 _LOOKS = 5
 """Buckets after which a call looks whether the event loop of the one before it runs."""
+_CLOCK_ERROR = 1_000_000
+"""Microseconds that Redis' clock may go back before its answers count as newer."""
 _LINES = 64
 """Deployments from which on idle ones are forgotten."""
 _CLOSE_TIME = 2.0
@@ -192,7 +194,7 @@ class RateLimits:
             try:
                 await self._run_script(line, limit, [], {})
             except RedisUnavailableError:
-                line.shared = None
+                line.forget()
         with self._lock:
             now = _now()
             turn = line.turn(waiter, now) if line.waiters else line.ready(waiter, now)
@@ -380,7 +382,7 @@ class RateLimits:
             )
         except RedisUnavailableError:
             with self._lock:
-                line.shared, line.ask_at = None, 0
+                line.forget()
                 self._serve(line)
                 now = _now()
                 if not batch[0].is_queued and line.turn(batch[0], now) <= now:
@@ -446,12 +448,9 @@ class RateLimits:
         async def run(cache: Any) -> tuple[int, int]:
             if self._script is None:
                 self._script = cache.client.register_script(_SCRIPT)
-            granted, time, text = await self._script([key], arguments, cache.client)
-            window = _Window.read(self._span, _now() - time, text)
+            granted, time, value = await self._script([key], arguments, cache.client)
             with self._lock:
-                if line.shared is None:
-                    line.forecast = None
-                line.shared = window
+                line.note(time, _now(), value)
             return granted, time // self._span
 
         return await redis.use(self.circuit, run)
@@ -510,12 +509,13 @@ class _Window:
         self.all_tokens = 0
 
     @classmethod
-    def read(cls, span: int, origin: int, text: str | bytes) -> Self:
-        """Read what the script wrote: bucket, requests, tokens, and so on."""
-        made = cls(span, origin)
-        numbers = iter(json.loads(text))
-        for bucket, requests, tokens in sorted(zip(numbers, numbers, numbers)):  # noqa: B905
-            made.add(origin + bucket * span, requests, tokens)
+    def read(cls, span: int, time: int, here: int, value: bytes) -> Self:
+        """Read what the script wrote, when it was *time* there and *here* here."""
+        made = cls(span, here - time)
+        rows = list(struct.iter_unpack("<3d", value))
+        made.last = int(max([time // span, *(bucket for bucket, _, _ in rows)]))
+        for bucket, requests, tokens in rows:
+            made.correct(int(bucket), int(requests), int(tokens))
         return made
 
     def copy(self) -> "_Window":
@@ -646,8 +646,9 @@ class _Line:
         self.digest = blake2b(name.encode(), digest_size=16).hexdigest()
         self.own = _Window(span)
         """What this process has reserved, with and without Redis."""
-        self.shared: _Window | None = None
-        """What all processes have reserved, as Redis last said; None if it fails."""
+        self._shared: _Window | None = None
+        self._noted: tuple[int, int, bytes] | None = None
+        self._latest = 0
         self.waiters: OrderedDict[_Waiter, None] = OrderedDict()
         self.forecast: _Forecast | None = None
         self.is_stale = False
@@ -659,6 +660,27 @@ class _Line:
         self.asking: asyncio.Task[None] | None = None
         self.ask_at = 0
         """When Redis is to be asked next."""
+
+    @property
+    def shared(self) -> "_Window | None":
+        """What all processes have reserved, as Redis last said; None if it fails."""
+        if self._noted is not None:  # read when it is needed: most never are
+            self._shared = _Window.read(self.own.span, *self._noted)
+            self._noted = None
+        return self._shared
+
+    def note(self, time: int, here: int, value: bytes) -> None:
+        """Keep what Redis said."""
+        if 0 < self._latest - time < _CLOCK_ERROR:
+            return  # of two answers, the earlier one came later
+        if self._shared is None:
+            self.forecast = None
+        self._noted, self._latest = (time, here, value), time
+
+    def forget(self) -> None:
+        """Redis fails: what it said does not count."""
+        self._shared = self._noted = None
+        self.ask_at = 0
 
     def is_idle(self, now: int) -> bool:
         self.own.advance(now)
@@ -734,7 +756,8 @@ class _Line:
 
     def append(self, waiter: _Waiter) -> None:
         waiter.queue()
-        waiter.turn = self._predict(waiter.begun).add(waiter, waiter.begun)
+        if self.waiters:
+            waiter.turn = self._predict(waiter.begun).add(waiter, waiter.begun)
         self.waiters[waiter] = None
 
     def remove(self, waiter: _Waiter) -> None:
@@ -750,8 +773,6 @@ class _Line:
         change = self.owed.setdefault(bucket, [0, 0])
         change[0] += requests
         change[1] += tokens
-        if self.shared is not None:
-            self.shared.correct(bucket, requests, tokens)
         self.ask_at = 0
 
     def _predict(self, now: int) -> _Forecast:
@@ -773,19 +794,21 @@ local changes = {}
 for i = 6 + asked, #ARGV, 3 do
   changes[tonumber(ARGV[i])] = {tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2])}
 end
-local is_read, old = pcall(cjson.decode, redis.call('GET', KEYS[1]) or '[]')
-if not is_read or type(old) ~= 'table' then old = {} end
-local kept, requests, tokens, is_changed = {}, 0, 0, false
-for i = 1, #old, 3 do
+local text = redis.call('GET', KEYS[1]) or ''
+if #text % 24 ~= 0 or #text > 4000 then text = '' end
+local old = {struct.unpack('<' .. string.rep('d', #text / 8), text)}
+local kept, n, requests, tokens, is_changed = {}, 0, 0, 0, false
+for i = 1, #text / 8, 3 do
   local b, r, t = old[i], old[i + 1], old[i + 2]
   -- One that lies far ahead is of a clock that was set back.
   if math.abs(bucket - b) <= 60 then
-    if changes[b] then
-      r, t = math.max(r + changes[b][1], 0), math.max(t + changes[b][2], 0)
+    local change = changes[b]
+    if change then
+      r, t = math.max(r + change[1], 0), math.max(t + change[2], 0)
       is_changed = true
     end
-    kept[#kept + 1], kept[#kept + 2], kept[#kept + 3] = b, r, t
-    requests, tokens = requests + r, tokens + t
+    kept[n + 1], kept[n + 2], kept[n + 3] = b, r, t
+    n, requests, tokens = n + 3, requests + r, tokens + t
   end
 end
 local granted, size = 0, 0
@@ -796,15 +819,17 @@ while granted < asked do
   granted, size = granted + 1, size + need
 end
 if granted > 0 then
-  if kept[#kept - 2] ~= bucket then
-    kept[#kept + 1], kept[#kept + 2], kept[#kept + 3] = bucket, 0, 0
+  if kept[n - 2] ~= bucket then
+    kept[n + 1], kept[n + 2], kept[n + 3] = bucket, 0, 0
+    n = n + 3
   end
-  kept[#kept - 1], kept[#kept] = kept[#kept - 1] + granted, kept[#kept] + size
+  kept[n - 1], kept[n] = kept[n - 1] + granted, kept[n] + size
 end
+text = struct.pack('<' .. string.rep('d', n), unpack(kept))
 if granted > 0 or is_changed then
-  redis.call('SET', KEYS[1], cjson.encode(kept), 'PX', ARGV[2])
+  redis.call('SET', KEYS[1], text, 'PX', ARGV[2])
 end
-return {granted, now, cjson.encode(kept)}
+return {granted, now, text}
 """
 """Arguments: width of a bucket in µs, expiry in ms, rpm, tpm, number of needs, needs,
-then bucket, requests and tokens of each correction."""
+then bucket, requests and tokens of each correction. The value: doubles, three a bucket."""

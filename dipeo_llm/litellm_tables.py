@@ -39,7 +39,7 @@ _SIGN_IN = frozenset({"github_copilot", "chatgpt"})
 def model_info(
     litellm: Any, litellm_name: str, model: str, name: str = ""
 ) -> Mapping[str, Any] | None:
-    """Return a model's row of LiteLLM's table, None if there is none.
+    """Return a model's row of LiteLLM's table, or None.
 
     Reads the table itself, because `litellm.get_model_info` posts to a local Ollama.
 
@@ -187,9 +187,6 @@ def cost(
     raw_usage = raw_usage or {}
     if "cost_details" in raw_usage:
         return _reported_cost(raw_usage)
-    info = model_info(litellm, litellm_name, model)
-    if info is None or info.get("input_cost_per_token") is None:
-        return None
     try:
         prices = _flat_prices(litellm, litellm_name, model)
         if prices is not None and usage.input < prices.up_to and _is_plain(raw_usage):
@@ -199,6 +196,9 @@ def cost(
                 + usage.cache_written * prices.written
                 + usage.output * prices.output
             )
+        info = model_info(litellm, litellm_name, model)
+        if info is None or info.get("input_cost_per_token") is None:
+            return None
         counts = _litellm_usage(litellm, usage, raw_usage)
         if _lacks_price(info, counts):
             return None
@@ -249,11 +249,13 @@ class _Prices(NamedTuple):
 
 @lru_cache(maxsize=512)
 def _flat_prices(litellm: Any, litellm_name: str, model: str) -> _Prices | None:
-    """Return a model's prices, None if they depend on the hour or on thinking.
+    """Return a model's prices, None if it has none, or they depend on anything else.
 
     LiteLLM calculates them once. Its calculation takes 100 µs, a third of a call.
     """
     info = model_info(litellm, litellm_name, model) or {}
+    if info.get("input_cost_per_token") is None:
+        return None
     if "tiered_pricing" in info or "off_peak_pricing" in info:
         return None
 

@@ -88,17 +88,19 @@ def has_content(content: Any) -> bool:
 
 
 _ROLES = ("assistant", "developer", "function", "system", "tool", "user")
+_CONTENTS = (str, list, tuple, type(None))  # `str | list` would be made at each check
 
 
 def check_messages(messages: Any) -> tuple[Mapping[str, Any], ...]:
     """Return the messages of a call as a tuple, if a provider could answer them.
 
     Raises:
-        InvalidRequestError: There are none besides system prompts, or one is not a
+        InvalidRequestError: There are only system prompts, or a message is not a
             mapping with a known role and a content of a possible type.
     """
-    is_list = isinstance(messages, Iterable) and not isinstance(
-        messages, str | bytes | Mapping
+    is_list = isinstance(messages, (list, tuple)) or (
+        isinstance(messages, Iterable)
+        and not isinstance(messages, (str, bytes, Mapping))
     )
     if messages is not None and not is_list:
         raise InvalidRequestError(
@@ -119,7 +121,8 @@ def check_messages(messages: Any) -> tuple[Mapping[str, Any], ...]:
 
 def _check_message(index: int, message: Any) -> bool:
     """Check one message, and say whether it has something to answer."""
-    if not isinstance(message, Mapping):
+    # Check dict first: isinstance(x, Mapping) is slow.
+    if not isinstance(message, (dict, Mapping)):
         raise InvalidRequestError(
             f"message {index} must be a dict with `role` and `content`; got"
             f" {type(message).__name__}"
@@ -130,7 +133,7 @@ def _check_message(index: int, message: Any) -> bool:
             f"message {index} has the unknown role {role!r}; known are"
             f" {', '.join(_ROLES)}"
         )
-    if not isinstance(content, str | list | tuple | None):
+    if not isinstance(content, _CONTENTS):
         raise InvalidRequestError(
             f"the content of message {index} must be text or a list of parts; got"
             f" {type(content).__name__}"

@@ -27,7 +27,7 @@ _LOOP_TIMEOUT = 5.0
 
 
 class Closable(Protocol):
-    """What the pool holds."""
+    """A client that the pool can close."""
 
     async def aclose(self) -> None:
         """Close it."""
@@ -105,7 +105,7 @@ class Pool(Generic[C]):
         self._closed = False
 
     async def lease(self, key: Hashable, make: Callable[[], Awaitable[C]]) -> Lease[C]:
-        """Return the client of *key* on this loop, created by *make* if there is none.
+        """Return the client of *key* on this loop; call *make* for the first one.
 
         *make* runs once, however many callers wait for it. Its failure is raised in all
         of them and is not kept. Cancelling one caller affects neither the others nor
@@ -233,7 +233,8 @@ class _LoopClients(Generic[C]):
     async def lease(self, key: Hashable, make: Callable[[], Awaitable[C]]) -> Lease[C]:
         if self._closed:
             raise _closed_error()
-        slot: _Slot[C] | None = await self._cache.get(key)
+        # `get` adds 4 µs: it looks at settings that are not used here.
+        slot: _Slot[C] | None = await self._cache._get(key)  # noqa: SLF001
         if slot is None or slot.retired:
             slot = self._making.get(key)
         if slot is None:

@@ -1,4 +1,4 @@
-"""What the package needs from the application, and what it offers.
+"""The protocols that the application implements, and those that the package offers.
 
 Protocols only: an application's own classes fit without importing this package.
 """

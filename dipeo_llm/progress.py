@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
-from dipeo_llm.domain import ChatResult
+from dipeo_llm.domain import ChatResult, TokenUsage, UsageSoFar, label
 from dipeo_llm.errors import CallError, DiPeOLLMError, LLMTimeoutError
 from dipeo_llm.record import AttemptRecord, CallRecord, Status
 
@@ -79,6 +79,8 @@ class CallProgress:
         self.is_stream = is_stream
         self.trace: CallTrace | None = None
         """What telemetry keeps of the call, if it is on."""
+        self.is_cached = False
+        """Whether a stream comes from a cache of this package."""
         self.is_recorded = False
         self._person_id = person_id
         self._options = options
@@ -91,6 +93,7 @@ class CallProgress:
         self._chunks = 0
         self._result: ChatResult[Any] | None = None
         self._failure: _Failure | None = None
+        self._usage_so_far: UsageSoFar | None = None
         self._limit = asyncio.timeout_at(self.ends)
 
     async def __aenter__(self) -> Self:
@@ -159,7 +162,7 @@ class CallProgress:
 
     def place(self, service: str, model: str, base_url: str | None = None) -> None:
         """Note the provider, its name of the model, and the address if it is known."""
-        self.service, self.model, self._base_url = service, model[:256], base_url
+        self.service, self.model, self._base_url = service, label(model), base_url
 
     def aim(self, target: "Target") -> None:
         """Note what the next attempts go to."""
@@ -193,6 +196,10 @@ class CallProgress:
         if self._past_attempts and self._past_attempts[-1].wait is None:
             *others, failed = self._past_attempts
             self._past_attempts = (*others, replace(failed, wait=wait))
+
+    def watch_usage(self, usage: UsageSoFar | None) -> None:
+        """Note where to find the usage of a call that ends without a result."""
+        self._usage_so_far = usage
 
     def add_chunk(self) -> None:
         """Note that a chunk of a stream has arrived."""
@@ -232,7 +239,12 @@ class CallProgress:
         result, self._result = self._result, None
         failure = self._failure
         self._end_attempt(failure)
-        usage = result.token_usage if result else None
+        usage_so_far, self._usage_so_far = self._usage_so_far, None
+        usage: TokenUsage | None = None
+        if result is not None:
+            usage = result.token_usage
+        elif usage_so_far is not None:
+            usage = usage_so_far()
         return CallRecord(
             service=self.service,
             model=self.model,
@@ -252,8 +264,9 @@ class CallProgress:
             ),
             # The caller may change its own.
             usage=usage.model_copy() if usage else None,
+            is_usage_partial=result is None and usage is not None,
             cost_usd=result.cost_usd if result else None,
-            cached=result.cached if result else False,
+            cached=result.cached if result else self.is_cached,
             started_at=self._started_at,
             duration=duration,
             queued=result.queued if result else failure.queued if failure else None,

@@ -1,4 +1,4 @@
-"""The record of one call: what was asked, how it ended, how long it took, what it used.
+"""The record of one call: its options, outcome, times, tokens and cost.
 
 The ledger, the call log, `on_call` and telemetry are made from it and from nothing else.
 It holds no message, no answer, no tool and no key, so it may be stored anywhere.
@@ -66,7 +66,10 @@ class CallRecord:
     request_id: str | None = None
     """The provider's id of the request."""
     usage: TokenUsage | None = None
-    """None if the provider reported none, such as for a cancelled call."""
+    """None if the provider told nothing."""
+    is_usage_partial: bool = False
+    """Whether the call ended before the provider had told all of `usage`. The input is
+    known then; output, reasoning and total are the least, and the rest is unknown."""
     cost_usd: float | None = None
     """None if the price or the usage is unknown."""
     cached: bool = False

@@ -1,4 +1,4 @@
-"""What becomes of a call's record: the ledger, the call log, telemetry, `on_call`."""
+"""Hands the record of each call to the ledger, the call log, telemetry and `on_call`."""
 
 import asyncio
 import inspect
@@ -7,7 +7,9 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import WeakSet
 
 from dipeo_llm.call_log import log_call
 from dipeo_llm.ledger import Ledger
@@ -15,6 +17,7 @@ from dipeo_llm.progress import CallProgress
 from dipeo_llm.record import CallRecord
 
 if TYPE_CHECKING:
+    from dipeo_llm.streaming import ChatStream
     from dipeo_llm.telemetry import Telemetry
 
 _log = logging.getLogger("dipeo_llm")
@@ -46,6 +49,9 @@ class CallReporter:
         self._telemetry = telemetry
         self._calls: set[asyncio.Task[Any]] = set()
         self._hooks: set[asyncio.Task[Any]] = set()
+        self.streams: WeakSet[ChatStream[Any]] = WeakSet()
+        """The streams that were opened; those of them that are still open end with the
+        service."""
 
     def begin(self, progress: CallProgress) -> CallProgress:
         """Let telemetry note the context of a call that begins; return its progress."""
@@ -82,17 +88,38 @@ class CallReporter:
         self._report(progress)
 
     async def aclose(self, grace: float) -> None:
-        """Wait for the calls that are ending, and for their hooks.
+        """Wait for the calls that are ending, and for their hooks; report open streams.
 
         Args:
             grace: Seconds that hooks have to end, at least 1; then they are cancelled.
         """
         await _wait_for_end(self._calls, _ENDING)
+        await self._end_streams()
         if hooks := await _wait_for_end(self._hooks, max(grace, _ENDING)):
             _log.warning("%d on_call hooks did not end and were cancelled", len(hooks))
         for task in hooks:
             with suppress(RuntimeError):  # its loop has just closed
                 task.get_loop().call_soon_threadsafe(task.cancel)
+
+    async def _end_streams(self) -> None:
+        """Report the streams that are still open.
+
+        A task that reads one gets its error first, and the stream is reported with it.
+        """
+        here = asyncio.current_task()
+        give_up_at = time.monotonic() + _ENDING
+        while any(stream.is_read_beside(here) for stream in list(self.streams)):
+            if time.monotonic() > give_up_at:
+                break
+            await asyncio.sleep(0.01)
+        is_late = False
+        for stream in list(self.streams):
+            progress = stream.progress
+            if progress is not None and not progress.is_recorded:
+                self.report_dropped(progress)
+                is_late = True
+        if is_late:
+            await asyncio.sleep(0.01)  # the loops of the streams report them
 
     def _report(self, progress: CallProgress) -> "asyncio.Task[None] | None":
         if progress.is_recorded:
@@ -121,10 +148,19 @@ class CallReporter:
         self, on_call: CallHook, record: CallRecord
     ) -> "asyncio.Task[None] | None":
         of_the_call = sys.exception()
+        # The ledger may add its record up later, so the hook gets one of its own.
+        record = replace(
+            record,
+            usage=record.usage and record.usage.model_copy(),
+            options=dict(record.options),
+            labels=dict(record.labels),
+        )
         try:
             made = on_call(record)
+        except (KeyboardInterrupt, SystemExit):
+            raise
         # Nobody can cancel a function, so a CancelledError is the hook's own too.
-        except (Exception, asyncio.CancelledError) as exc:  # noqa: BLE001 - logged
+        except BaseException as exc:  # noqa: BLE001 - logged
             _forget_context(exc, of_the_call)
             _log.error("on_call failed", exc_info=exc)
             return None
@@ -192,14 +228,20 @@ class _Watched:
 
 
 async def _wait_for(hook: Awaitable[Any]) -> None:
+    task = asyncio.current_task()
     try:
         await hook
-    except Exception:  # noqa: BLE001 - logged
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as exc:
+        # `aclose` cancels a hook that is late, and logs it.
+        if isinstance(exc, asyncio.CancelledError) and task and task.cancelling():
+            raise
         _log.exception("on_call failed")
 
 
 def _forget_context(error: BaseException, context: BaseException | None) -> None:
-    """Take the call's error, which may quote the prompt, out of another's traceback."""
+    """Cut the call's error, which may quote the prompt, off the chain of another error."""
     while error.__context__ is not None:
         if error.__context__ is context:
             error.__context__ = None

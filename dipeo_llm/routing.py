@@ -307,8 +307,9 @@ class Choices:
         may_move = _may_move(error) and not self._was_closed(error)
         has_other = may_move and self._has_other(error)
         wait = self._policy.next_wait(error, is_elsewhere=has_other)
-        if wait is not None and not has_other:
-            self._again = self._last
+        # Also if the others begin a cool-down meanwhile.
+        is_again = not has_other or getattr(error, "retryable", False)
+        self._again = self._last if is_again else None
         return wait
 
     def error(self, last: DiPeOLLMError) -> DiPeOLLMError:

@@ -681,7 +681,8 @@ class LLMInfraService:
                 'cache="only" needs a cache: LLMInfraService(cache="memory://"), or'
                 " DIPEO_LLM_CACHE_URL"
             )
-        return replace(request, response_format=form_of(request.response_format))
+        form = form_of(request.response_format)
+        return request if form is None else replace(request, response_format=form)
 
     def _begin(self, call: _Call, *, is_stream: bool = False) -> CallProgress:
         """Start the clock of a call."""
@@ -804,7 +805,9 @@ class LLMInfraService:
         """Find the adapter of a call, or of a route's deployment, and load the media."""
         if deployment is None:
             adapter = await self._find_adapter(call, progress)
-            return Target(adapter, await self._prepare_media(call.request, adapter))
+            request = await self._prepare_media(call.request, adapter)
+            request = replace(request, watch_usage=progress.watch_usage)
+            return Target(adapter, request)
         if (found := call.targets.get(deployment.id)) is not None:
             return found
         to = replace(
@@ -827,6 +830,7 @@ class LLMInfraService:
                 break
         else:
             request = await self._prepare_media(call.request, adapter)
+        request = replace(request, watch_usage=progress.watch_usage)
         target = Target(adapter, request, deployment.label)
         call.targets[deployment.id] = target
         return target
@@ -900,7 +904,8 @@ class LLMInfraService:
         self, request: ChatRequest, adapter: BaseLLMAdapter
     ) -> ChatRequest:
         """Load pictures, files and sounds, once for all attempts."""
-        if all(isinstance(m.get("content"), str | None) for m in request.messages):
+        contents = [message.get("content") for message in request.messages]
+        if all(content is None or isinstance(content, str) for content in contents):
             return request
         # LiteLLM's import takes the proxy's variables away for a while.
         await load_litellm()

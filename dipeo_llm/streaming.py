@@ -91,7 +91,17 @@ class ChatStream(Generic[T]):
             raise
         if isinstance(self._next, StreamChunk):
             progress.add_chunk()
+        self._reporter.streams.add(self)
         return self
+
+    @property
+    def progress(self) -> CallProgress | None:
+        """The state of the call; None before the stream was opened."""
+        return self._progress
+
+    def is_read_beside(self, task: "asyncio.Task[object] | None") -> bool:
+        """Say whether a task other than *task* waits for the next chunk."""
+        return self._reader is not None and self._reader is not task
 
     async def __aexit__(self, *raised: object) -> None:
         for error in raised:

@@ -48,7 +48,7 @@ def form_of(asked: Any) -> Form | None:
             schema, OpenAI's dict, or None.
 
     Raises:
-        InvalidRequestError: It is none of these; the message has pydantic's reason.
+        InvalidRequestError: It is something else; the message has pydantic's reason.
     """
     if asked is None or isinstance(asked, Form):
         return asked
@@ -150,7 +150,7 @@ def _check_schema(text: bytes, what: str) -> None:
 
 
 def _check_references(schema: Mapping[str, Any]) -> None:
-    """Refuse a form that refers to something that is not in it.
+    """Refuse a schema with a dangling reference.
 
     The answer could not be checked, and nothing may be fetched for that.
     """
@@ -360,7 +360,7 @@ class _NotStrictError(Exception):
 
 
 def make_strict(schema: dict[str, Any]) -> dict[str, Any] | None:
-    """Return a schema in the form that OpenAI enforces, or None if there is none.
+    """Return a schema in the form that OpenAI enforces, or None if it has no such form.
 
     Every object is closed and every property required. Limits that OpenAI does not
     enforce, such as `minLength`, move into the description. A value or a key of any

@@ -1,13 +1,13 @@
 """Finds a person's system prompt: a file inside the base directory, or inline text.
 
-Knows files, templates and the role of a system prompt. Reads block: the service calls it in a
-thread.
+Knows files, templates and the role of a system prompt. Reading blocks, so the service calls
+it in a thread.
 """
 
 import logging
 import os
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, get_args
 
 from dipeo_llm.adapters.factory import by_name
@@ -89,7 +89,7 @@ class SystemPromptHandler:
         values = _merge(getattr(llm_config, "prompt_variables", None), variables)
         if not prompt_file:
             return self._render_inline(inline, values)
-        is_template = values is not None or str(prompt_file).endswith(TEMPLATE_SUFFIX)
+        is_template = values is not None or _is_template_file(prompt_file)
         try:
             path, text = self._load(prompt_file)
         except (OSError, ValueError) as exc:
@@ -108,7 +108,7 @@ class SystemPromptHandler:
                 else "the person speaks without a system prompt",
             )
             return self._render_inline(inline, values)
-        if not is_template:
+        if not is_template and not _is_template_file(path):  # a link may lead to one
             return text
         return self._templates(prompt_file).render_file(path, text, values or {})
 
@@ -160,6 +160,10 @@ class SystemPromptHandler:
                 ) from exc
             self._known_templates = known
         return known
+
+
+def _is_template_file(path: Any) -> bool:
+    return PurePath(str(path)).name.lower().endswith(TEMPLATE_SUFFIX)
 
 
 def _merge(config: Any, call: Any) -> Mapping[str, Any] | None:

@@ -30,7 +30,7 @@ try:
     from opentelemetry._logs import LoggerProvider, get_logger
     from opentelemetry.context import Context
     from opentelemetry.metrics import Meter, MeterProvider
-    from opentelemetry.trace import SpanKind, Status, StatusCode, TracerProvider
+    from opentelemetry.trace import Span, SpanKind, Status, StatusCode, TracerProvider
 except ImportError as exc:
     raise ImportError(
         "dipeo_llm.telemetry needs opentelemetry-api: pip install 'dipeo-llm[otel]'"
@@ -220,7 +220,7 @@ _OPTIONS: dict[str, tuple[str, type]] = {
 
 
 class CallTrace:
-    """What telemetry keeps of a call until its end, beside the record.
+    """Keeps, until the end of a call, the values that its record does not hold.
 
     Args:
         context: The context of the call's start; its span is the parent of the call's.
@@ -238,7 +238,7 @@ class CallTrace:
         self._captures_content = captures_content
 
     def keep_messages(self, messages: Sequence[Mapping[str, Any]]) -> None:
-        """Keep what is sent, if content is reported."""
+        """Keep the conversation, if content is reported."""
         if self._captures_content:
             self.messages = messages
 
@@ -295,7 +295,7 @@ class Telemetry:
         self._record = _instruments(meter, names)
 
     def begin(self) -> "CallTrace":
-        """Return what is to be kept of a call until its end."""
+        """Return a trace with the current context, for a call that begins."""
         return CallTrace(contexts.get_current(), captures_content=self.captures_content)
 
     def report(self, record: CallRecord, kept: "CallTrace | None" = None) -> None:
@@ -306,23 +306,44 @@ class Telemetry:
             kept: What `begin` returned; None is the current context, without content.
         """
         kept = self.begin() if kept is None else kept
-        context = kept.context
-        content = _content(kept.messages, kept.result) if self.captures_content else {}
-        start = int(record.started_at * 1e9)
-        operation = _operation(record)
+        content: dict[str, Any] = {}
+        if self.captures_content:
+            try:
+                content = _content(kept.messages, kept.result)
+            # A message that was refused may have any shape.
+            except Exception as exc:  # noqa: BLE001 - logged
+                _log.warning("the content of a call has no telemetry: %r", exc)
         attributes = self._span_attributes(record)
         if self._content_on_spans:
             attributes |= {
-                name: json.dumps(value, ensure_ascii=False)
+                name: json.dumps(value, ensure_ascii=False, default=str)
                 for name, value in content.items()
             }
-        span = self._tracer.start_span(
-            f"{operation} {record.model}".strip(),
-            context,
-            SpanKind.CLIENT,
-            attributes,
-            start_time=start,
-        )
+        span: Span = trace.INVALID_SPAN
+        try:
+            span = self._tracer.start_span(
+                f"{_operation(record)} {record.model}".strip(),
+                kept.context,
+                SpanKind.CLIENT,
+                attributes,
+                start_time=int(record.started_at * 1e9),
+            )
+            self._report_details(span, record, kept.context, content)
+        # A span processor may raise; the metrics are measured nevertheless.
+        finally:
+            within = trace.set_span_in_context(span, kept.context)
+            self._measure(record, kept, within)
+
+    def _report_details(
+        self,
+        span: Span,
+        record: CallRecord,
+        context: Context,
+        content: Mapping[str, Any],
+    ) -> None:
+        """Report what lies within the span of a call, and end it."""
+        start = int(record.started_at * 1e9)
+        end = start + int(record.duration * 1e9)
         within = trace.set_span_in_context(span, context)
         if span.is_recording():
             for number, attempt in enumerate(record.attempts, 1):
@@ -332,12 +353,11 @@ class Telemetry:
         if self._content_on_events:
             self._events.emit(
                 event_name="gen_ai.client.inference.operation.details",
-                timestamp=start + int(record.duration * 1e9),
+                timestamp=end,
                 context=within,
                 attributes={**self._span_attributes(record), **content},
             )
-        self._measure(record, kept, within)
-        span.end(start + int(record.duration * 1e9))
+        span.end(end)
 
     def _report_attempt(
         self, attempt: AttemptRecord, number: int, call_start: int, within: Context
@@ -397,10 +417,11 @@ class Telemetry:
             found["gen_ai.output.type"] = "text" if is_text else "json"
         if usage is not None:
             found["gen_ai.usage.input_tokens"] = usage.input
-            found["gen_ai.usage.output_tokens"] = usage.output
             # 0 where the provider does not tell.
             found["gen_ai.usage.cache_read.input_tokens"] = usage.cached or None
             found[self._cache_written] = usage.cache_written or None
+        if usage is not None and not record.is_usage_partial:
+            found["gen_ai.usage.output_tokens"] = usage.output
             found["gen_ai.usage.reasoning.output_tokens"] = usage.reasoning or None
         for name, value in record.labels.items():
             found[f"dipeo.{name}"] = value
@@ -439,7 +460,7 @@ def _instruments(meter: Meter, names: Names) -> dict[str, _Record]:
 def _measures(
     record: CallRecord, chunk_gaps: Iterable[float]
 ) -> Iterator[tuple[str, float, Mapping[str, Any]]]:
-    """Yield what a call measures: the metric's key, the value, more attributes."""
+    """Yield each measurement of a call: the metric's key, the value, more attributes."""
     error = {"error.type": record.error} if record.error else {}
     yield "duration", record.duration, error
     if record.first_chunk is not None:
@@ -455,20 +476,23 @@ def _measures(
     if record.cost_usd is not None:
         yield "cost", record.cost_usd, {}
     usage = record.usage
-    if usage is not None:
-        yield "tokens", usage.input, {"gen_ai.token.type": "input"}
-        yield "tokens", usage.output, {"gen_ai.token.type": "output"}
-    # The newer conventions count 0 for a call without usage; v1.41 counts nothing. The
+    # The newer conventions count 0 for usage that is unknown; v1.41 counts nothing. The
     # providers do not tell how many tokens were text and how many an image.
     modality = {"gen_ai.token.modality": "unknown"}
-    yield "input", usage.input if usage else 0, modality
-    yield "output", usage.output if usage else 0, modality
-    yield "input_of_call", usage.input if usage else 0, error
-    yield "output_of_call", usage.output if usage else 0, error
+    read = written = 0
     if usage is not None:
+        read = usage.input
+        yield "tokens", read, {"gen_ai.token.type": "input"}
         yield "cache_read", usage.cached, modality
         yield "cache_written", usage.cache_written, modality
+    if usage is not None and not record.is_usage_partial:
+        written = usage.output
+        yield "tokens", written, {"gen_ai.token.type": "output"}
         yield "reasoning", usage.reasoning, modality
+    yield "input", read, modality
+    yield "output", written, modality
+    yield "input_of_call", read, error
+    yield "output_of_call", written, error
 
 
 def _operation(record: CallRecord) -> str:
@@ -528,7 +552,7 @@ def _names() -> Names:
 
 
 def _content_mode() -> str:
-    """Return the mode of the variable; only a word that is known switches content on."""
+    """Return the variable's mode; an unknown word means no content."""
     word = os.environ.get(CONTENT_VARIABLE, "").strip()
     mode = word.upper() or "NO_CONTENT"
     if mode not in {"NO_CONTENT", *_ON_SPANS, *_ON_EVENTS}:
@@ -598,7 +622,7 @@ def _message_parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _parts(content: Any) -> list[dict[str, Any]]:
-    """Return text parts, and of every other part only its type: a picture is large."""
+    """Return text parts whole, and of other parts only the type: a picture is large."""
     if not isinstance(content, list | tuple):
         return [{"type": "text", "content": content}] if content else []
     found: list[dict[str, Any]] = []

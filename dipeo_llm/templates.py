@@ -161,7 +161,7 @@ class Templates:
 
 
 class _Loader(BaseLoader):
-    """Loads what a template includes, extends or imports: `.j2` files of one folder."""
+    """Loads the `.j2` files of one folder that a template includes, extends or imports."""
 
     def __init__(self, base: Path, files: TextFiles) -> None:
         self.names: set[str] = set()
@@ -212,6 +212,11 @@ class _Loader(BaseLoader):
             raise ValueError(f"template {template!r} is refused: {exc}") from None
 
 
+class _Undefined(StrictUndefined):
+    # Jinja's own prints "Undefined" in a list, such as that of `map(attribute="nom")`.
+    __repr__ = StrictUndefined.__str__
+
+
 class _Environment(ImmutableSandboxedEnvironment):
     def join_path(self, template: str, parent: str) -> str:
         """Return the path of a template from the base folder.
@@ -228,7 +233,7 @@ def _environment(loader: BaseLoader) -> Environment:
     """Make the environment that all templates of a folder share."""
     environment = _Environment(
         loader=loader,
-        undefined=StrictUndefined,
+        undefined=_Undefined,
         # Escaping is HTML's: a model would read `&#39;`.
         autoescape=False,
         # A line with nothing but a tag leaves no empty line, and a file without a tag
@@ -249,9 +254,9 @@ def _to_json(value: Any, indent: int | None = None) -> str:
 
 
 def _plain(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values as str, int, float, bool, None, list and dict, and as nothing else.
+    """Convert the values to plain str, int, float, bool, None, list and dict.
 
-    An object would give a template whatever can be reached from it.
+    A template could reach everything that an object refers to.
     """
     values: dict[str, Any] = {}
     for name, value in variables.items():

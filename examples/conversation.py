@@ -455,7 +455,9 @@ def main() -> int:
     try:
         page.write()
     except OSError as exc:
-        parser.error(f"the file {arguments.html!r} of --html cannot be written: {exc.strerror}")
+        parser.error(
+            f"the file {arguments.html!r} of --html cannot be written: {exc.strerror}"
+        )
     try:
         with local_model() as model:
             talks = asyncio.run(demonstrate(model, arguments.turns, screen, page))

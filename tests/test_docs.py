@@ -10,8 +10,10 @@ import dataclasses
 import inspect
 import json
 import re
+import runpy
 import shlex
 from collections.abc import Iterable
+from importlib.metadata import metadata
 from pathlib import Path
 
 import click
@@ -20,7 +22,14 @@ from sybil import Document, Example
 from sybil.parsers.markdown import CodeBlockParser
 
 import dipeo_llm
-from dipeo_llm import DiPeOLLMError, EnvironmentAPIKeys, LLMInfraService, Settings, cli
+from dipeo_llm import (
+    DiPeOLLMError,
+    EnvironmentAPIKeys,
+    LLMInfraService,
+    Settings,
+    cli,
+    testing,
+)
 from dipeo_llm.adapters import factory
 from dipeo_llm.adapters.factory import PROVIDERS
 from dipeo_llm.cli.command import dipeo_llm as program
@@ -30,6 +39,9 @@ from tests.provider_server import Answer, ProviderServer, Received, error
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+DOCS = ROOT / "docs"
+SETTINGS = DOCS / "settings.md"
+ERRORS = DOCS / "errors.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
 LITELLM = ROOT / "docs" / "litellm.md"
@@ -102,6 +114,8 @@ def leading_to_the_server(
         monkeypatch.setenv(name, server.base_url("openai"))
     for provider in ("openai", "anthropic", "gemini", *OTHERS):
         monkeypatch.setenv(f"{provider.upper()}_API_KEY", f"sk-{provider}")
+    monkeypatch.setenv("TEAM_KEY", "sk-team")
+    monkeypatch.setenv("TEAM_URL", server.base_url("openai"))
     # The server stands for the providers, which need a key; one on this machine does not.
     monkeypatch.setattr(factory, "is_loopback", lambda host: False)
     server.default = as_asked
@@ -128,6 +142,31 @@ def as_asked(request: Received) -> Answer:
     return Answer()
 
 
+FENCES = {
+    "python": "runs here",
+    "py": "runs in tests/test_pytest_plugin.py, and is on the page that says so",
+    "console": "commands; those of this package and of nox are tried below",
+    "sh": "as console",
+    "text": "what is printed",
+    "yaml": "a recording, or a job of CI",
+    "ini": "a file beside the program",
+    "diff": "lines that change",
+    "{toctree}": "the site's navigation",
+}
+"""What a block of code may be, and how it is held true."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_block_of_a_page_is_held_by_something(page: Path) -> None:
+    """No Python hides in a block that nothing runs."""
+    fences = re.findall(r"^ *```(\S*)$", TEXTS[page], re.MULTILINE)
+    used = set(fences[::2])
+
+    assert len(fences) % 2 == 0
+    assert used <= FENCES.keys()
+    assert "py" not in used or page.name == "testing.md"
+
+
 @pytest.mark.usefixtures("leading_to_the_server")
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=name_of)
 async def test_the_examples_of_a_page_run_as_they_are(page: Path) -> None:
@@ -141,18 +180,18 @@ async def test_the_examples_of_a_page_run_as_they_are(page: Path) -> None:
     assert ran == TEXTS[page].count("```python\n")
 
 
-async def test_the_examples_of_the_readme_ask_every_provider(
+async def test_the_examples_of_model_names_ask_every_provider(
     leading_to_the_server: ProviderServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A model string is all that leads to another provider."""
-    await asyncio.to_thread(run_examples, README)
+    await asyncio.to_thread(run_examples, DOCS / "model-names.md")
 
     asked = {request.provider for request in leading_to_the_server.requests}
     assert asked == set(SERVED)
     assert "ollama Hello from the loopback." in capsys.readouterr().out
 
 
-async def test_the_log_lines_of_the_readme_are_those_of_a_call(
+async def test_the_log_lines_of_the_page_are_those_of_a_call(
     server: ProviderServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A line for the retry, then one for the call; only numbers and ids differ."""
@@ -165,16 +204,16 @@ async def test_the_log_lines_of_the_readme_are_those_of_a_call(
     def plain(lines: Iterable[str]) -> list[str]:
         return [re.sub(r"(?<=request )\S+|\d+\.\d+", "…", line) for line in lines]
 
-    shown = re.search(r"```text\n(openai/.*?)```", TEXTS[README], re.DOTALL)
+    shown = re.search(r"```text\n(openai/.*?)```", TEXTS[DOCS / "usage.md"], re.DOTALL)
     assert shown is not None
     assert plain(caplog.messages) == plain(shown[1].splitlines())
 
 
-async def test_the_tool_loop_of_the_guide_tells_the_model_what_happened(
+async def test_the_tool_loop_of_the_page_tells_the_model_what_happened(
     leading_to_the_server: ProviderServer,
 ) -> None:
     """An async tool gets a date, and the exception of another is told to the model."""
-    await asyncio.to_thread(run_examples, ROOT / "docs" / "guide.md")
+    await asyncio.to_thread(run_examples, DOCS / "tools.md")
 
     told = [
         message["content"]
@@ -225,11 +264,11 @@ def test_the_readme_has_the_measured_figures() -> None:
     assert published == why(), "write it again: python -m tests.test_docs"
 
 
-def test_the_readme_lists_every_setting_with_its_default() -> None:
+def test_the_page_lists_every_setting_with_its_default() -> None:
     """No setting is hidden, and no default has changed unseen."""
     listed = {
         name.strip("`"): ast.literal_eval(default.strip("`"))
-        for name, (default, _) in table(README, "field").items()
+        for name, (default, _) in table(SETTINGS, "field").items()
     }
 
     defaults = Settings()
@@ -237,7 +276,7 @@ def test_the_readme_lists_every_setting_with_its_default() -> None:
     assert listed == {name: getattr(defaults, name) for name in fields}
 
 
-def test_the_readme_lists_every_variable_that_is_read() -> None:
+def test_the_page_lists_every_variable_that_is_read() -> None:
     """Each variable that has a say is in the table, with the address that it replaces."""
     read: set[str] = set()
 
@@ -249,7 +288,7 @@ def test_the_readme_lists_every_variable_that_is_read() -> None:
     Settings.from_env(Environment())
     read.update(name for row in PROVIDERS for name in row.key_variables)
 
-    listed = table(README, "variable")
+    listed = table(SETTINGS, "variable")
     named = {name for cell in listed for name in re.findall(r"`(\w+)`", cell)}
     assert read - named == set()
     for row in PROVIDERS:
@@ -257,10 +296,10 @@ def test_the_readme_lists_every_variable_that_is_read() -> None:
             assert cells[0] == f"`{row.base_url}`"
 
 
-def test_the_readme_lists_every_error_and_whether_it_is_tried_again() -> None:
+def test_the_page_lists_every_error_and_whether_it_is_tried_again() -> None:
     """Who catches errors by the table misses none."""
     listed = {
-        name.strip("`"): cells[-1] for name, cells in table(README, "error").items()
+        name.strip("`"): cells[-1] for name, cells in table(ERRORS, "error").items()
     }
 
     errors = [
@@ -305,8 +344,8 @@ def commands_of(group: click.Group, name: str = "") -> dict[str, click.Command]:
     return found
 
 
-def test_the_commands_of_the_readme_and_the_help_are_ones_that_exist() -> None:
-    """A command that is copied from the README or the help is understood."""
+def test_the_commands_of_the_pages_and_the_help_are_ones_that_exist() -> None:
+    """A command that is copied from a page or the help is understood."""
     commands = commands_of(program)
     helps = [command.epilog or "" for command in (program, *commands.values())]
     line = r"^ *(?:[^`|\n]*\| )?(?:\w+=\S+ )?dipeo-llm (.+)$"
@@ -321,9 +360,9 @@ def test_the_commands_of_the_readme_and_the_help_are_ones_that_exist() -> None:
     assert shown >= commands.keys() - {"cassettes"}
 
 
-def test_the_readme_and_the_help_tell_every_exit_code() -> None:
+def test_the_page_and_the_help_tell_every_exit_code() -> None:
     """A script can be written from either."""
-    text = " ".join(TEXTS[README].split())
+    text = " ".join(TEXTS[DOCS / "command.md"].split())
     sentence = text[text.index("the exit code is 0") :].split(". ")[0]
 
     codes = {int(code) for code in re.findall(r"\b\d+\b", sentence)}
@@ -338,6 +377,14 @@ def test_the_nox_sessions_that_are_named_exist() -> None:
 
     named = set(re.findall(r"nox -s (\w+)", "\n".join(TEXTS.values())))
     assert {"demo", "tests"} <= named <= set(defined)
+
+
+def test_the_extras_that_are_named_exist() -> None:
+    """What a page tells to install is there."""
+    named = set(re.findall(r"dipeo-llm\[(\w+)\]", "\n".join(TEXTS.values())))
+
+    extras = metadata("dipeo-llm").get_all("Provides-Extra")
+    assert named == set(extras or ())
 
 
 def test_the_architecture_page_shows_every_module() -> None:
@@ -376,6 +423,47 @@ def test_the_path_of_a_call_names_methods_in_the_order_of_the_source() -> None:
 
     assert len(rows) > 15
     assert lines["service"] == sorted(lines["service"])
+
+
+def test_the_site_has_every_page_and_every_public_name() -> None:
+    """A page is in the navigation, and a name in the reference, each once."""
+    lists = re.findall(r"```{toctree}\n(.*?)```", TEXTS[DOCS / "index.md"], re.DOTALL)
+    entries = [e for text in lists for e in text.splitlines() if e and e[0] != ":"]
+    listed = [page for e in entries for page in (match(e) if "*" in e else [e])]
+    pages = {p.relative_to(DOCS).with_suffix("").as_posix() for p in sources()}
+    assert sorted(listed) == sorted(pages - {"index"})
+
+    directives = [
+        name
+        for path in (DOCS / "api").glob("*.rst")
+        for name in re.findall(
+            r"^\.\. auto\w+:: (\S+)", path.read_text("utf-8"), re.MULTILINE
+        )
+    ]
+    public = {f"dipeo_llm.{name}" for name in dipeo_llm.__all__}
+    public |= {f"dipeo_llm.testing.{name}" for name in testing.__all__}
+    assert public - set(directives) == set()
+    assert len(directives) == len(set(directives))
+
+
+def sources() -> list[Path]:
+    """Return the sources of the site's pages."""
+    return [*DOCS.glob("*.md"), *DOCS.glob("api/*.rst")]
+
+
+def match(pattern: str) -> list[str]:
+    """Return the pages that a pattern of the navigation stands for."""
+    return [path.stem for path in DOCS.glob(f"{pattern}.md")]
+
+
+def test_the_picture_is_what_its_source_draws() -> None:
+    """The path of a call in the picture is the one in the table below it."""
+    picture = runpy.run_path(str(DOCS / "call_path.py"))
+
+    assert (DOCS / "call-path.svg").read_text("utf-8") == picture["draw"]()
+    shown = [method for _, _, methods in picture["STEPS"] for method in methods.split()]
+    table = re.findall(r"^\| `[\w.]+` \| `(\w+)` \|", TEXTS[ARCHITECTURE], re.MULTILINE)
+    assert shown == [method for method in table if method in shown]
 
 
 if __name__ == "__main__":

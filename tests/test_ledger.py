@@ -283,6 +283,20 @@ def test_memory_is_bounded_and_nothing_is_lost() -> None:
     assert (other.calls, other.tokens.input, other.cost_usd) == (9_901, 9_901, 9_901.0)
 
 
+def test_a_person_may_have_the_name_of_the_rest() -> None:
+    """Both are in one sum, and no call is lost."""
+    ledger = Ledger(most_keys=2)
+
+    for person in ("(other)", "a", "b", "(other)"):
+        ledger.add(made(person_id=person))
+
+    assert {k: v.calls for k, v in ledger.usage().by_person.items()} == {
+        "b": 1,
+        "(other)": 3,
+    }
+    assert sum(v.calls for v in ledger.usage().by_person.values()) == 4
+
+
 def test_usages_add_up() -> None:
     """Every number by itself, and `sum` works from an empty usage."""
     first = TokenUsage(input=5, output=3, cached=2, cache_written=1, reasoning=2)

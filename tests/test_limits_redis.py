@@ -7,6 +7,7 @@ import math
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -66,8 +67,8 @@ def window_in(server: RedisServer) -> tuple[int, int]:
     """Return the requests and tokens that the one key in Redis holds."""
     with server.client() as client:
         (key,) = client.keys("*")
-        numbers = json.loads(client.get(key))
-    return sum(numbers[1::3]), sum(numbers[2::3])
+        rows = list(struct.iter_unpack("<3d", client.get(key)))
+    return sum(int(row[1]) for row in rows), sum(int(row[2]) for row in rows)
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -136,8 +137,17 @@ async def test_calls_without_a_limit_do_not_ask(
         assert client.keys("*") == []
 
 
-async def test_order_and_large_calls(limits: RateLimits) -> None:
+async def test_order_and_large_calls(redis_server: RedisServer) -> None:
     """First come, first served: a small call does not overtake a large one."""
+    # The first one looks every 10 s, and does not wait for that.
+    async with open_limits(redis_server, window=600) as limits:
+        begun = time.monotonic()
+        await serve_in_order(limits)
+        assert time.monotonic() - begun < 5
+
+
+async def serve_in_order(limits: RateLimits) -> None:
+    """Make a large call wait, and small ones behind it."""
     limit = Limit(tpm=100)
     made = await limits.reserve("a", limit, 60)
     turns: list[int] = []
@@ -321,7 +331,7 @@ async def test_scripts_are_flushed(
 
 
 @pytest.mark.parametrize(
-    "value", [b"", b"x", b"7", b'"a"', b"{}", b"null", b'{"a": 1}', b"\xff\x00"]
+    "value", [b"", b"x", b"\xff" * 24, b"\0" * 48, b"abcdefgh" * 6, b"a" * 10**6]
 )
 async def test_a_value_that_is_not_ours(
     limits: RateLimits, redis_server: RedisServer, value: bytes
@@ -344,8 +354,9 @@ async def test_a_clock_that_was_set_back(
     await limits.reserve("a", Limit(rpm=9), 1)
     with redis_server.client() as client:
         (key,) = client.keys("*")
-        (bucket, *_) = json.loads(client.get(key))
-        client.set(key, json.dumps([bucket + 3600, 5, 50, bucket + 20, 3, 30]))
+        bucket, *_ = struct.unpack("<3d", client.get(key))
+        ahead = (bucket + 3600, 5, 50, bucket + 20, 3, 30)
+        client.set(key, struct.pack("<6d", *ahead))
     async with open_limits(redis_server) as others:
         await others.reserve("a", Limit(rpm=9), 1, wait=False)
         assert others.used("a") == (4, 31)
@@ -409,6 +420,34 @@ def test_a_loop_that_ends_with_corrections_under_way(
     assert time.monotonic() - begun < 5
     assert [r.getMessage() for r in caplog.records if r.name == "asyncio"] == []
     assert window_in(redis_server) == (5, 15)
+
+
+def test_a_generator_that_corrects_as_its_loop_ends(
+    redis_server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is too late for Redis: the estimate lapses, and no connection is left open."""
+    redis = RedisClients(CacheURL.read(redis_server.url))
+    limits = RateLimits(redis)
+
+    async def stream() -> AsyncIterator[int]:
+        made = await limits.reserve("a", Limit(rpm=5), 10)
+        try:
+            yield 1
+        finally:
+            await asyncio.sleep(0.05)
+            made.settle(3)
+
+    streams = [stream() for _ in range(3)]
+
+    async def work() -> None:
+        for one in streams:
+            await anext(one)
+
+    asyncio.run(work())
+    assert [r.getMessage() for r in caplog.records if r.name == "asyncio"] == []
+    assert limits.circuit.failed == 0
+    with redis_server.client() as client:
+        assert client.info("clients")["connected_clients"] == 1
 
 
 async def test_a_thread_without_a_loop_gives_back(

@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from dipeo_llm import (
     CallRecord,
     ChatResult,
+    ContentFilterError,
     DiPeOLLMError,
     InvalidRequestError,
     LLMInfraService,
@@ -36,7 +37,7 @@ from dipeo_llm import (
 from dipeo_llm.streaming import ChatStream
 from dipeo_llm.testing import MockLLMAdapter, Reply
 from tests.conftest import MODELS, each_provider
-from tests.provider_server import Answer, Fault, ProviderServer, error
+from tests.provider_server import Answer, Fault, ProviderServer, Raw, error
 
 SECRET = "a-secret-of-the-prompt"
 ASKED = [{"role": "user", "content": SECRET}]
@@ -479,6 +480,173 @@ async def test_a_stream_that_is_left_is_recorded_once(
     assert len(record.attempts) == 1
 
 
+TOLD = pytest.mark.parametrize(
+    ("provider", "answer", "told"),
+    [
+        # message_start tells the input; its 1 token of output is only a start.
+        (
+            "anthropic",
+            Answer("x" * 40, input_tokens=30, cached_tokens=8, cache_write_tokens=9),
+            TokenUsage(input=30, output=1, cached=8, cache_written=9),
+        ),
+        # Each response tells what has been counted so far.
+        (
+            "google",
+            Answer("x" * 40, input_tokens=30),
+            TokenUsage(input=30),
+        ),
+    ],
+)
+"""What a provider has told of the usage before the end of a stream."""
+
+
+@TOLD
+@pytest.mark.parametrize(
+    "leave",
+    [leave_by_break, leave_by_closing_elsewhere, leave_by_forgetting, cancel_reading],
+)
+async def test_a_stream_that_is_left_keeps_the_usage_that_was_told(
+    server: ProviderServer,
+    recorded: OpenRecorded,
+    provider: str,
+    answer: Answer,
+    told: TokenUsage,
+    leave: Callable[[ChatStream], Coroutine[Any, Any, None]],
+) -> None:
+    """The rest is unknown: the cost too, and the call counts as one of unknown usage."""
+    server.reply(dataclasses.replace(answer, pieces=8, stall_after=5))
+
+    async with recorded() as (service, records):
+        held = [service.stream(ASKED, MODELS[provider], provider)]
+        await leave(held[0])
+        held.clear()
+        gc.collect()
+        await asyncio.sleep(0.01)
+        totals = service.usage().total
+
+    [record] = records
+    assert (record.usage, record.is_usage_partial) == (told, True)
+    assert (record.cost_usd, totals.cost_usd) == (None, 0.0)
+    assert totals.tokens == told
+    assert (totals.unknown_usage, totals.unknown_cost) == (1, 1)
+
+
+@TOLD
+async def test_a_stream_that_breaks_off_keeps_the_usage_that_was_told(
+    server: ProviderServer,
+    recorded: OpenRecorded,
+    provider: str,
+    answer: Answer,
+    told: TokenUsage,
+) -> None:
+    """By the provider's error, the end of the connection, or the deadline."""
+    faults: list[dict[str, Any]] = [
+        {"error_after": 5},
+        {"cut_after": 5},
+        {"stall_after": 5},
+    ]
+    server.reply(*(dataclasses.replace(answer, pieces=8, **each) for each in faults))
+
+    async with recorded() as (service, records):
+        for _ in faults:
+            with pytest.raises(StreamInterruptedError):
+                async with service.stream(
+                    ASKED, MODELS[provider], provider, deadline=0.5
+                ) as stream:
+                    await stream.result()
+
+    assert [r.usage for r in records] == [told] * 3
+    assert all(r.is_usage_partial for r in records)
+
+
+async def test_a_stream_that_ends_before_its_first_chunk_keeps_the_usage(
+    server: ProviderServer, recorded: OpenRecorded
+) -> None:
+    """Anthropic tells the input before the model has said anything."""
+    server.default = Answer("x" * 40, input_tokens=30, stall_after=1)
+
+    async with recorded() as (service, records):
+        with pytest.raises(LLMTimeoutError):
+            async with service.stream(
+                ASKED, MODELS["anthropic"], "anthropic", deadline=0.3
+            ):
+                pass
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3):
+                await service.stream(
+                    ASKED, MODELS["anthropic"], "anthropic"
+                ).__aenter__()
+
+    assert [record.status for record in records] == ["error", "cancelled"]
+    for record in records:
+        assert record.usage == TokenUsage(input=30, output=1)
+        assert record.chunks == 0
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_a_prompt_that_google_blocks_keeps_its_usage(
+    server: ProviderServer, recorded: OpenRecorded, *, is_stream: bool
+) -> None:
+    """The answer has no text, but it says how many tokens were read."""
+    body = (
+        b'{"promptFeedback": {"blockReason": "SAFETY"},'
+        b' "usageMetadata": {"promptTokenCount": 30, "totalTokenCount": 30}}'
+    )
+    headers = {"content-type": "application/json"}
+    if is_stream:
+        headers, body = {"content-type": "text/event-stream"}, b"data: %b\n\n" % body
+    server.default = Raw(headers=headers, body=body)
+
+    async with recorded() as (service, records):
+        call = (
+            service.stream(ASKED, MODELS["google"], "google").__aenter__()
+            if is_stream
+            else service.complete(ASKED, MODELS["google"], "google")
+        )
+        with pytest.raises(ContentFilterError):
+            await call
+
+    [record] = records
+    assert record.usage == TokenUsage(input=30)
+
+
+async def test_a_stream_from_the_cache_that_is_left_is_cached(
+    server: ProviderServer, keys: StaticAPIKeys
+) -> None:
+    """Its model was not asked, and did not answer within a millisecond."""
+    records: list[CallRecord] = []
+    service = LLMInfraService(keys, cache="memory://", on_call=records.append)
+
+    async with service:
+        await service.complete(ASKED, MODELS["openai"], "openai")
+        async with service.stream(ASKED, MODELS["openai"], "openai") as stream:
+            await anext(stream)
+
+    assert [(r.status, r.cached) for r in records] == [("ok", False), ("left", True)]
+    assert service.usage().total.cached == 1
+
+
+async def test_callers_that_share_a_stream_count_its_usage_once(
+    server: ProviderServer, keys: StaticAPIKeys
+) -> None:
+    """One leaves early, the other reads to the end: the tokens are the other's."""
+    server.default = Answer("x" * 40, input_tokens=30, chunk_delay=0.05)
+    service = LLMInfraService(keys, cache="memory://")
+
+    async with service:
+        first, second = (
+            service.stream(ASKED, MODELS["anthropic"], "anthropic") for _ in range(2)
+        )
+        async with first, second:
+            await anext(first)
+            await first.aclose()
+            await second.result()
+        total = service.usage().total
+
+    assert len(server.requests) == 1
+    assert total.tokens.input == 30
+
+
 @each_provider
 async def test_a_broken_stream_is_recorded(
     server: ProviderServer, recorded: OpenRecorded, provider: str
@@ -493,7 +661,9 @@ async def test_a_broken_stream_is_recorded(
 
     [record] = records
     assert (record.status, record.error) == ("error", "StreamInterruptedError")
-    assert record.usage is None
+    assert record.cost_usd is None
+    if provider in {"openai", "ollama"}:  # they tell it at the end
+        assert record.usage is None
 
 
 async def test_a_stream_that_is_late_is_recorded(
@@ -620,7 +790,33 @@ def _cancelling(record: CallRecord) -> None:
     raise asyncio.CancelledError("of the hook")
 
 
-@pytest.mark.parametrize("hook", [_failing, _failing_later, _cancelling])
+async def _cancelling_later(record: CallRecord) -> None:
+    raise asyncio.CancelledError("of the hook")
+
+
+class _OfAnApplicationError(BaseException):
+    pass
+
+
+def _leaving(record: CallRecord) -> None:
+    raise _OfAnApplicationError("of the hook")
+
+
+async def _leaving_later(record: CallRecord) -> None:
+    raise _OfAnApplicationError("of the hook")
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        _failing,
+        _failing_later,
+        _cancelling,
+        _cancelling_later,
+        _leaving,
+        _leaving_later,
+    ],
+)
 async def test_a_failing_hook_breaks_nothing(
     hook: Callable[[CallRecord], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -637,6 +833,37 @@ async def test_a_failing_hook_breaks_nothing(
     assert caplog.text.count("Error: of the hook") == 2
     assert SECRET not in caplog.text
     assert service.usage().total.calls == 2
+
+
+async def test_a_hook_cannot_change_what_is_counted() -> None:
+    """It gets a record of its own; its mappings and its usage can be written to."""
+
+    def forge(record: CallRecord) -> None:
+        dict.clear(record.labels)  # type: ignore[arg-type] # it is one
+        if record.usage is not None:
+            record.usage.input = 1_000_000
+
+    async with mocked("Hello", on_call=forge) as service:
+        result = await ask_mock(service, execution_id="run-1")
+        used = service.usage()
+
+    assert used.by_execution["run-1"].tokens == result.token_usage
+
+
+async def test_a_hook_may_call_the_service() -> None:
+    """Its calls are calls like any other, also where one at a time is allowed."""
+    records: list[CallRecord] = []
+
+    async def ask_again(record: CallRecord) -> None:
+        records.append(record)
+        if len(records) < 3:
+            await ask_mock(service)
+
+    async with mocked("a", "b", "c", on_call=ask_again) as service:
+        async with asyncio.timeout(5):
+            assert (await ask_mock(service)).text == "a"
+
+    assert len(records) == service.usage().total.calls == 3
 
 
 async def test_a_cancelled_call_does_not_wait_for_its_hook() -> None:
@@ -731,6 +958,30 @@ async def test_calls_in_flight_are_reported_before_aclose_returns(
     assert service.usage().total.errors == 5
     got = await asyncio.gather(*calls, return_exceptions=True)
     assert {type(exc) for exc in got} == {ServiceUnavailableError}
+
+
+async def test_streams_that_are_open_are_reported_before_aclose_returns(
+    server: ProviderServer, recorded: OpenRecorded
+) -> None:
+    """One that is being read breaks off; one that nobody reads counts as left."""
+    server.default = Answer("x" * 40, stall_after=2)
+
+    async with recorded(close_grace=0.05) as (service, records):
+        held, read = (service.stream(ASKED, MODELS["openai"], "openai") for _ in "ab")
+        await held.__aenter__()
+        await read.__aenter__()
+        reader = asyncio.create_task(read.result())
+        await asyncio.sleep(0.1)
+        async with asyncio.timeout(5):
+            await service.aclose()
+        assert sorted(record.status for record in records) == ["error", "left"]
+
+        with pytest.raises(StreamInterruptedError, match="closed"):
+            await reader
+        with pytest.raises(StreamInterruptedError, match="closed"):
+            await held.result()
+        await held.aclose()
+    assert len(records) == 2
 
 
 def test_one_hook_serves_two_event_loops() -> None:

@@ -26,8 +26,9 @@ from dipeo_llm.keys import StaticAPIKeys
 from dipeo_llm.record import AttemptRecord, CallRecord
 from dipeo_llm.service import LLMInfraService
 from dipeo_llm.settings import Engine, Settings
+from dipeo_llm.system_prompt_handler import SystemPromptHandler
 from tests.conftest import HELLO, MODELS, each_provider
-from tests.provider_server import DEFAULT_TEXT, Answer, ProviderServer, error
+from tests.provider_server import DEFAULT_TEXT, Answer, ProviderServer, Raw, error
 
 pytest.importorskip("opentelemetry.sdk", reason="the extra otel and the SDK are absent")
 
@@ -336,6 +337,35 @@ async def test_the_parent_is_the_span_at_the_start_of_the_call(
 
     parents = [span.parent.span_id for span in collected.calls if span.parent]
     assert parents == [work.get_span_context().span_id] * 2
+
+
+async def test_work_in_a_thread_sees_the_current_span(
+    keys: StaticAPIKeys, collected: Collected, server: ProviderServer
+) -> None:
+    """A prompt is found in a thread; a call may be made in one."""
+    tracer = collected.tracers.get_tracer("application")
+
+    class Prompts(SystemPromptHandler):
+        def get_system_prompt(self, *_: Any, **__: Any) -> str:
+            with tracer.start_as_current_span("prompt"):
+                return "Be brief."
+
+    async def ask() -> None:
+        config = PersonLLMConfig(model=MODEL, api_key_id="openai", prompt_file="p.md")
+        said = [Message(from_person_id="a", to_person_id="b", content="Hi")]
+        async with LLMInfraService(
+            keys, telemetry=collected.telemetry(), system_prompt_handler=Prompts()
+        ) as service:
+            await service.complete_with_person(said, "b", config)
+
+    with tracer.start_as_current_span("work") as work:
+        await asyncio.to_thread(asyncio.run, ask())
+
+    spans = {span.name: span for span in collected.spans}
+    for name in ("prompt", f"chat {MODEL}"):
+        parent = spans[name].parent
+        assert parent is not None
+        assert parent.span_id == work.get_span_context().span_id
 
 
 # --- streams
@@ -657,6 +687,31 @@ def test_a_call_without_usage(collected: Collected, names: Names) -> None:
 
 
 @pytest.mark.parametrize("names", ["v1.41", "latest"])
+def test_a_call_whose_output_is_unknown(collected: Collected, names: Names) -> None:
+    """Of a stream that was left the input is counted, and the output is not."""
+    told = TokenUsage(input=30, output=1, cached=8)
+    collected.telemetry(names).report(
+        replace(RECORD, status="left", usage=told, is_usage_partial=True, cost_usd=None)
+    )
+
+    (span,) = collected.calls
+    usage = {name: value for name, value in given(span).items() if "usage" in name}
+    assert usage == {
+        "gen_ai.usage.input_tokens": 30,
+        "gen_ai.usage.cache_read.input_tokens": 8,
+    }
+    metrics = collected.metrics
+    if names == "v1.41":
+        (tokens,) = metrics["gen_ai.client.token.usage"]
+        assert (tokens.sum, tokens.attributes["gen_ai.token.type"]) == (30, "input")
+        return
+    (read,) = metrics["gen_ai.client.inference.usage.input_tokens"]
+    (written,) = metrics["gen_ai.client.inference.usage.output_tokens"]
+    assert (read.value, written.value) == (30, 0)
+    assert "gen_ai.client.inference.usage.reasoning.output_tokens" not in metrics
+
+
+@pytest.mark.parametrize("names", ["v1.41", "latest"])
 def test_a_hit_of_our_cache_counts_no_tokens_and_no_cost(
     collected: Collected, names: Names
 ) -> None:
@@ -965,6 +1020,59 @@ async def test_a_key_is_in_nothing_that_is_reported(
     assert "sk-test" not in collected.everything()
 
 
+async def test_the_words_of_a_server_are_fit_to_be_reported(
+    service: LLMInfraService, collected: Collected, server: ProviderServer
+) -> None:
+    """Short, on one line, without the key.
+
+    Half of a surrogate pair in a name would make every later export fail.
+    """
+    body = (
+        b'{"id": "a", "model": "sk-test-openai\\n", "choices": [{"message":'
+        b' {"content": "Hi"}, "finish_reason": "%b\\n"}]}' % (b"x" * 10_000)
+    )
+    headers = {"content-type": "application/json", "x-request-id": "sk-test-openai"}
+    server.reply(Raw(headers=headers, body=body))
+    result = await service.complete(HELLO, MODEL, "openai")
+    with pytest.raises(DiPeOLLMError):
+        await service.complete(HELLO, "\ud800", "openai", service="openai")
+    await service.complete(HELLO, MODEL, "openai", execution_id="\ud800")
+
+    assert (result.model, result.request_id) == ("[key]", "[key]")
+    assert len(result.finish_reason or "") == 256
+    collected.everything().encode()
+    assert "sk-test" not in collected.everything()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": "a", "tool_calls": [{"id": "c"}]},
+        {"role": "user", "content": [{"type": "text", "text": b"bytes"}]},
+        {"role": "user", "content": "a", "reasoning_content": object()},
+        {"content": "no role"},
+        "no message",
+    ],
+)
+async def test_content_of_any_shape_loses_no_span(
+    keys: StaticAPIKeys,
+    collected: Collected,
+    server: ProviderServer,
+    monkeypatch: pytest.MonkeyPatch,
+    message: Any,
+) -> None:
+    """Of a request that is refused too."""
+    monkeypatch.setenv(CONTENT_VARIABLE, "SPAN_AND_EVENT")
+    async with LLMInfraService(keys, telemetry=collected.telemetry()) as service:
+        with suppress(DiPeOLLMError):
+            await service.complete([message, *HELLO], MODEL, "openai")
+        calls = service.usage().total.calls
+
+    assert len(collected.calls) == calls
+    durations = collected.metrics.get("gen_ai.client.operation.duration", [])
+    assert sum(point.count for point in durations) == calls
+
+
 @pytest.mark.parametrize("fails", [False, True])
 async def test_telemetry_that_fails_breaks_no_call(
     keys: StaticAPIKeys,
@@ -998,6 +1106,8 @@ async def test_telemetry_that_fails_breaks_no_call(
     assert "broken processor" in caplog.text
     assert "x-secret" not in caplog.text
     assert len(seen) == 1
+    (duration,) = collected.metrics["gen_ai.client.operation.duration"]
+    assert duration.count == 1
 
 
 async def test_without_an_sdk_nothing_happens(

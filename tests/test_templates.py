@@ -97,6 +97,17 @@ def test_variables_make_a_template_and_the_calls_win(
     assert SystemPromptHandler(base).get_system_prompt(asked, of_call) == expected
 
 
+@pytest.mark.parametrize("path", ["a.J2", "link.md", "a.J2/"])
+def test_a_template_is_never_taken_for_a_text(
+    base: Path, write: Any, path: str
+) -> None:
+    """Whatever way its name is written, and through a link."""
+    write("a.J2", "{{ 1 + 1 }}")
+    (base / "link.md").symlink_to("a.J2")
+
+    assert SystemPromptHandler(base).get_system_prompt(config(path)) == "2"
+
+
 def test_no_variables_at_all_differ_from_an_empty_mapping() -> None:
     """An empty mapping asks for a template."""
     handler = SystemPromptHandler()
@@ -218,6 +229,22 @@ def test_a_variables_name_is_text() -> None:
 # --- what a template says
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ people|map(attribute='nom')|list }}",
+        "{{ people|groupby('nom')|list }}",
+        "{{ {'a': people[0].nom} }}",
+        "{{ people|map(attribute='nom')|join(', ') }}",
+        "{{ [people[0].nom]|tojson }}",
+    ],
+)
+def test_a_field_that_is_missing_is_an_error_inside_a_list_too(text: str) -> None:
+    """Nor does "Undefined" reach the model."""
+    with pytest.raises(InvalidRequestError, match=r"'nom'|Undefined is not JSON"):
+        render(text, people=[{"name": "Ada"}])
+
+
 def test_json_is_for_a_model_and_not_for_a_page() -> None:
     """No letter is replaced by an escape of HTML's or of ASCII's."""
     value = {"q": "it's <ä> & co"}
@@ -237,6 +264,17 @@ def test_lines_of_tags_leave_no_trace(base: Path, write: Any) -> None:
 
     assert handler.get_system_prompt(config("p.j2", yes=1)) == "A\nB\nC\n"
     assert handler.get_system_prompt(config("plain.j2")) == "no tag\nat all\n"
+
+
+def test_line_ends_are_those_of_a_text(base: Path, write: Any) -> None:
+    """A template of Windows, with a byte order mark, is as any other; a value stays."""
+    (base / "p.j2").write_bytes(
+        "\ufeffHi {{ x }}\r\n{% if 1 %}\r\nBye\r\n{% endif %}".encode()
+    )
+
+    prompt = SystemPromptHandler(base).get_system_prompt(config("p.j2", x="a\r\nb"))
+
+    assert prompt == "Hi a\r\nb\nBye\n"
 
 
 def test_templates_are_made_of_others(base: Path, write: Any) -> None:

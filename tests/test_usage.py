@@ -246,6 +246,28 @@ def test_no_number_is_no_usage(record: Any) -> None:
     assert token_usage(record) is None
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt_tokens": 10, "prompt_tokens_details": {"cached_tokens": 100}},
+        {"promptTokenCount": 10, "cachedContentTokenCount": 100},
+        {"prompt_tokens": 10, "cache_creation_input_tokens": 100},
+        {"completion_tokens": 1, "completion_tokens_details": {"reasoning_tokens": 5}},
+        {"input_tokens": 10, "cache_read_input_tokens": 5, "output_tokens": -1},
+        {"prompt_tokens": 10, "completion_tokens": -1, "total_tokens": 9},
+    ],
+)
+def test_no_part_is_larger_than_the_whole(record: dict[str, Any]) -> None:
+    """Whatever a server tells; nor is a number negative."""
+    usage = token_usage(record)
+
+    assert usage is not None
+    assert usage.cached + usage.cache_written <= usage.input
+    assert usage.reasoning <= usage.output
+    assert usage.total == usage.input + usage.output
+    assert min(vars(usage).values()) >= 0
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
 def test_an_invalid_number(number: float) -> None:
     """Python's JSON parser accepts NaN and Infinity; they are ignored."""

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -72,6 +72,7 @@ _log = logging.getLogger("dipeo_llm")
 # Seconds that a server gets to close a stream after its terminator.
 _AFTER_THE_END = 0.5
 _MOST_PAGES = 100
+_LONGEST_WORD = 256
 
 
 class Target(NamedTuple):
@@ -245,7 +246,7 @@ class BaseLLMAdapter:
 
     async def receive(self, attempt: CompletionAttempt, client: Client) -> Items:
         """Send a request and read the answer as a stream."""
-        reader = self.stream_reader()
+        reader = self.open_reader(attempt)
         names = attempt.prepared.tool_names
         async with asyncio.timeout_at(attempt.due):
             await self._send(attempt, client)
@@ -262,6 +263,19 @@ class BaseLLMAdapter:
         body = self._check_stream(attempt, reader)
         self._log_left_out(attempt)
         yield self._make_result(attempt, body)
+
+    def open_reader(self, attempt: CompletionAttempt) -> StreamReader:
+        """Make the reader of an attempt, and let the call watch its usage."""
+        reader = self.stream_reader()
+        self._tell_usage(attempt, lambda: reader.usage)
+        return reader
+
+    def _tell_usage(
+        self, attempt: CompletionAttempt, record: Callable[[], Any]
+    ) -> None:
+        """Let the call find what the provider tells of an answer that ends early."""
+        if attempt.request.watch_usage is not None:
+            attempt.request.watch_usage(lambda: _usage_so_far(record))
 
     async def _send(self, attempt: CompletionAttempt, client: Client) -> None:
         """Send the request; read the body unless a stream has begun with 200."""
@@ -447,7 +461,7 @@ class BaseLLMAdapter:
 
     # The answer.
 
-    def _check_answer(self, attempt: Attempt) -> JSON:
+    def _check_answer(self, attempt: CompletionAttempt) -> JSON:
         """Return the JSON of a 200.
 
         Raises:
@@ -468,7 +482,7 @@ class BaseLLMAdapter:
             )
         return data
 
-    def _check_stream(self, attempt: Attempt, reader: StreamReader) -> JSON:
+    def _check_stream(self, attempt: CompletionAttempt, reader: StreamReader) -> JSON:
         """Return the JSON of a whole stream.
 
         Raises:
@@ -488,8 +502,9 @@ class BaseLLMAdapter:
         self._check_prompt(attempt, body)
         return body
 
-    def _check_prompt(self, attempt: Attempt, body: Mapping[str, Any]) -> None:
+    def _check_prompt(self, attempt: CompletionAttempt, body: JSON) -> None:
         if reason := self.blocked_prompt(body):
+            self._tell_usage(attempt, lambda: self.read(body).usage)
             raise ContentFilterError(
                 f"{self.provider.name} refused the prompt: {self._clean(reason)}",
                 **self._answer_fields(attempt),
@@ -511,11 +526,13 @@ class BaseLLMAdapter:
                 raw_response=body,
                 tool_outputs=reading.tool_outputs,
                 tool_calls=reading.tool_calls,
-                finish_reason=reading.finish,
-                model=reading.model or self.model_name,
+                finish_reason=self._clean_word(reading.finish),
+                model=self._clean_word(reading.model) or self.model_name,
                 service=self.provider.name,
                 cost_usd=self._cost(attempt.litellm, usage, reading.usage),
-                request_id=failures.request_id(attempt.headers) or reading.id,
+                request_id=self._clean_word(
+                    failures.request_id(attempt.headers) or reading.id
+                ),
                 attempts=max(attempt.requests, 1),
                 queued=attempt.queued,
                 reasoning=reading.reasoning,
@@ -615,6 +632,14 @@ class BaseLLMAdapter:
     def _clean(self, text: str) -> str:
         """Redact the key in somebody else's words, and drop what is not printable."""
         return failures.clean(text, self.endpoint.secret.get_secret_value())
+
+    def _clean_word(self, text: str | None) -> str | None:
+        """Do as `_clean` for a word that metrics and logs repeat for each call."""
+        secret = self.endpoint.secret.get_secret_value()
+        # The check is fast; `_clean` takes 20 µs.
+        if text and not (text.isprintable() and (not secret or secret not in text)):
+            text = self._clean(text)
+        return text[:_LONGEST_WORD] if text else None
 
     def _fields(self) -> dict[str, Any]:
         return {"service": self.provider.name, "model": self.model_name or None}
@@ -984,6 +1009,14 @@ def _find_row(name: Any) -> Provider:
     from dipeo_llm.adapters.factory import by_name
 
     return by_name(name)
+
+
+def _usage_so_far(record: Callable[[], Any]) -> TokenUsage | None:
+    """Read a record of usage; return None if it cannot be read."""
+    try:
+        return token_usage(record())
+    except _UNREADABLE:
+        return None
 
 
 class _Permit:

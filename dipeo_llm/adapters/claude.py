@@ -577,6 +577,10 @@ class AnthropicStream(StreamReader):
                     block["input"] = text  # cut or broken: kept as it came
 
     @property
+    def usage(self) -> Any:
+        return self._message.get("usage")
+
+    @property
     def is_ended(self) -> bool:
         return self._stopped and bool(self._message.get("stop_reason"))
 

@@ -184,6 +184,11 @@ class StreamReader(ABC):
         """Add an event to the answer, and its chunks to *chunks*."""
 
     @property
+    def usage(self) -> Any:
+        """The provider's last record of usage; None before the first."""
+        return None
+
+    @property
     @abstractmethod
     def is_ended(self) -> bool:
         """Whether the stream's terminator has come."""

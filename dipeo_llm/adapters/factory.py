@@ -120,8 +120,8 @@ def by_name(service: Any) -> Provider:
     of LiteLLM has a row, made from what LiteLLM knows of it.
 
     Raises:
-        InvalidRequestError: There is no such provider, or it is not reached; the
-            message names the nearest ones, or says why.
+        InvalidRequestError: The provider is unknown, or cannot be reached; the message
+            names the nearest ones, or says why.
     """
     name = _read_name(service)
     return _BY_NAME.get(name) or _row_of(name)
@@ -129,9 +129,11 @@ def by_name(service: Any) -> Provider:
 
 def _read_name(service: Any) -> str:
     name = str(getattr(service, "value", service)).strip().lower()
+    if name in _BY_NAME:
+        return name
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
         raise InvalidRequestError(f"{service!r} is not the name of a service")
-    if name in REFUSED and name not in _BY_NAME:
+    if name in REFUSED:
         raise InvalidRequestError(
             f"{name} is not reached: {REFUSED[name]}", service=name
         )
@@ -290,8 +292,8 @@ def find(model: str, service: Any = None) -> tuple[Provider, str] | None:
 def find_by_key(model: str, service: str) -> tuple[Provider, str] | None:
     """Place a name that nothing else places, by the service of the key's record.
 
-    None for OpenAI, Anthropic, Google, Ollama and Bedrock, whose models are known by
-    their names: a name that is none of those would be a guess. Imports LiteLLM.
+    Returns None for OpenAI, Anthropic, Google, Ollama and Bedrock: their models are known
+    by name, so an unknown name would be sent to a guess. Imports LiteLLM.
     """
     row = by_name(service)
     has_names = any(row is adapter.rows[0] for adapter in ADAPTERS)

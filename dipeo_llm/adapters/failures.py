@@ -307,7 +307,7 @@ def answer_in(
 
 
 def retry_after(headers: Mapping[str, str], body: bytes = b"") -> float | None:
-    """Return the wait that the provider asks for in seconds, None if it asks for none.
+    """Return the seconds that the provider asks to wait, or None.
 
     Reads `retry-after-ms`, then `Retry-After` as seconds or as a date (RFC 9110,
     10.2.3), then the RetryInfo in a Google error's details.
@@ -395,7 +395,7 @@ def _object(body: bytes) -> dict[str, Any]:
 
 
 def error_in(data: Mapping[str, Any]) -> Any:
-    """Return the error of a response or an event, a falsy value if there is none.
+    """Return the error in a response or an event; without one, the value is falsy.
 
     OpenRouter puts the error into the choice once it has begun to answer
     (https://openrouter.ai/docs/api/reference/errors-and-debugging, 2026-11-25). A

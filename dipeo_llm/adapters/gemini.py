@@ -303,7 +303,7 @@ class GeminiAdapter(BaseLLMAdapter):
             finish=(
                 "content_filter"
                 if reason in _FILTER
-                # As it is: MALFORMED_FUNCTION_CALL and its like are no whole answer.
+                # Kept as it is: after MALFORMED_FUNCTION_CALL the answer is not whole.
                 else _FINISH.get(reason, reason.lower())
                 if reason
                 else None
@@ -558,6 +558,10 @@ class GeminiStream(StreamReader):
         parts.append(part)
         if plain:
             self._pieces[id(part)] = [part.get("text") or ""]
+
+    @property
+    def usage(self) -> Any:
+        return self._head.get("usageMetadata")
 
     @property
     def is_ended(self) -> bool:

@@ -116,7 +116,7 @@ class LiteLLMAdapter(BaseLLMAdapter):
         LiteLLM takes a stream without its terminator for a whole one, so this engine
         cannot promise that a stream came to its end.
         """
-        reader = self.stream_reader()
+        reader = self.open_reader(attempt)
         names = attempt.prepared.tool_names
         attempt.is_kept = False
         response = None

@@ -184,6 +184,7 @@ class ChatGPTAdapter(BaseLLMAdapter):
             OPENAI_FIELDS | {"reasoning_content"} | own,
             system_role=self._system_role,
         )
+        is_refused = self._is_openais_model or self.provider.name in _REFUSES_REASONING
         for message in prepared:
             message.setdefault("content", None)
             if not isinstance(name := message.get("name"), str):
@@ -195,9 +196,6 @@ class ChatGPTAdapter(BaseLLMAdapter):
             if message["role"] == "tool":
                 message.pop("name", None)
             calls = message.get("tool_calls")
-            is_refused = (
-                self._is_openais_model or self.provider.name in _REFUSES_REASONING
-            )
             if not calls or is_refused:
                 message.pop("reasoning_content", None)
             if calls:
@@ -260,32 +258,36 @@ class ChatGPTAdapter(BaseLLMAdapter):
         if self.provider is not OPENAI:
             return
         options, model = prepared.options, self.model_name
-        effort = options.get("reasoning_effort")
-        has_search = any(
-            t.get("type") == "web_search" for t in options.get("tools", ())
-        )
-        if has_search and effort == "minimal":
-            # https://platform.openai.com/docs/guides/tools-web-search (2026-11-25)
+        if "reasoning_effort" in options and not self._takes_effort(options):
             options.pop("reasoning_effort")
-        levels = next((e for name, e in _EFFORTS if name.match(model)), None)
-        if _CHAT_ONLY.match(model) or (levels is not None and effort not in levels):
-            options.pop("reasoning_effort", None)
-        if levels is None and self._is_openais_model and not self._knows(effort):
-            options.pop("reasoning_effort", None)
         if _REASONS.match(model) or _LATEST.match(model):
             if "max_tokens" in options:
                 options["max_completion_tokens"] = options.pop("max_tokens")
             options.pop("temperature", None)
             options.pop("top_p", None)
-        if any(m.match(model) for m in (_TAKES_NO_STOP, _LATEST, _SEARCH_PREVIEW)):
-            options.pop("stop", None)
+        if "stop" in options and any(
+            m.match(model) for m in (_TAKES_NO_STOP, _LATEST, _SEARCH_PREVIEW)
+        ):
+            options.pop("stop")
         if _SEARCH_PREVIEW.match(model):
             for name in ("temperature", "top_p", "n", "seed"):
                 options.pop(name, None)
         self._check_abilities(options)
 
-    def _knows(self, effort: Any) -> bool:
+    def _takes_effort(self, options: Mapping[str, Any]) -> bool:
         """Say whether the model may take an effort; LiteLLM would send any word."""
+        effort, model = options["reasoning_effort"], self.model_name
+        tools = options.get("tools", ())
+        if effort == "minimal" and any(t.get("type") == "web_search" for t in tools):
+            # https://platform.openai.com/docs/guides/tools-web-search (2026-11-25)
+            return False
+        if _CHAT_ONLY.match(model):
+            return False
+        levels = next((e for name, e in _EFFORTS if name.match(model)), None)
+        if levels is not None:
+            return effort in levels
+        if not self._is_openais_model:
+            return True
         info = known_model_info("openai", self.model_name, "openai")
         flag = info.get(f"supports_{effort}_reasoning_effort")
         if effort == "max":
@@ -645,9 +647,11 @@ class OpenAIStream(StreamReader):
         self, index: int, kept: JSON, delta: JSON, chunks: list[StreamChunk]
     ) -> None:
         for name in _OPENAI_TEXTS:
+            if not (content := delta.get(name)):
+                continue
             if name == "reasoning" and delta.get("reasoning_content"):
                 continue  # the same again, under both of its names
-            if piece := _join_text(delta.get(name)):
+            if piece := _join_text(content):
                 self._add_text(index, name, piece, chunks)
         if thought := _join_thinking(delta.get("content")):
             self._add_text(index, "reasoning_content", thought, chunks)
@@ -696,6 +700,10 @@ class OpenAIStream(StreamReader):
                     )
                 )
             )
+
+    @property
+    def usage(self) -> Any:
+        return self._head.get("usage")
 
     @property
     def is_ended(self) -> bool:

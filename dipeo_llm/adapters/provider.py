@@ -42,9 +42,9 @@ class Provider:
     extra_headers: tuple[tuple[str, str], ...] = ()
     """Headers that the provider requires beside its format's."""
     most_stops: int | None = None
-    """Most texts of `stop`; None is no known limit."""
+    """Most texts of `stop`; None if no limit is known."""
     highest_temperature: float | None = None
-    """None is no known limit."""
+    """None if no limit is known."""
     has_prices: bool = True
     """Whether its tokens have a price; False for models that run locally."""
     claims: re.Pattern[str] = re.compile(r"(?!)")
@@ -58,10 +58,12 @@ class Provider:
         return (self.name, self.litellm, *self.aliases)
 
     def find_base_url(self, base_urls: Mapping[str, str]) -> str | None:
-        """Return the base URL that is set under one of the names, None for none.
+        """Return the base URL that is set under one of the names, or None.
 
         Dashes count as underscores: a variable's name cannot have a dash.
         """
+        if not base_urls or self.name in base_urls:
+            return base_urls.get(self.name)
         urls = {
             # A member of a string enum may stand for a name.
             _plain(str(getattr(name, "value", name))): url

@@ -40,7 +40,7 @@ class Reading:
 
     @property
     def tool_outputs(self) -> list[ToolOutput] | None:
-        """The work that the provider did itself, None for none."""
+        """The results of the provider's own tools, or None."""
         outputs = [
             ToolOutput(type=ToolType.IMAGE_GENERATION, result=image)
             for image in self.images
@@ -96,5 +96,5 @@ def merge_pages(results: Iterable[WebSearchResult]) -> list[WebSearchResult]:
 
 
 def join_paragraphs(texts: Iterable[str]) -> str | None:
-    """Join the texts that are not empty; None for none."""
+    """Join the texts that are not empty; return None without any."""
     return "\n\n".join(filter(None, texts)) or None

@@ -45,9 +45,12 @@ COMMON_FIELDS = OPENAI_FIELDS | {
 
 def copy_json(value: Any) -> Any:
     """Copy lists and dicts, which LiteLLM changes in place; share the leaves."""
-    if isinstance(value, Mapping):
+    # Check str and dict first: isinstance(x, Mapping) is slow.
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (dict, Mapping)):
         return {k: copy_json(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         return [copy_json(v) for v in value]
     return value
 
@@ -202,6 +205,8 @@ def rename_tools(
         longest: Most characters of a name.
     """
     holders = list(_name_holders(prepared))
+    if not holders:
+        return
     taken = {holder["name"] for holder in holders}
     new_names: dict[str, str] = {}
     for name in sorted(taken):

@@ -30,7 +30,7 @@ def sort_tools(tools: Sequence[Any]) -> Tools:
             any objects with their attributes.
 
     Raises:
-        InvalidRequestError: One of them is none of these, or cannot be described.
+        InvalidRequestError: A tool is of another kind, or cannot be described.
     """
     found = Tools()
     for tool in tools:

@@ -4,7 +4,7 @@ Pure. The names that providers give to the same numbers are listed here only, be
 compatible servers mix them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dipeo_llm.adapters.failures import seconds_until
@@ -47,13 +47,15 @@ def token_usage(usage: Any) -> TokenUsage | None:
         "input_tokens" in counts and "input_tokens_details.cached_tokens" not in counts
     ):
         read += counts.get("cache_read_input_tokens", 0) + written
+    # Some servers tell a part that is larger than the whole.
+    cached = min(cached, read)
     return TokenUsage(
         input=read,
         output=output,
         cached=cached,
         total=read + output,
-        cache_written=written,
-        reasoning=reasoning,
+        cache_written=min(written, read - cached),
+        reasoning=min(reasoning, output),
     )
 
 
@@ -119,16 +121,15 @@ _MOST = 2**63
 
 def _counts(usage: Any) -> dict[str, int]:
     """Return the numbers of a record; those of its details as "details.number"."""
-    numbers = ((name, _number(value)) for name, value in _flat(usage))
-    return {_SAME.get(name, name): n for name, n in numbers if n is not None}
-
-
-def _flat(record: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in _fields(record).items():
-        if prefix or isinstance(value, _LEAVES):
-            yield f"{prefix}{name}", value
-        else:
-            yield from _flat(value, f"{name}.")
+    counts: dict[str, int] = {}
+    for name, value in _fields(usage).items():
+        if (number := _number(value)) is not None:
+            counts[_SAME.get(name, name)] = number
+        elif not isinstance(value, _LEAVES):
+            for inner, detail in _fields(value).items():
+                if (number := _number(detail)) is not None:
+                    counts[f"{name}.{inner}"] = number
+    return counts
 
 
 _LEAVES = (int, float, str, list, type(None))
@@ -147,14 +148,17 @@ def _fields(record: Any) -> Mapping[str, Any]:
 
 
 def _number(value: Any) -> int | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
         return None
-    # The comparison is False for NaN and infinity too.
-    return int(value) if abs(value) < _MOST else None
+    # The comparison is False for NaN too.
+    return int(value) if 0 <= value < _MOST else None
 
 
 def _first(counts: Mapping[str, int], names: Sequence[str]) -> int | None:
-    return next((counts[name] for name in names if name in counts), None)
+    for name in names:
+        if name in counts:
+            return counts[name]
+    return None
 
 
 def rate_limits(headers: Mapping[str, str]) -> RateLimits | None:
@@ -165,6 +169,8 @@ def rate_limits(headers: Mapping[str, str]) -> RateLimits | None:
     `anthropic-ratelimit-*` with resets as times
     (https://docs.anthropic.com/en/api/rate-limits), both read 2026-11-23.
     """
+    if "ratelimit" not in " ".join(headers).lower():
+        return None
     limits = {
         "requests_left": _integer(headers, "requests-remaining", "remaining-requests"),
         "requests_reset": _reset(headers, "requests-reset", "reset-requests"),

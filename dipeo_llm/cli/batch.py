@@ -25,8 +25,7 @@ from dipeo_llm.cli.options import (
     UsageError,
     complete_service,
     connection,
-    find_provider,
-    key_for,
+    find_provider_and_key,
     open_service,
     report,
     run,
@@ -357,8 +356,9 @@ class _Run:
         """Return the id of the key of a request's provider."""
         if (model, service) not in self._keys:
             try:
-                provider = await find_provider(model, service)
-                key = key_for(provider, self._options["key_id"])
+                _, key = await find_provider_and_key(
+                    model, service, self._options["key_id"]
+                )
             except InvalidRequestError:
                 key = None  # the call says what is wrong with the model
             self._keys[model, service] = key
@@ -397,7 +397,9 @@ async def _answer(
     if options["base_url"] and provider is None:
         if options["model"] is None:
             raise UsageError("--base-url needs --model or --service")
-        provider = await find_provider(options["model"])
+        provider, _ = await find_provider_and_key(options["model"], None, None)
+        if not provider:
+            raise UsageError("--base-url needs a model, and not a route")
     settings = {name: options[name] for name in ("base_url", "timeout")}
     left = _Run(source, done, options)
     stopped: Exception | None = None

@@ -55,8 +55,8 @@ A schema file holds a JSON schema, such as
   {"type": "object", "properties": {"names": {"type": "array"}}, "required": ["names"]}
 
 In a conversation each line is a question; /quit or Ctrl-D ends it, and Ctrl-C stops an
-answer. A question that fails is not remembered; of a stopped answer, what was printed
-is. --conversation reads FILE, if it exists, and saves the conversation to it after each
+answer. A question that fails is forgotten; the printed part of a stopped answer is
+kept. --conversation reads FILE, if it exists, and saves the conversation to it after each
 answer, with the model and the system prompt.
 
 Inside a shell loop that reads stdin, add "< /dev/null", or chat reads the rest of it.
@@ -83,7 +83,7 @@ Variables and exit codes: dipeo-llm --help
     metavar="FILE",
     type=click.Path(),
     help="Read the system prompt from a file in or below the working directory."
-    " --system is used if the file cannot be.",
+    " --system is used if the file cannot be read.",
 )
 @click.option(
     "--image",
@@ -127,7 +127,7 @@ Variables and exit codes: dipeo-llm --help
     metavar="NAME",
     shell_complete=complete_service,
     help="The provider (openai, anthropic, google, ollama, ...), if the model's name"
-    " does not tell.",
+    " does not show it.",
 )
 @connection
 @click.option(
@@ -146,8 +146,8 @@ Variables and exit codes: dipeo-llm --help
     "--temperature",
     metavar="NUMBER",
     type=Number(min=0),
-    help="Sampling temperature, often up to 2. Not sent to a model that takes none;"
-    " nor are the next three.",
+    help="Sampling temperature, often up to 2. This and the next three options are not"
+    " sent to a model that does not take them.",
 )
 @click.option(
     "--top-p",

@@ -17,6 +17,7 @@ from dipeo_llm.cli.chat import chat
 from dipeo_llm.cli.doctor import doctor
 from dipeo_llm.cli.models import models, provider
 from dipeo_llm.cli.options import Command, Exit, Group, report
+from dipeo_llm.cli.routes import routes
 
 _PROGRAM = "dipeo-llm"
 _COMPLETE = "_DIPEO_LLM_COMPLETE"
@@ -31,6 +32,7 @@ Examples:
   dipeo-llm batch questions.jsonl answers.jsonl --model gpt-4.1-nano
   dipeo-llm models anthropic
   dipeo-llm provider gemini-2.5-flash
+  dipeo-llm routes routes.yaml
   dipeo-llm cassettes check tests/cassettes
   dipeo-llm completion bash
 
@@ -44,6 +46,8 @@ Environment:
   DIPEO_LLM_GOOGLE_BASE_URL, DIPEO_LLM_OLLAMA_BASE_URL (or OLLAMA_HOST)
                              where a provider is reached, if not at its own address
   DIPEO_LLM_CACHE_URL        where answers are cached: memory://, redis://host:6379/0
+  DIPEO_LLM_ROUTES           YAML or JSON file of routes, whose names stand for models
+  DIPEO_LLM_STATE_URL        where routes share limits and cool-downs: redis://...
   HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE, NO_COLOR
                              as for other programs
 
@@ -136,5 +140,5 @@ def completion(shell: str) -> Exit:
     return Exit.OK
 
 
-for _part in (chat, batch, models, provider, doctor, cassettes, completion):
+for _part in (chat, batch, models, provider, routes, doctor, cassettes, completion):
     dipeo_llm.add_command(_part)

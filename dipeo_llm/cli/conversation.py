@@ -19,8 +19,7 @@ from dipeo_llm.cli import inputs, results, terminal
 from dipeo_llm.cli.options import (
     Exit,
     UsageError,
-    find_provider,
-    key_for,
+    find_provider_and_key,
     open_service,
     report,
     run,
@@ -123,8 +122,12 @@ class Conversation:
     async def _open(self) -> LLMInfraService:
         """Make the service, and complete the configuration with the provider's key."""
         options, config = self._options, self._config
-        provider = await find_provider(config.model, config.service)
-        update = {"api_key_id": key_for(provider, config.api_key_id)}
+        provider, key = await find_provider_and_key(
+            config.model, config.service, config.api_key_id
+        )
+        if options.base_url and not provider:
+            raise UsageError("--base-url needs a model, and not a route")
+        update = {"api_key_id": key}
         self._config = self._person.llm_config = config.model_copy(update=update)
         service = open_service(
             provider,
@@ -240,7 +243,7 @@ class Conversation:
 
 
 def read_conversation(path: Path) -> Person | None:
-    """Read a saved conversation; None if there is none yet.
+    """Read a saved conversation; return None if the file does not exist yet.
 
     Raises:
         UsageError: The file cannot be used, or its folder cannot be written to.

@@ -14,7 +14,13 @@ import click
 from dipeo_llm.adapters import factory
 from dipeo_llm.adapters.provider import Provider
 from dipeo_llm.cli import terminal
-from dipeo_llm.cli.options import SECONDS, Command, Exit, find_provider, run
+from dipeo_llm.cli.options import (
+    SECONDS,
+    Command,
+    Exit,
+    find_provider_and_key,
+    run,
+)
 from dipeo_llm.errors import DiPeOLLMError, SettingsError
 
 if TYPE_CHECKING:
@@ -96,6 +102,8 @@ async def _check(limit: float | None) -> AsyncIterator[Finding]:
     except SettingsError as exc:
         yield Finding("fail", f"settings: {exc}; correct the variable")
     yield _check_folder(settings.base_dir)
+    if settings.routes_file:
+        yield _check_routes(settings.routes_file)
     if model := os.environ.get("DIPEO_LLM_MODEL"):
         yield await _check_model(model)
     terminal.show_status("loading LiteLLM ...")
@@ -136,11 +144,23 @@ def _check_folder(base_dir: Path | None) -> Finding:
     return Finding("ok", f"prompt folder {folder} ({name})")
 
 
+def _check_routes(path: Path) -> Finding:
+    from dipeo_llm import Routes
+
+    try:
+        routes = Routes.read(path).routes
+    except SettingsError as exc:
+        return Finding("fail", f"routes: {exc}; correct the file")
+    return Finding("ok", f"routes: {', '.join(routes)} ({path})")
+
+
 async def _check_model(model: str) -> Finding:
     try:
-        provider = await find_provider(model)
+        provider, _ = await find_provider_and_key(model, None, None)
     except DiPeOLLMError as exc:
         return Finding("fail", f"DIPEO_LLM_MODEL: {exc}")
+    if not provider:
+        return Finding("ok", f"DIPEO_LLM_MODEL {model} is a route")
     return Finding("ok", f"DIPEO_LLM_MODEL {model} is a model of {provider}")
 
 

@@ -27,11 +27,11 @@ from dipeo_llm.errors import APIKeyNotFoundError, DiPeOLLMError
 _MODELS = """\
 List the models that a provider offers to your key, one on a line, as `chat` takes them.
 
-Without SERVICE: of OpenAI, DeepSeek, Anthropic and Google, of those whose key is in the
-environment, and of Ollama if OLLAMA_HOST or DIPEO_LLM_OLLAMA_BASE_URL is set.
+Without SERVICE, each provider whose key is in the environment is asked: OpenAI, DeepSeek,
+Anthropic and Google; and Ollama, if OLLAMA_HOST or DIPEO_LLM_OLLAMA_BASE_URL is set.
 
-With --providers: list what can be named as SERVICE, with the variable of its key and its
-address. That asks nobody.
+With --providers, list the names that SERVICE takes, with the variable of each one's key and
+its address; nothing is sent.
 """
 
 _MODELS_EPILOG = """\
@@ -48,8 +48,8 @@ Examples:
   dipeo-llm provider gemini-2.5-flash
   dipeo-llm provider llama3.2:1b
 
-Most names are answered at once; the others LiteLLM is asked about, which takes seconds.
-The exit code is 1 if nobody claims the name.
+Most names are known here; for the others LiteLLM is imported, which takes seconds.
+The exit code is 1 if no provider has the model.
 """
 
 

@@ -6,7 +6,7 @@ Knows names, types and the environment. Knows no command.
 import math
 import os
 import re
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from enum import IntEnum
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import asyncio
 
     from dipeo_llm.reports import CallHook
+    from dipeo_llm.routes import Route
     from dipeo_llm.service import LLMInfraService
 
 _T = TypeVar("_T")
@@ -222,6 +223,38 @@ async def find_provider(model: str, service: str | None = None) -> str:
     return factory.resolve(model, service)[0].name
 
 
+async def find_provider_and_key(
+    model: str, service: str | None, key_id: str | None
+) -> tuple[str, str | None]:
+    """Return the provider of a model and the id of the key to send to it.
+
+    For a route the provider is "", and the key is what the user chose: its deployments
+    name their own.
+
+    Raises:
+        InvalidRequestError: Nobody claims the name.
+        UsageError: The key is another provider's.
+    """
+    if service is None and model in read_routes():
+        return "", key_id
+    provider = await find_provider(model, service)
+    return provider, key_for(provider, key_id)
+
+
+def read_routes() -> "Mapping[str, Route]":
+    """Return the routes of the file that DIPEO_LLM_ROUTES names.
+
+    Raises:
+        SettingsError: It cannot be used.
+    """
+    if not os.environ.get("DIPEO_LLM_ROUTES"):
+        return {}
+    from dipeo_llm import Routes, Settings
+
+    path = Settings.from_env().routes_file
+    return Routes.read(path).routes if path else {}
+
+
 def key_for(provider: str, key_id: str | None) -> str:
     """Return the id of the key to send to a provider.
 
@@ -245,7 +278,7 @@ def key_for(provider: str, key_id: str | None) -> str:
 
 def is_model(argument: str) -> bool:
     """Tell whether an argument reads as a model's name, not as a prompt."""
-    if re.fullmatch(r"[a-z][a-z0-9_-]*/\S+", argument):
+    if re.fullmatch(r"[a-z][a-z0-9_-]*/\S+", argument) or argument in read_routes():
         return True
     return bool(argument.strip()) and not factory.needs_litellm(argument)
 

@@ -40,7 +40,7 @@ else:
     _Outcome = pytest.fail.Exception
 
 NO_ANSWER: Final = 599
-"""The status in the file where there is none."""
+"""The status in the file for a request that got no response."""
 
 
 class CassetteError(_Outcome):

@@ -66,8 +66,8 @@ __all__ = [
 ]
 
 Mode: TypeAlias = Literal["none", "once", "new", "all"]
-"""Records nothing; everything if there is no file yet; what the file does not answer;
-everything."""
+"""`none` records nothing, `once` records if the file does not exist yet, `new` records
+the requests that the file does not answer, and `all` records everything."""
 
 REPLAY_KEY: Final = "key-of-the-replay"
 """The value, in a replay, of each provider's key variable that is not set."""

@@ -98,7 +98,7 @@ class Answer:
     pieces: list[Piece] = field(default_factory=list)
     failure: Failure | None = SILENCE
     unpack: Callable[[list[Piece]], list[Piece]] | None = None
-    """Takes the compression off the pieces; None if there is none, or no more."""
+    """Decompresses the pieces; None if they are not compressed, or not any more."""
 
     @property
     def body(self) -> bytes:

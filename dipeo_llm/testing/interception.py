@@ -39,7 +39,7 @@ class Source(Protocol):
     real_timing: bool
 
     def ignores(self, uri: str) -> bool:
-        """Say whether a request to this address is none of its business."""
+        """Say whether requests to this address are passed through."""
         ...
 
     def answer(self, request: Request) -> Answer | None:

@@ -31,7 +31,7 @@ def block_network(
         allow_loopback: Whether this machine may still be reached, by an address of its
             own or a Unix socket.
         allow_hosts: Names and addresses that may be reached, such as "db.internal" or
-            "*.example.com".
+            `*.example.com`.
         lookups: Whether look-ups are refused too.
         refuse: Makes the error from what was tried, such as "connect to 192.0.2.1:443".
 
