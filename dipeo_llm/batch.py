@@ -29,6 +29,7 @@ Requests = Iterable[Request] | AsyncIterable[Request]
 
 FATAL = (APIKeyError, QuotaExceededError)
 """Errors that every further request would meet too."""
+_FATAL_NAMES = {"APIKeyError", "APIKeyNotFoundError", "QuotaExceededError"}
 
 _WINDOW = 4
 """Results that wait for an earlier one, as a multiple of the concurrency."""
@@ -209,7 +210,7 @@ class Batch:
         """Take the results of the calls that have ended."""
         for task in [task for task in self._calls if task.done()]:
             index, item = self._calls.pop(task), task.result()
-            if isinstance(item.error, FATAL):
+            if _is_fatal(item.error):
                 self._fatal = self._fatal or item.error
                 continue
             self._ready[index] = item
@@ -235,6 +236,14 @@ class Batch:
         number = self._samples[digest]
         self._samples[digest] += 1
         return {**row, "sample": number} if number else row
+
+
+def _is_fatal(error: Exception | None) -> bool:
+    """Say whether the other requests would fail too: at each deployment of a route."""
+    if not isinstance(error, FATAL):
+        return False
+    tried = error.details.get("tried", ())
+    return all(each["error"] in _FATAL_NAMES for each in tried)
 
 
 async def _next(rows: AsyncIterator[Request]) -> Request | None:

@@ -9,7 +9,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from hashlib import blake2b
@@ -352,6 +352,7 @@ class ResponseCache:
         targets: Sequence[Target],
         progress: CallProgress,
         send: Callable[[CallProgress], Awaitable[Result]],
+        shared_by: Hashable = None,
     ) -> Result:
         """Answer a request from the cache, or by *send*, whose answer is then kept.
 
@@ -360,6 +361,7 @@ class ResponseCache:
             progress: Of the call.
             send: Sets `target` of its progress to what answered; the answer is kept
                 under that.
+            shared_by: What identical calls must have in common to be one call.
 
         Raises:
             CacheMissError: The request says `cache="only"`, and there is no answer.
@@ -371,10 +373,10 @@ class ResponseCache:
             return await send(progress)
         shares = request.coalesce and request.cache is None
         # Callers with another timeout must not get each other's timeout error.
-        flight = (entry.key, request.timeout)
+        flight = (entry.key, shared_by, request.timeout)
         # Of many that ask at once, one looks in Redis and the others join a flight.
         joins = shares and (flight in self._flights or entry.key in self._reading)
-        if not joins and (found := await self._find(entry)) is not None:
+        if not joins and (found := await self._find(entry, progress)) is not None:
             return found
         if shares:
             return await self._flights.run(
@@ -387,18 +389,19 @@ class ResponseCache:
         targets: Sequence[Target],
         progress: CallProgress,
         send: Callable[[CallProgress], Awaitable[Opened]],
+        shared_by: Hashable = None,
     ) -> Opened:
         """Do as `answer` for a stream, which is kept when it was read to its end."""
         request = targets[0].request
         entry = self._entry(targets, progress)
         if entry is None:
             return await send(progress)
-        if (found := await self._find(entry)) is not None:
+        if (found := await self._find(entry, progress)) is not None:
             progress.is_cached = True
             items = replay(found)
         elif request.coalesce and request.cache is None:
             items = self._streams.read(
-                (entry.key, request.timeout, request.idle_timeout),
+                (entry.key, shared_by, request.timeout, request.idle_timeout),
                 progress,
                 partial(_open_kept, entry, send),
             )
@@ -431,12 +434,12 @@ class ResponseCache:
         """Return the key of a target's answer, as `cache_key` does."""
         return cache_key(target.adapter, target.request, shared=self._url.shared)
 
-    async def _find(self, entry: "_Entry") -> Result | None:
+    async def _find(self, entry: "_Entry", progress: CallProgress) -> Result | None:
         if entry.request.cache == "refresh":
             return None
         self._reading.add(entry.key)
         try:
-            found = await entry.find()
+            found = await entry.find(progress)
         finally:
             self._reading.discard(entry.key)
         if found is None and entry.request.cache == "only":
@@ -452,11 +455,12 @@ class ResponseCache:
         """Fetch an answer once, for all who wait for it."""
         if self._turns is None:
             return await self._send(entry, send, progress)
-        if (found := await entry.find()) is not None:
+        if (found := await entry.find(progress)) is not None:
             return found
         if entry.is_failing:
             return await send(progress)
-        async with self._turns.take(entry.key, entry.find_again) as turn:
+        find = partial(entry.find_again, progress)
+        async with self._turns.take(entry.key, find) as turn:
             if turn.found is not None:
                 return turn.found
             result = await send(progress)
@@ -512,24 +516,24 @@ class _Entry:
         """Of the request: its only place, or a digest of all."""
         self.is_failing = False
 
-    async def find(self) -> Result | None:
+    async def find(self, progress: CallProgress) -> Result | None:
         """Return the answer, None if there is none that can be used."""
         cache = self._cache
-        found = await self._read()
+        found = await self._read(progress)
         if found is None:
             cache.stats.misses += 1
             return None
         cache.stats.hits += 1
         return found
 
-    async def find_again(self) -> Result | None:
+    async def find_again(self, progress: CallProgress) -> Result | None:
         """Do as `find`, while the call waits for another process.
 
         Raises:
             RedisUnavailableError: The cache cannot be read; waiting is of no use.
         """
         self._left = self._cache._url.timeout  # noqa: SLF001
-        found = await self._read()
+        found = await self._read(progress)
         if self.is_failing:
             raise RedisUnavailableError
         if found is None:
@@ -538,7 +542,10 @@ class _Entry:
         return found
 
     async def keep(self, result: Result, target: Target | None) -> bool:
-        """Store an answer that is worth it, under what answered; say whether it was."""
+        """Store an answer that is worth it, under what answered.
+
+        Returns whether `find` finds it, for the same request.
+        """
         stats, url = self._cache.stats, self._cache._url  # noqa: SLF001
         if target is None or not _is_whole(result, self._form):
             stats.not_kept += 1
@@ -546,6 +553,7 @@ class _Entry:
         places = self._places.items()
         key = next((key for key, place in places if place is target), None)
         # A fallback of the route is not one of the places.
+        is_found = key is not None
         key = key or self._cache.key(target)
         try:
             value = _write_value(key or "", result, time.time() + url.ttl)
@@ -557,9 +565,9 @@ class _Entry:
         if await self._timed(self._cache._store.set, key, value, url.ttl) is _FAILED:  # noqa: SLF001
             return False
         stats.stored += 1
-        return True
+        return is_found
 
-    async def _read(self) -> Result | None:
+    async def _read(self, progress: CallProgress) -> Result | None:
         for key, target in self._places.items():
             value = await self._timed(self._cache._store.get, key)  # noqa: SLF001
             if value is None or value is _FAILED:
@@ -571,6 +579,7 @@ class _Entry:
                 continue
             # A class of the same schema may have been stricter, or a value made by hand.
             if found is not None and _is_whole(found, self._form):
+                progress.aim(target)
                 found.deployment = target.deployment
                 return found
         return None

@@ -21,6 +21,8 @@ _REFRESH = 0.25
 """Seconds for which a process does not ask again for the others' cool-downs."""
 _LEASE = 30.0
 """Seconds after which the calls in flight of a process that has died are forgotten."""
+_LONGEST = 86_400.0
+"""The longest cool-down in seconds."""
 _MOST_SESSIONS = 10_000
 _SESSION_TTL = 3600.0
 _WEIGHT_OF_THE_NEW = 0.3
@@ -49,6 +51,12 @@ class DeploymentState:
         """The seconds until the cool-down ends; 0 if there is none."""
         return max(0.0, self.cooling_until - time.monotonic())
 
+    def cool(self, seconds: float, reason: str) -> None:
+        """Start a cool-down; one that ends later goes on."""
+        ends = time.monotonic() + min(seconds, _LONGEST)
+        self.cooling_until = max(self.cooling_until, ends)
+        self.reason = reason
+
     def add_latency(self, seconds: float, *, is_stream: bool) -> None:
         """Add a time to the average."""
         before = self.latency.get(is_stream, seconds)
@@ -67,7 +75,8 @@ class DeploymentStates:
     def __init__(self, redis: RedisClients | None = None) -> None:
         self._states: dict[str, DeploymentState] = {}
         self._sessions: OrderedDict[str, tuple[str, float]] = OrderedDict()
-        self._lock = threading.Lock()
+        # Reentrant: the garbage collector may end a call while this thread holds it.
+        self._lock = threading.RLock()
         self._redis = redis
         self._circuit = Circuit("shared routing")
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -84,11 +93,8 @@ class DeploymentStates:
 
     def cool(self, deployment_id: str, seconds: float, reason: str) -> None:
         """Give a deployment no calls for a while, in any process."""
-        state = self[deployment_id]
-        state.cooling_until = max(
-            state.cooling_until, time.monotonic() + min(seconds, 86_400.0)
-        )
-        state.reason = reason
+        seconds = min(seconds, _LONGEST)
+        self[deployment_id].cool(seconds, reason)
 
         async def publish(cache: Any) -> None:
             key, milliseconds = self._key("cool", deployment_id), int(seconds * 1000)
@@ -107,17 +113,13 @@ class DeploymentStates:
             pipeline = cache.client.pipeline(transaction=False)
             for each in deployment_ids:
                 pipeline.pttl(self._key("cool", each)).get(self._key("cool", each))
-            found: list[Any] = await pipeline.execute()
-            return found
+            return await _execute(pipeline)
 
         found = await self._use(ask) or []
         pairs = zip(found[::2], found[1::2], strict=True)
         for each, (left, reason) in zip(deployment_ids, pairs, strict=False):
-            if left > 0:
-                state = self[each]
-                ends = time.monotonic() + left / 1000
-                state.cooling_until = max(state.cooling_until, ends)
-                state.reason = (reason or b"").decode(errors="replace") or state.reason
+            if left > 0 and reason:
+                self[each].cool(left / 1000, reason[:100].decode(errors="replace"))
 
     # Calls in flight.
 
@@ -153,12 +155,11 @@ class DeploymentStates:
     async def count_in_flight(self, deployment_ids: Sequence[str]) -> list[int]:
         """Return the calls in flight of each deployment, in all processes."""
 
-        async def count(cache: Any) -> list[int]:
+        async def count(cache: Any) -> list[Any]:
             pipeline = cache.client.pipeline(transaction=False)
             for each in deployment_ids:
                 pipeline.zcount(self._key("flight", each), time.time(), math.inf)
-            found: list[int] = await pipeline.execute()
-            return found
+            return await _execute(pipeline)
 
         own = [self[each].in_flight for each in deployment_ids]
         shared = await self._use(count) if self._redis is not None else None
@@ -171,7 +172,9 @@ class DeploymentStates:
         """Return the deployment where a session is, None for a new one."""
 
         async def get(cache: Any) -> bytes:
-            return await cache.client.get(self._key("session", session)) or b""
+            pipeline = cache.client.pipeline(transaction=False)
+            (found,) = await _execute(pipeline.get(self._key("session", session)))
+            return found or b""
 
         shared = await self._use(get) if self._redis is not None else None
         if shared is not None:
@@ -246,7 +249,7 @@ class DeploymentStates:
             key, now = self._key("flight", deployment_id), time.time()
             pipeline.zremrangebyscore(key, -math.inf, now)
             pipeline.zadd(key, {name: now + _LEASE}).expire(key, int(2 * _LEASE))
-        await pipeline.execute()
+        await _execute(pipeline)
 
     async def _renew(self, loop: asyncio.AbstractEventLoop) -> None:
         try:
@@ -262,11 +265,32 @@ class DeploymentStates:
         self._in_flight.pop(name, None)
 
         async def remove(cache: Any) -> None:
-            await cache.client.zrem(self._key("flight", deployment_id), name)
+            pipeline = cache.client.pipeline(transaction=False)
+            await _execute(pipeline.zrem(self._key("flight", deployment_id), name))
 
         async def withdraw() -> None:
             await asyncio.wait([published])
             await self._use(remove)
 
+        loop = published.get_loop()
+        with suppress(RuntimeError):  # no loop runs here
+            if asyncio.get_running_loop() is loop:
+                self._start(withdraw())
+                return
         with suppress(RuntimeError):  # the loop has ended; the lease will, too
-            self._start(withdraw())
+            loop.call_soon_threadsafe(lambda: self._start(withdraw()))
+
+
+async def _execute(pipeline: Any) -> list[Any]:
+    """Return the replies of a pipeline; 0 for a key with somebody else's value.
+
+    Raises:
+        redis.RedisError: Redis refuses something else.
+    """
+    replies: list[Any] = await pipeline.execute(raise_on_error=False)
+    for index, reply in enumerate(replies):
+        if isinstance(reply, Exception):
+            if not str(reply).startswith("WRONGTYPE"):
+                raise reply
+            replies[index] = 0
+    return replies

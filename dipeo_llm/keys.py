@@ -41,6 +41,7 @@ async def find_key(
     needs_key: bool,
     owner: Callable[[str], str],
     is_local: Callable[[str], bool] = lambda base_url: False,
+    base_url: str | None = None,
 ) -> Key:
     """Ask the application for a key and wrap it.
 
@@ -54,6 +55,7 @@ async def find_key(
         needs_key: False for a server that can be called without a key.
         owner: Returns a provider's own name for any of its names.
         is_local: Says whether a record's base URL is a server that needs no key.
+        base_url: Where the call goes; None is the record's, or the provider's.
 
     Raises:
         APIKeyNotFoundError: There is no id, or the key is empty, and one is needed.
@@ -67,13 +69,14 @@ async def find_key(
     try:
         key = await _read(port, given)
     except Exception as exc:
-        is_missing = isinstance(exc, APIKeyError) or _is_key_error(exc)
+        is_missing = isinstance(exc, APIKeyError) or is_key_error(exc)
         if is_missing and service is not None and not by_name(service).needs_key:
             return NO_KEY
         raise
     belongs_to = owner(key.service) if key.service else None
     # A base URL of its own says where the key may go, whatever the service is called.
-    is_for_all = key.base_url is not None or _is_shared(port, given, service)
+    goes_there = key.base_url is not None and base_url in {None, key.base_url}
+    is_for_all = goes_there or _is_shared(port, given, service)
     if service and belongs_to and belongs_to != service and not is_for_all:
         if not needs_key:
             return NO_KEY
@@ -81,7 +84,8 @@ async def find_key(
             f"key {given!r} belongs to {belongs_to} and was not sent to {service}",
             service=service,
         )
-    needs_key = needs_key and not (key.base_url and is_local(key.base_url))
+    to = base_url or key.base_url
+    needs_key = needs_key and not (to and is_local(to))
     _check(key, given, service, needs_key=needs_key)
     return key
 
@@ -150,7 +154,7 @@ def _wrap(secret: Any) -> SecretStr | None:
     return SecretStr(secret.strip()) if isinstance(secret, str) else None
 
 
-def _is_key_error(exc: Exception) -> bool:
+def is_key_error(exc: Exception) -> bool:
     """Recognise the application's own APIKeyError by its name."""
     return any(c.__name__ == "APIKeyError" for c in type(exc).__mro__)
 

@@ -148,6 +148,8 @@ class CallProgress:
     def follow(self, branch: "CallProgress") -> None:
         """Take over the attempts that were made for this call in a branch of it."""
         self.attempts, self.last = branch.attempts, branch.last
+        self.service, self.model = branch.service, branch.model
+        self._base_url, self.queued = branch._base_url, branch.queued  # noqa: SLF001
         self.deployment, self.tried = branch.deployment, list(branch.tried)
         self._attempt_start = branch._attempt_start  # noqa: SLF001 - its own class
         shift = branch._start - self._start  # noqa: SLF001
@@ -178,9 +180,14 @@ class CallProgress:
         self.attempts += 1
         self._attempt_start = self._now()
 
-    def end_attempt(self, error: BaseException | None = None) -> None:
-        """Note that the attempt has ended, and whether it failed."""
+    def end_attempt(self, error: BaseException | None = None) -> bool:
+        """Note that the attempt has ended, and whether it failed.
+
+        Returns whether an attempt had begun.
+        """
+        has_begun = self._attempt_start is not None
         self._end_attempt(None if error is None else _Failure(error))
+        return has_begun
 
     def retry(self, error: DiPeOLLMError, wait: float) -> None:
         """Note that another attempt follows the failed one after *wait* seconds."""

@@ -41,14 +41,12 @@ class RetryPolicy:
         the error says in `retry_after` when to come back.
         """
         progress = self._progress
-        progress.end_attempt(error)
+        has_begun = progress.end_attempt(error)
         if isinstance(error, CallError):
-            was_sent = bool(error.status_code) or not isinstance(
-                error, InvalidRequestError
-            )
-            error.attempts = progress.attempts - (not was_sent)
-            if is_elsewhere:
-                progress.attempts = error.attempts
+            was_refused = isinstance(error, InvalidRequestError)
+            if has_begun and was_refused and not error.status_code:
+                progress.attempts -= 1  # nothing was sent
+            error.attempts = progress.attempts
         wait = self._decide(error, is_elsewhere=is_elsewhere)
         if wait is None:
             progress.last = None
@@ -73,7 +71,8 @@ class RetryPolicy:
         # Imported by the first failure, because the import takes 25 ms.
         import stamina
 
-        if not stamina.is_active():
+        # Inactive, it is as with `max_retries=0`.
+        if progress.attempts and not stamina.is_active():
             return None
         if is_elsewhere or stamina.is_testing():
             return 0.0

@@ -54,8 +54,8 @@ class Deployment(_Config):
     """Where calls go; wins over the key's record and the settings."""
     name: str = ""
     """What results and records call it; by default the model, the key's id and the host."""
-    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """Its share of the calls among equals."""
+    weight: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """Its share of the calls among equals; 1,000,000 at most."""
     rpm: _Count | None = None
     """Most requests in any minute; None sets no limit."""
     tpm: _Count | None = None
@@ -112,6 +112,13 @@ class Route(_Config):
                 raise ValueError(
                     f"two deployments are called {label!r}; give them a `name`, or one of"
                     " them a `weight`"
+                )
+        of_id: dict[str, str] = {}
+        for each in self.deployments:
+            if (first := of_id.setdefault(each.id, each.label)) != each.label:
+                raise ValueError(
+                    f"{first!r} and {each.label!r} are the same model with the same key"
+                    " at the same address; keep one of them, with a `weight`"
                 )
         return self
 

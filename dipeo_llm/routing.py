@@ -5,11 +5,13 @@ docs/routing.md says why.
 """
 
 import asyncio
+import json
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any, Self, TypeVar, cast
 
 from dipeo_llm.deployments import DeploymentStates
@@ -40,6 +42,8 @@ _T = TypeVar("_T")
 _EXPLORE = 0.05
 """The share of calls that "latency" sends to any deployment, so that a slow one is timed
 again."""
+_OWN = ("context_window", "input_usd_per_million", "output_usd_per_million")
+"""Fields of a deployment that win over what is known about its model."""
 _USUAL_OUTPUT = 256
 """Tokens of an answer without `max_tokens`, for the limits and the price."""
 
@@ -64,8 +68,10 @@ class Need:
             if isinstance(content, str):
                 size += _bytes(content)
                 continue
-            for part in content:
-                features |= _FEATURES.get(part.get("type"), set())
+            # Anything else is refused when the media are loaded.
+            parts = content if isinstance(content, list | tuple) else ()
+            for part in (each for each in parts if isinstance(each, Mapping)):
+                features |= _FEATURES.get(str(part.get("type")), set())
                 size += _bytes(part.get("text") or "")
         output = request.sampling.get("max_tokens") or _USUAL_OUTPUT
         return cls(size // 4 + 4 * len(request.messages), output, frozenset(features))
@@ -150,7 +156,8 @@ class Routing:
         self.states = DeploymentStates(redis)
         self._redis = redis
         self._describe = describe
-        self._known: dict[str, Capabilities] = {}
+        self._known: dict[tuple[str, tuple[Any, ...]], Capabilities] = {}
+        self.is_closing = False
         self._ids = sorted({d.id for r in self.routes.values() for d in r.deployments})
 
     def find(self, model: Any, service: Any) -> str | None:
@@ -178,15 +185,13 @@ class Routing:
 
     def capabilities(self, deployment: Deployment) -> Capabilities:
         """Return what is known about a deployment's model; its own fields win."""
-        if (known := self._known.get(deployment.id)) is None:
-            fields = {
-                "context_window",
-                "input_usd_per_million",
-                "output_usd_per_million",
-            }
-            own = deployment.model_dump(include=fields, exclude_none=True)
-            known = self._describe(deployment).model_copy(update=own)
-            self._known[deployment.id] = known
+        # Two routes may say different things about one deployment.
+        own = tuple(getattr(deployment, name) for name in _OWN)
+        if (known := self._known.get((deployment.id, own))) is None:
+            pairs = zip(_OWN, own, strict=True)
+            update = {name: value for name, value in pairs if value is not None}
+            known = self._describe(deployment).model_copy(update=update)
+            self._known[deployment.id, own] = known
         return known
 
     def check(self) -> None:
@@ -238,6 +243,7 @@ class Routing:
 
     def reopen(self) -> None:
         """Allow clients again after `aclose`."""
+        self.is_closing = False
         if self._redis is not None:
             self._redis.reopen()
 
@@ -272,7 +278,7 @@ class Choices:
         self._failures: list[tuple[Deployment, DiPeOLLMError]] = []
         progress.route = name
         has_choice = route.affinity and len(route.deployments) > 1
-        self.session = f"{name}:{session}" if session and has_choice else None
+        self.session = _digest(name, session) if session and has_choice else None
 
     async def take(self) -> "Turn":
         """Choose a deployment and wait for its turn.
@@ -298,11 +304,12 @@ class Choices:
             self._failures.append((self._last, error))
         if isinstance(error, ContextWindowError):
             self._look_for_more_room()
-        has_other = _may_move(error) and self._has_other()
+        may_move = _may_move(error) and not self._was_closed(error)
+        has_other = may_move and self._has_other(error)
         wait = self._policy.next_wait(error, is_elsewhere=has_other)
-        if wait is not None and (not has_other or getattr(error, "retryable", False)):
-            # Also if the others begin a cool-down meanwhile.
-            self._again = self._last
+        # Also if the others begin a cool-down meanwhile.
+        is_again = not has_other or getattr(error, "retryable", False)
+        self._again = self._last if is_again else None
         return wait
 
     def error(self, last: DiPeOLLMError) -> DiPeOLLMError:
@@ -328,6 +335,10 @@ class Choices:
                 ],
             }
         return error
+
+    def forget(self) -> None:
+        """Drop the errors, whose tracebacks keep the call and these choices alive."""
+        self._failures.clear()
 
     # Candidates.
 
@@ -381,11 +392,27 @@ class Choices:
             return deployment.model != self._last.model
         return new > window
 
-    def _has_other(self) -> bool:
-        """Say whether a deployment that was not tried gets calls now."""
+    def _has_other(self, error: DiPeOLLMError) -> bool:
+        """Say whether to go on to a deployment that was not tried.
+
+        One in a cool-down is worth a wait only if the last one is not worth a retry.
+        """
         states = self._routing.states
+        waits = self._route.when_busy == "wait" and not getattr(
+            error, "retryable", False
+        )
         return any(
-            not states[each.id].cooling for group in self._groups for each in group
+            waits or not states[each.id].cooling
+            for group in self._groups
+            for each in group
+        )
+
+    def _was_closed(self, error: DiPeOLLMError) -> bool:
+        """Say whether a call failed because the service closes."""
+        return (
+            self._routing.is_closing
+            and isinstance(error, ServiceUnavailableError)
+            and not (error.status_code or error.retryable)
         )
 
     # Choosing.
@@ -425,14 +452,15 @@ class Choices:
         longest = min(self._routing.settings.retry_after_max, self._progress.left())
         if self._route.when_busy == "wait" and seconds < longest:
             return
-        error = RateLimitError(
-            f"no deployment of route {self.name!r} takes calls now; the first one does"
-            f" in {seconds:.1f} s",
-            model=self.name,
-            retry_after=seconds,
-            retryable=False,
+        raise self.error(
+            RateLimitError(
+                f"no deployment of route {self.name!r} takes calls now; the first one"
+                f" does in {seconds:.1f} s",
+                model=self.name,
+                retry_after=seconds,
+                retryable=False,
+            )
         )
-        raise self.error(error)
 
     async def _prefer(self, ready: Sequence[Deployment]) -> Deployment:
         """Return the deployment that the strategy puts first; of equals, one by weight."""
@@ -534,6 +562,8 @@ class Choices:
         state = self._routing.states[deployment.id]
         state.calls += 1
         if not isinstance(error, CallError) or not _is_deployments_fault(error):
+            return
+        if self._was_closed(error):
             return
         state.failures += 1
         state.failures_in_a_row += 1
@@ -651,6 +681,11 @@ _CONTEXT = "context_window_fallbacks"
 _NO_LIMIT = 1e12
 _AT_ONCE = (APIKeyError, ModelNotFoundError, RateLimitError)
 """Errors of an account or a limit: the next request would get them too."""
+
+
+def _digest(*names: str) -> str:
+    """Return a short name for a session, which the application may have made of a text."""
+    return blake2b(json.dumps(names).encode(), digest_size=16).hexdigest()
 
 
 def _is_deployments_fault(error: CallError) -> bool:

@@ -6,7 +6,7 @@ below stand in the order in which a call runs through them.
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -37,13 +37,14 @@ from dipeo_llm.domain import (
 )
 from dipeo_llm.errors import (
     APIKeyError,
+    CacheMissError,
     CallError,
     DiPeOLLMError,
     InvalidRequestError,
     ServiceUnavailableError,
     StructuredOutputError,
 )
-from dipeo_llm.keys import Key, find_key
+from dipeo_llm.keys import Key, find_key, is_key_error
 from dipeo_llm.ledger import Usage
 from dipeo_llm.litellm_import import load_litellm
 from dipeo_llm.message_formatter import MessageFormatter, check_messages
@@ -180,6 +181,8 @@ class LLMInfraService:
         long, and is then cancelled.
         """
         self._closed = True
+        if self._routing is not None:
+            self._routing.is_closing = True
         grace = self.settings.close_grace
         await asyncio.gather(self._pool.aclose(grace), self._end_loading(grace))
         if self.cache is not None and self._owns_cache:
@@ -733,7 +736,9 @@ class LLMInfraService:
         targets, send = await self._find_way(call, progress, _complete)
         if self.cache is None or not targets:
             return await send(progress)
-        return await self.cache.answer(targets, progress, send)
+        return await self.cache.answer(
+            targets, progress, send, _shared_by(call, progress)
+        )
 
     async def _open_with_person(
         self,
@@ -756,7 +761,9 @@ class LLMInfraService:
         targets, send = await self._find_way(call, progress, _open_stream)
         if self.cache is None or not targets:
             return await send(progress)
-        return await self.cache.open(targets, progress, send)
+        return await self.cache.open(
+            targets, progress, send, _shared_by(call, progress)
+        )
 
     async def _find_way(
         self,
@@ -781,6 +788,12 @@ class LLMInfraService:
                 # The call itself says what is wrong with a deployment without a key.
                 with suppress(CallError):
                     targets.append(await self._find_target(call, progress, deployment))
+            if not targets and call.request.cache == "only":
+                raise CacheMissError(
+                    'no deployment of the route has a key, and cache="only" sends'
+                    " nothing",
+                    model=name,
+                )
         return targets, partial(self._send_by_route, routing, name, call, attempt)
 
     async def _find_target(
@@ -803,8 +816,20 @@ class LLMInfraService:
             service=deployment.service,
             api_key_id=deployment.api_key_id or call.api_key_id,
         )
-        adapter = await self._find_adapter(to, progress, deployment.base_url)
-        request = await self._prepare_media(call.request, adapter)
+        try:
+            adapter = await self._find_adapter(to, progress, deployment.base_url)
+        except Exception as exc:
+            # The application's own error leads on to another deployment, as ours does.
+            if isinstance(exc, DiPeOLLMError) or not is_key_error(exc):
+                raise
+            raise APIKeyError(str(exc), service=progress.service) from exc
+        # Two deployments of a provider get the same pictures, loaded once.
+        for each in call.targets.values():
+            if each.adapter.provider is adapter.provider:
+                request = each.request
+                break
+        else:
+            request = await self._prepare_media(call.request, adapter)
         request = replace(request, watch_usage=progress.watch_usage)
         target = Target(adapter, request, deployment.label)
         call.targets[deployment.id] = target
@@ -861,6 +886,7 @@ class LLMInfraService:
             ),
             owner=lambda name: factory.by_name(name).name,
             is_local=factory.is_local,
+            base_url=base_url,
         )
         return key if base_url is None else replace(key, base_url=base_url)
 
@@ -930,18 +956,23 @@ class LLMInfraService:
         One budget of attempts and one deadline are for all of them together.
         """
         choices = await routing.choose(name, call.request, call.session, progress)
-        while True:
-            async with await choices.take() as turn:
-                try:
-                    target = await self._find_target(call, progress, turn.deployment)
-                    progress.aim(target)
-                    progress.begin_attempt()
-                    return await turn.hold(await attempt(target))
-                except DiPeOLLMError as exc:
-                    wait = turn.fail(exc)
-                    if wait is None:
-                        raise choices.error(exc) from None
-            await asyncio.sleep(wait)
+        try:
+            while True:
+                async with await choices.take() as turn:
+                    try:
+                        target = await self._find_target(
+                            call, progress, turn.deployment
+                        )
+                        progress.aim(target)
+                        progress.begin_attempt()
+                        return await turn.hold(await attempt(target))
+                    except DiPeOLLMError as exc:
+                        wait = turn.fail(exc)
+                        if wait is None:
+                            raise choices.error(exc) from None
+                await asyncio.sleep(wait)
+        finally:
+            choices.forget()
 
     def _finish(
         self, request: ChatRequest, result: ChatResult[Any], progress: CallProgress
@@ -1037,6 +1068,15 @@ async def _open_stream(target: Target) -> Opened:
     except BaseException:
         await items.aclose()
         raise
+
+
+def _shared_by(call: _Call, progress: CallProgress) -> Hashable:
+    """Return what identical calls have in common, or else they must not be one call.
+
+    Fallbacks are not among the targets of a call by a route: they depend on the route,
+    and their keys may be the call's.
+    """
+    return progress.route and (progress.route, call.api_key_id)
 
 
 def _describe(deployment: "Deployment") -> Capabilities:

@@ -6,13 +6,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dipeo_llm import LLMInfraService, RateLimitError, Route
+from dipeo_llm import LLMInfraService, RateLimitError, Route, Settings
 from dipeo_llm.deployments import DeploymentStates
 from tests.conftest import HELLO
 from tests.provider_server import Answer, ProviderServer, error
@@ -235,3 +235,99 @@ async def test_limits_are_shared(fleet: Fleet, redis_server: RedisServer) -> Non
         )
     assert sum(isinstance(result, RateLimitError) for result in results) == 7
     assert fleet.asked == [5, 0, 0]
+
+
+@pytest.mark.parametrize("kind", ["list", "bytes", "large"])
+async def test_foreign_values_are_passed_over(
+    fleet: Fleet,
+    redis_server: RedisServer,
+    kind: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """They cost no call, and what else is shared goes on to be."""
+    loaded = {
+        "main": Route(deployments=(at(0), at(1)), strategy="load"),
+        "other": route(at(2), at(1)),
+    }
+    async with fleet.open(loaded, state_url=redis_server.url) as service:
+        await call(service, session="s")
+        await asyncio.sleep(0.3)
+        with redis_server.client() as client:
+            (session,) = client.keys("dipeo_llm:session:*")
+            cools = [f"dipeo_llm:cool:{at(index).id}" for index in range(2)]
+            flights = [f"dipeo_llm:flight:{at(index).id}" for index in range(2)]
+            for name in (session, *cools, *flights):
+                client.delete(name)
+                if kind == "list":
+                    client.rpush(name, "x")
+                else:
+                    client.set(name, b"\xff\xfe" if kind == "bytes" else b"x" * 4**10)
+            client.set(f"dipeo_llm:cool:{at(2).id}", "RateLimitError 429", px=20_000)
+        for _ in range(8):
+            assert (await call(service, session="s")).text
+        assert (await service.complete(HELLO, "other")).tried == ["d1"]
+        assert not any(each.cooling for each in service.routes()["main"].deployments)
+    assert "shared routing" not in caplog.text
+
+
+async def test_a_cooldown_has_an_end(fleet: Fleet, redis_server: RedisServer) -> None:
+    """Whatever Redis or a provider says, it is a day at most, and its reason is short."""
+    fleet[0].reply(error("openai", 429, retry_delay=1e300))
+    routes = {"main": route(at(0), at(1), at(2))}
+    async with fleet.open(routes, state_url=redis_server.url) as service:
+        assert (await call(service)).tried == ["d0", "d1"]
+        with redis_server.client() as client:
+            await asyncio.sleep(0.3)
+            assert client.pttl(f"dipeo_llm:cool:{at(0).id}") <= 86_400_000
+            client.set(f"dipeo_llm:cool:{at(1).id}", b"\xff" * 99_999, ex=10**9)
+        assert (await call(service)).tried == ["d2"]
+        first, second, _ = service.routes()["main"].deployments
+    assert 0 < first.cooling <= 86_400
+    assert 80_000 < second.cooling <= 86_400
+    assert second.reason is not None
+    assert len(second.reason) <= 100
+
+
+async def test_redis_freezes_in_the_middle_of_a_stream(
+    fleet: Fleet, redis_server: RedisServer
+) -> None:
+    """The stream goes on, its call is released, and the service closes in time."""
+    fleet[0].default = Answer("word " * 20, pieces=20, chunk_delay=0.01)
+    loaded = {"main": route(at(0, rpm=100), strategy="load")}
+    url = f"{redis_server.url}?timeout=0.1"
+    async with fleet.open(loaded, state_url=url) as service:
+        async with service.stream(HELLO, "main") as stream:
+            await anext(stream)
+            redis_server.freeze()
+            result = await stream.result()
+        assert result.text
+        assert service.routes()["main"].deployments[0].in_flight == 0
+        begun = time.monotonic()
+        await service.aclose()
+        assert time.monotonic() - begun < 4
+        redis_server.thaw()
+
+
+async def test_a_call_of_a_loop_that_has_ended_is_forgotten_quietly(
+    fleet: Fleet, redis_server: RedisServer
+) -> None:
+    """Dropped later, in another loop or in none, it leaves its lease to end."""
+    shared = states(
+        service := LLMInfraService(
+            fleet.keys(),
+            settings=Settings(state_url=redis_server.url),
+            routes={"main": route(at(0), strategy="load")},
+        )
+    )
+
+    def begin_elsewhere() -> Callable[[], None]:
+        async def begin() -> Callable[[], None]:
+            return shared.begin(at(0).id, is_shared=True)
+
+        return asyncio.run(begin())
+
+    end = await asyncio.to_thread(begin_elsewhere)
+    end()
+    await asyncio.to_thread(await asyncio.to_thread(begin_elsewhere))
+    assert service.routes()["main"].deployments[0].in_flight == 0
+    await service.aclose()
