@@ -294,9 +294,11 @@ def processes(
         rows.append(
             f"| {WORK[name]} | {max(ratios):.2f} | {statistics.median(ratios):.2f} |"
             f" {statistics.median(used):.2f} | {statistics.median(cpus):.2f} |"
+            f" {(os.cpu_count() or 1) / statistics.median(cpus):.2f} |"
         )
     return table(
-        "| | best | median | cores that the processes got | CPU a call, of one's |",
+        "| | best | median | cores that the processes got | CPU a call, of one's |"
+        " by this CPU, on free cores |",
         *rows,
     )
 
