@@ -4,6 +4,7 @@ import asyncio
 import base64
 import gc
 import pickle
+import random
 import weakref
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -318,24 +319,36 @@ def no_collection() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("answers", [True, False])
-async def test_failed_deployments_keep_no_call_alive(
-    fleet: Fleet, answers: bool
+@pytest.mark.parametrize("way", [("main", None), (OPENAI, "openai-1")])
+@pytest.mark.parametrize("cache", [None, "memory://"])
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_a_call_that_has_ended_is_not_kept_alive(
+    fleet: Fleet,
+    answers: bool,
+    way: tuple[str, str | None],
+    cache: str | None,
+    is_stream: bool,
 ) -> None:
-    """Their errors' tracebacks hold the conversation; they go with the call."""
+    """Neither by the errors of deployments that failed, nor by what it knew itself."""
     fleet[0].default = error("openai", 503)
     if not answers:
         fleet[1].default = error("openai", 503)
     both = {"main": route(at(0), at(1), failures=99)}
 
     async def ask_once() -> "weakref.ref[Text]":
-        text = Text("Hello")
+        text = Text(f"Hello {random.random()}")
         try:
-            await service.complete([{"role": "user", "content": text}], "main")
+            messages = [{"role": "user", "content": text}]
+            if not is_stream:
+                await service.complete(messages, *way)
+            else:
+                async with service.stream(messages, *way) as stream:
+                    await stream.result()
         except ServiceUnavailableError:
             assert not answers
         return weakref.ref(text)
 
-    async with fleet.open(both, max_retries=1) as service:
+    async with fleet.open(both, cache=cache, max_retries=1) as service:
         await ask_once()
         with no_collection():
             text = await ask_once()
