@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import gc
+import json
 import pickle
 import random
 import weakref
@@ -33,6 +34,7 @@ from dipeo_llm import (
     StaticAPIKeys,
     dipeo,
 )
+from dipeo_llm.cli import main
 from dipeo_llm.routes import Strategy
 from dipeo_llm.testing import MockLLMAdapter
 from tests.conftest import HELLO, MODELS
@@ -477,6 +479,75 @@ async def test_dipeos_service_takes_routes(fleet: Fleet) -> None:
         plain = await service.complete(HELLO, "main", "openai-0", service_name="openai")
     assert plain.route is None
     assert [result.deployment for result in results] == ["d0", "d0"]
+
+
+async def test_the_batch_command_takes_a_route(
+    fleet: Fleet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """From the file of routes; a refused key of one deployment does not stop it."""
+    monkeypatch.chdir(tmp_path)
+    bases = [server.base_url("openai") for server in fleet.servers]
+    deployments = [
+        {"model": OPENAI, "name": f"d{index}", "base_url": base, "api_key_id": "openai"}
+        for index, base in enumerate(bases)
+    ]
+    routes = {"fast": {"deployments": deployments}}
+    (tmp_path / "routes.json").write_text(json.dumps({"routes": routes}), "utf-8")
+    rows = [{"prompt": f"{number}"} for number in range(12)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    monkeypatch.setenv("DIPEO_LLM_ROUTES", "routes.json")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-of-the-environment")
+    fleet[0].default = error("openai", 401)
+    command = ["batch", "in.jsonl", "out.jsonl", "--model", "fast"]
+    code = await asyncio.to_thread(main, command)
+    said = capsys.readouterr().err
+    assert (code, "12 answered, 0 failed, 0 left" in said) == (0, True), said
+    lines = (tmp_path / "out.jsonl").read_bytes().splitlines()
+    found = [json.loads(line) for line in lines]
+    assert {each["result"]["deployment"] for each in found} == {"d1", "d2"}
+
+
+def test_two_threads_share_a_service() -> None:
+    """Each with its event loop; the accounts are one, and end at 0."""
+    loaded = Route(
+        strategy="load",
+        deployments=(Deployment(model=OPENAI, api_key_id="k", rpm=1000),),
+    )
+    service = LLMInfraService(
+        StaticAPIKeys({}), settings=Settings(), routes={"main": loaded}
+    )
+
+    async def run() -> None:
+        async def ask(number: int) -> None:
+            async with asyncio.timeout(0.01 * number if number % 3 else None):
+                await (read(service) if number % 2 else call(service))
+
+        errors = await asyncio.gather(
+            *(ask(number) for number in range(60)), return_exceptions=True
+        )
+        assert {type(each) for each in errors} <= {type(None), TimeoutError}
+
+    async def serve() -> None:
+        async with ProviderServer() as server:
+            server.default = Answer(delay=0.02)
+            key = {
+                "key": "sk-test-x",
+                "service": "openai",
+                "base_url": server.base_url("openai"),
+            }
+            service.api_key_service = StaticAPIKeys({"k": key})
+            await call(service)
+            threads = [asyncio.to_thread(asyncio.run, run()) for _ in range(2)]
+            await asyncio.gather(*threads)
+            await service.aclose()
+
+    asyncio.run(serve())
+    (health,) = service.routes()["main"].deployments
+    assert (health.in_flight, health.failures) == (0, 0)
+    assert health.calls >= 41
 
 
 # Any routes, any failures.
