@@ -16,6 +16,9 @@ import pytest
 import stamina
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from dipeo_llm import (
     APIKeyError,
@@ -36,6 +39,7 @@ from dipeo_llm import (
 )
 from dipeo_llm.cli import main
 from dipeo_llm.routes import Strategy
+from dipeo_llm.telemetry import Telemetry
 from dipeo_llm.testing import MockLLMAdapter
 from tests.conftest import HELLO, MODELS
 from tests.provider_server import PNG, Answer, ProviderServer, Raw, error
@@ -301,6 +305,72 @@ async def test_closing_the_service_blames_nobody(fleet: Fleet) -> None:
     assert [(each.cooling, each.failures) for each in health] == [(0.0, 0), (0.0, 0)]
     assert [each.in_flight for each in health] == [0, 0]
     assert fleet.asked == [2, 0, 0]
+
+
+@pytest.mark.parametrize("cache", [None, "memory://"])
+@pytest.mark.parametrize("how", ["left", "dropped", "closed elsewhere", "cancelled"])
+async def test_streams_are_released_with_a_cache_too(
+    fleet: Fleet, cache: str | None, how: str
+) -> None:
+    """At once, or when the garbage collector finds them; nobody is blamed."""
+    fleet[0].default = Answer("word " * 30, pieces=30, chunk_delay=0.05)
+    loaded = {"main": route(at(0), strategy="load")}
+    async with fleet.open(loaded, cache=cache) as service:
+        stream = await service.stream(HELLO, "main").__aenter__()
+        await anext(stream)
+        assert in_flight(service) == [1]
+        if how == "left":
+            await stream.aclose()
+        elif how == "dropped":
+            del stream
+            gc.collect()
+            await asyncio.sleep(0.1)
+        else:
+            reading = asyncio.create_task(stream.result())
+            await asyncio.sleep(0.1)
+            if how == "cancelled":
+                reading.cancel()
+            else:
+                await asyncio.create_task(stream.aclose())
+            await asyncio.gather(reading, return_exceptions=True)
+            assert reading.cancelled() == (how == "cancelled")
+            await stream.aclose()
+        assert in_flight(service) == [0]
+        (health,) = service.routes()["main"].deployments
+        assert (health.failures, health.cooling) == (0, 0.0)
+    assert len(fleet.records) == 1
+
+
+async def test_the_span_of_a_failed_route_says_what_was_tried(fleet: Fleet) -> None:
+    """Also where the error is that of the first deployment."""
+    exporter, tracing = InMemorySpanExporter(), TracerProvider()
+    tracing.add_span_processor(SimpleSpanProcessor(exporter))
+    fleet[0].default = error("openai", 503)
+    fleet[1].default = error("openai", 401)
+    async with LLMInfraService(
+        fleet.keys(),
+        settings=Settings(),
+        routes={"main": route(at(0), at(1))},
+        telemetry=Telemetry(tracer_provider=tracing),
+    ) as service:
+        with pytest.raises(ServiceUnavailableError):
+            await call(service)
+    said = [dict(span.attributes or {}) for span in exporter.get_finished_spans()]
+    (whole,) = (each for each in said if "dipeo.route" in each)
+    assert whole["dipeo.tried"] == ("d0", "d1")
+    assert whole["error.type"] == "ServiceUnavailableError"
+    assert len(said) == 3
+
+
+async def test_a_hundred_deployments(fleet: Fleet) -> None:
+    """A call that finds 98 of them failing goes through them in little time."""
+    fleet[0].default = error("openai", 503)
+    bad = [at(0, f"openai/m{number}", name=f"m{number}") for number in range(98)]
+    many = {"main": route(*bad, at(1), at(2))}
+    async with fleet.open(many, max_retries=99) as service:
+        result = await call(service)
+    assert result.deployment == "d1"
+    assert result.attempts == len(result.tried) == 99
 
 
 class Text(str):
