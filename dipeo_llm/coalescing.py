@@ -107,6 +107,9 @@ class Flights:
             flight.leave(caller)
             if is_first:
                 caller.follow(flight.progress)
+            if not flight.ends:
+                # The error's traceback refers to the progress.
+                flight.progress.last = None
         if flight.task.cancelled():
             raise ServiceUnavailableError("the call that was shared was cancelled")
         if (error := flight.task.exception()) is not None:
@@ -194,6 +197,8 @@ class _SharedStream:
             await asyncio.wait([self._pulling])
         if self._source is not None:
             await self._source.aclose()
+        # Their tracebacks refer to this object.
+        self.progress.last = self._failure = None
 
     async def _pull(self) -> None:
         try:

@@ -239,6 +239,8 @@ class CallProgress:
         result, self._result = self._result, None
         failure = self._failure
         self._end_attempt(failure)
+        # Its request, and the traceback of the last failure, refer to this object.
+        self.target = self.last = None
         usage_so_far, self._usage_so_far = self._usage_so_far, None
         usage: TokenUsage | None = None
         if result is not None:

@@ -54,7 +54,7 @@ class Deployment(_Config):
     """Where calls go; wins over the key's record and the settings."""
     name: str = ""
     """What results and records call it; by default the model, the key's id and the host."""
-    weight: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    weight: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 1.0
     """Its share of the calls among equals; 1,000,000 at most."""
     rpm: _Count | None = None
     """Most requests in any minute; None sets no limit."""

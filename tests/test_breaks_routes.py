@@ -3,7 +3,9 @@
 import asyncio
 import base64
 import gc
+import json
 import pickle
+import random
 import weakref
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -14,6 +16,9 @@ import pytest
 import stamina
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from dipeo_llm import (
     APIKeyError,
@@ -32,7 +37,9 @@ from dipeo_llm import (
     StaticAPIKeys,
     dipeo,
 )
+from dipeo_llm.cli import main
 from dipeo_llm.routes import Strategy
+from dipeo_llm.telemetry import Telemetry
 from dipeo_llm.testing import MockLLMAdapter
 from tests.conftest import HELLO, MODELS
 from tests.provider_server import PNG, Answer, ProviderServer, Raw, error
@@ -300,6 +307,72 @@ async def test_closing_the_service_blames_nobody(fleet: Fleet) -> None:
     assert fleet.asked == [2, 0, 0]
 
 
+@pytest.mark.parametrize("cache", [None, "memory://"])
+@pytest.mark.parametrize("how", ["left", "dropped", "closed elsewhere", "cancelled"])
+async def test_streams_are_released_with_a_cache_too(
+    fleet: Fleet, cache: str | None, how: str
+) -> None:
+    """At once, or when the garbage collector finds them; nobody is blamed."""
+    fleet[0].default = Answer("word " * 30, pieces=30, chunk_delay=0.05)
+    loaded = {"main": route(at(0), strategy="load")}
+    async with fleet.open(loaded, cache=cache) as service:
+        stream = await service.stream(HELLO, "main").__aenter__()
+        await anext(stream)
+        assert in_flight(service) == [1]
+        if how == "left":
+            await stream.aclose()
+        elif how == "dropped":
+            del stream
+            gc.collect()
+            await asyncio.sleep(0.1)
+        else:
+            reading = asyncio.create_task(stream.result())
+            await asyncio.sleep(0.1)
+            if how == "cancelled":
+                reading.cancel()
+            else:
+                await asyncio.create_task(stream.aclose())
+            await asyncio.gather(reading, return_exceptions=True)
+            assert reading.cancelled() == (how == "cancelled")
+            await stream.aclose()
+        assert in_flight(service) == [0]
+        (health,) = service.routes()["main"].deployments
+        assert (health.failures, health.cooling) == (0, 0.0)
+    assert len(fleet.records) == 1
+
+
+async def test_the_span_of_a_failed_route_says_what_was_tried(fleet: Fleet) -> None:
+    """Also where the error is that of the first deployment."""
+    exporter, tracing = InMemorySpanExporter(), TracerProvider()
+    tracing.add_span_processor(SimpleSpanProcessor(exporter))
+    fleet[0].default = error("openai", 503)
+    fleet[1].default = error("openai", 401)
+    async with LLMInfraService(
+        fleet.keys(),
+        settings=Settings(),
+        routes={"main": route(at(0), at(1))},
+        telemetry=Telemetry(tracer_provider=tracing),
+    ) as service:
+        with pytest.raises(ServiceUnavailableError):
+            await call(service)
+    said = [dict(span.attributes or {}) for span in exporter.get_finished_spans()]
+    (whole,) = (each for each in said if "dipeo.route" in each)
+    assert whole["dipeo.tried"] == ("d0", "d1")
+    assert whole["error.type"] == "ServiceUnavailableError"
+    assert len(said) == 3
+
+
+async def test_a_hundred_deployments(fleet: Fleet) -> None:
+    """A call that finds 98 of them failing goes through them in little time."""
+    fleet[0].default = error("openai", 503)
+    bad = [at(0, f"openai/m{number}", name=f"m{number}") for number in range(98)]
+    many = {"main": route(*bad, at(1), at(2))}
+    async with fleet.open(many, max_retries=99) as service:
+        result = await call(service)
+    assert result.deployment == "d1"
+    assert result.attempts == len(result.tried) == 99
+
+
 class Text(str):
     """A text that a weak reference can watch."""
 
@@ -318,24 +391,36 @@ def no_collection() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("answers", [True, False])
-async def test_failed_deployments_keep_no_call_alive(
-    fleet: Fleet, answers: bool
+@pytest.mark.parametrize("way", [("main", None), (OPENAI, "openai-1")])
+@pytest.mark.parametrize("cache", [None, "memory://"])
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_a_call_that_has_ended_is_not_kept_alive(
+    fleet: Fleet,
+    answers: bool,
+    way: tuple[str, str | None],
+    cache: str | None,
+    is_stream: bool,
 ) -> None:
-    """Their errors' tracebacks hold the conversation; they go with the call."""
+    """Neither by the errors of deployments that failed, nor by what it knew itself."""
     fleet[0].default = error("openai", 503)
     if not answers:
         fleet[1].default = error("openai", 503)
     both = {"main": route(at(0), at(1), failures=99)}
 
     async def ask_once() -> "weakref.ref[Text]":
-        text = Text("Hello")
+        text = Text(f"Hello {random.random()}")
         try:
-            await service.complete([{"role": "user", "content": text}], "main")
+            messages = [{"role": "user", "content": text}]
+            if not is_stream:
+                await service.complete(messages, *way)
+            else:
+                async with service.stream(messages, *way) as stream:
+                    await stream.result()
         except ServiceUnavailableError:
             assert not answers
         return weakref.ref(text)
 
-    async with fleet.open(both, max_retries=1) as service:
+    async with fleet.open(both, cache=cache, max_retries=1) as service:
         await ask_once()
         with no_collection():
             text = await ask_once()
@@ -464,6 +549,75 @@ async def test_dipeos_service_takes_routes(fleet: Fleet) -> None:
         plain = await service.complete(HELLO, "main", "openai-0", service_name="openai")
     assert plain.route is None
     assert [result.deployment for result in results] == ["d0", "d0"]
+
+
+async def test_the_batch_command_takes_a_route(
+    fleet: Fleet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """From the file of routes; a refused key of one deployment does not stop it."""
+    monkeypatch.chdir(tmp_path)
+    bases = [server.base_url("openai") for server in fleet.servers]
+    deployments = [
+        {"model": OPENAI, "name": f"d{index}", "base_url": base, "api_key_id": "openai"}
+        for index, base in enumerate(bases)
+    ]
+    routes = {"fast": {"deployments": deployments}}
+    (tmp_path / "routes.json").write_text(json.dumps({"routes": routes}), "utf-8")
+    rows = [{"prompt": f"{number}"} for number in range(12)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    monkeypatch.setenv("DIPEO_LLM_ROUTES", "routes.json")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-of-the-environment")
+    fleet[0].default = error("openai", 401)
+    command = ["batch", "in.jsonl", "out.jsonl", "--model", "fast"]
+    code = await asyncio.to_thread(main, command)
+    said = capsys.readouterr().err
+    assert (code, "12 answered, 0 failed, 0 left" in said) == (0, True), said
+    lines = (tmp_path / "out.jsonl").read_bytes().splitlines()
+    found = [json.loads(line) for line in lines]
+    assert {each["result"]["deployment"] for each in found} == {"d1", "d2"}
+
+
+def test_two_threads_share_a_service() -> None:
+    """Each with its event loop; the accounts are one, and end at 0."""
+    loaded = Route(
+        strategy="load",
+        deployments=(Deployment(model=OPENAI, api_key_id="k", rpm=1000),),
+    )
+    service = LLMInfraService(
+        StaticAPIKeys({}), settings=Settings(), routes={"main": loaded}
+    )
+
+    async def run() -> None:
+        async def ask(number: int) -> None:
+            async with asyncio.timeout(0.01 * number if number % 3 else None):
+                await (read(service) if number % 2 else call(service))
+
+        errors = await asyncio.gather(
+            *(ask(number) for number in range(60)), return_exceptions=True
+        )
+        assert {type(each) for each in errors} <= {type(None), TimeoutError}
+
+    async def serve() -> None:
+        async with ProviderServer() as server:
+            server.default = Answer(delay=0.02)
+            key = {
+                "key": "sk-test-x",
+                "service": "openai",
+                "base_url": server.base_url("openai"),
+            }
+            service.api_key_service = StaticAPIKeys({"k": key})
+            await call(service)
+            threads = [asyncio.to_thread(asyncio.run, run()) for _ in range(2)]
+            await asyncio.gather(*threads)
+            await service.aclose()
+
+    asyncio.run(serve())
+    (health,) = service.routes()["main"].deployments
+    assert (health.in_flight, health.failures) == (0, 0)
+    assert health.calls >= 41
 
 
 # Any routes, any failures.

@@ -124,6 +124,18 @@ BROKEN = {
         "routes:\n  fast:\n    deployments:\n      - {model: a, weight: 0}\n",
         "yaml:4: .*weight=0 cannot be used: it must be greater than 0",
     ),
+    "a weight whose sum is infinite": (
+        "routes:\n  fast:\n    deployments:\n      - {model: a, weight: 1.0e+308}\n",
+        "yaml:4: .*weight=1e.308 cannot be used: it must be less than or equal to 1000000",
+    ),
+    "a weight that is no number": (
+        "routes:\n  fast:\n    deployments:\n      - {model: a, weight: .nan}\n",
+        "yaml:4: .*weight=nan cannot be used: it must be a finite number",
+    ),
+    "one deployment under two names": (
+        "routes:\n  fast:\n    deployments: [{model: a}, {model: a, name: b}]\n",
+        "yaml:2: .*'a' and 'b' are the same model with the same key",
+    ),
     "a limit that is a text": (
         "routes:\n  fast:\n    deployments:\n      - {model: a, rpm: '5'}\n",
         "yaml:4: .*rpm='5' cannot be used: it must be a valid integer",

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -331,3 +332,21 @@ async def test_a_call_of_a_loop_that_has_ended_is_forgotten_quietly(
     await asyncio.to_thread(await asyncio.to_thread(begin_elsewhere))
     assert service.routes()["main"].deployments[0].in_flight == 0
     await service.aclose()
+
+
+async def test_processes_do_not_queue_for_a_fallbacks_answer(
+    fleet: Fleet, redis_server: RedisServer
+) -> None:
+    """It is not stored where they look, so none waits for another one's."""
+    fleet[0].default = error("openai", 401)
+    fleet[1].default = Answer(delay=0.5)
+    routes = {"main": route(at(0), fallbacks=("spare",)), "spare": route(at(1))}
+    async with AsyncExitStack() as stack:
+        services = [
+            await stack.enter_async_context(fleet.open(routes, redis_server.url))
+            for _ in range(6)
+        ]
+        begun = time.monotonic()
+        results = await asyncio.gather(*(call(service) for service in services))
+        assert time.monotonic() - begun < 2.5
+    assert {result.deployment for result in results} == {"d1"}
