@@ -279,7 +279,8 @@ def _numbers(record: CallRecord) -> str:
         }
         notes = [f"{n:,} {what}" for what, n in extra.items() if n]
         parts.append(
-            f"{_count(usage.input, 'token')} in, {usage.output:,} out"
+            f"{_count(usage.input, 'token')} in, "
+            + ("output unknown" if record.is_usage_partial else f"{usage.output:,} out")
             + f" ({', '.join(notes)})" * bool(notes)
         )
     else:
@@ -292,6 +293,8 @@ def _numbers(record: CallRecord) -> str:
         parts.append(f"first chunk after {_seconds(record.first_chunk)}")
     if record.queued:
         parts.append(f"{_seconds(record.queued)} in the queue")
+    if record.deployment and len(record.attempts) == 1:
+        parts.append(f"at {_text(record.deployment)}")
     parts.append(_count(record.requests, "request"))
     numbers = "".join(f"<li>{part}</li>" for part in parts if part)
     retried = ""
@@ -305,12 +308,9 @@ def _attempts(record: CallRecord) -> Iterator[str]:
     """Describe each attempt, and the wait after it."""
     for attempt in record.attempts:
         outcome = _failure(attempt) if attempt.error else "ok"
-        wait = (
-            f", then waited {_seconds(attempt.wait)}"
-            if attempt.wait is not None
-            else ""
-        )
-        yield f"{outcome} after {_seconds(attempt.duration)}{wait}"
+        wait = f", then waited {_seconds(attempt.wait)}" if attempt.wait else ""
+        where = f" at {_text(attempt.deployment)}" if attempt.deployment else ""
+        yield f"{outcome}{where} after {_seconds(attempt.duration)}{wait}"
 
 
 # --- the time line ------------------------------------------------------------------
@@ -385,7 +385,7 @@ def _bar(record: CallRecord, longest: float, ticks: Sequence[float]) -> str:
             first = _length(record.first_chunk)
             if record.first_chunk is not None and first < end:
                 parts.append(_rect("stream", first, end - first, longest))
-        if attempt.wait is not None:
+        if attempt.wait:
             parts.append(_rect("wait", end, _length(attempt.wait), longest))
     grid = "".join(
         f'<line x1="{_percent(t, longest)}" x2="{_percent(t, longest)}" y2="100%"/>'

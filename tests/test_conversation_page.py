@@ -210,6 +210,31 @@ def test_the_bars_of_all_calls_have_one_scale() -> None:
     )
 
 
+def test_the_deployments_of_a_route_are_named() -> None:
+    """Each attempt says where it went; a move to another deployment is not a wait."""
+    moved = replace(
+        OK,
+        route="fast",
+        deployment="b",
+        attempts=(
+            AttemptRecord(
+                start=0, duration=1.0, error="APIKeyError", wait=0.0, deployment="a"
+            ),
+            AttemptRecord(start=1.0, duration=1.0, deployment="b"),
+        ),
+    )
+    straight = replace(OK, attempts=(replace(moved.attempts[1], deployment="<b>"),))
+    straight = replace(straight, deployment="<b>", is_usage_partial=True)
+    page = page_of(Turn("a", "x", moved), Turn("a", "y", straight))
+    said = page.root.text
+    assert "APIKeyError at a after 1.00 s" in said
+    assert "ok at b after 1.00 s" in said
+    assert "at <b>" in said
+    assert "output unknown" in said
+    assert "waited" not in said
+    assert "wait" not in [r.attributes["class"] for r in page.bars[0].all("rect")]
+
+
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_a_text_is_a_text_wherever_it_stands(hostile: str) -> None:
     """No tag, no attribute and no reversed line comes out of a text."""
@@ -219,7 +244,13 @@ def test_a_text_is_a_text_wherever_it_stands(hostile: str) -> None:
         service=hostile,
         response_model=hostile,
         finish_reason=hostile,
-        attempts=(AttemptRecord(start=0, duration=1, error=hostile, wait=1.0),) * 2,
+        deployment=hostile,
+        attempts=(
+            AttemptRecord(
+                start=0, duration=1, error=hostile, wait=1.0, deployment=hostile
+            ),
+        )
+        * 2,
     )
     failed = replace(record, status="error", error=hostile)
 
