@@ -637,13 +637,18 @@ def any_routes(draw: st.DrawFn) -> dict[str, Route]:
     """Draw one to three routes over three servers, which may lead to each other."""
     names = ["main", "a", "b"][: draw(st.integers(1, 3))]
 
+    def draw_deployment(index: int) -> Deployment:
+        if draw(st.integers(0, 5)) == 0:
+            return at(index, name=f"x{index}", api_key_id=f"nobody's-{index}")
+        return at(index, rpm=draw(st.sampled_from([None, None, 1, 2])))
+
     def draw_route(name: str) -> Route:
         places = st.lists(st.integers(0, 2), min_size=1, max_size=3, unique=True)
         others = st.lists(st.sampled_from(names), max_size=2).map(
             lambda found: tuple(other for other in found if other != name)
         )
         return Route(
-            deployments=tuple(at(index) for index in draw(places)),
+            deployments=tuple(draw_deployment(index) for index in draw(places)),
             strategy=draw(st.sampled_from(get_args(Strategy))),
             fallbacks=draw(others),
             context_window_fallbacks=draw(others),
@@ -698,6 +703,8 @@ def test_what_holds_for_any_routes(
             return
         by_server = [record.tried.count(f"d{index}") for index in range(3)]
         assert by_server == sent
+        begun = [each.deployment for each in record.attempts]
+        assert begun == [each for each in record.tried if each[0] == "d"]
         assert outcome.attempts == record.requests == sum(sent)
         if isinstance(outcome, ChatResult) and not outcome.cached:
             assert outcome.deployment == outcome.tried[-1]
