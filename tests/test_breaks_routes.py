@@ -28,6 +28,7 @@ from dipeo_llm import (
     Deployment,
     InvalidRequestError,
     LLMInfraService,
+    LLMTimeoutError,
     Message,
     PersonLLMConfig,
     RateLimitError,
@@ -494,6 +495,28 @@ async def test_the_applications_own_key_error_leads_on(
         service.api_key_service = Keys()
         result = await call(service)
         assert (result.tried, result.attempts) == (["d0", "d1"], 1)
+
+
+@pytest.mark.parametrize("how", ["slow", "broken"])
+async def test_a_key_port_that_fails_uses_no_limit_up(fleet: Fleet, how: str) -> None:
+    """What was not sent is given back; the port's own error reaches the caller."""
+
+    class Keys:
+        async def get_api_key(self, api_key_id: str) -> Any:
+            if how == "broken":
+                raise OSError("the database is down")
+            await asyncio.sleep(9)
+
+    async with fleet.open({"main": route(at(0, rpm=1))}) as service:
+        service.api_key_service = Keys()
+        for ask in (call, read):
+            with pytest.raises((OSError, LLMTimeoutError)):
+                await ask(service, deadline=0.1)
+        (health,) = service.routes()["main"].deployments
+        assert (health.requests_per_minute, health.tokens_per_minute) == (0, 0)
+        assert (health.in_flight, health.cooling) == (0, 0.0)
+        service.api_key_service = fleet.keys()
+        assert (await call(service)).deployment == "d0"
 
 
 async def test_pictures_are_loaded_once_for_a_provider(
