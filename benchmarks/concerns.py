@@ -1,4 +1,4 @@
-"""Measure what each concern around a call costs: telemetry, hook, ledger, cache, processes.
+"""Measure what each concern around a call costs: telemetry, routing, cache, and so on.
 
 `python -m benchmarks.concerns` takes about five minutes and writes its tables into
 docs/performance.md; `--quick` takes one on an idle machine and only prints. Parts of a call are so
@@ -29,12 +29,13 @@ from benchmarks.report import machine
 
 BEGIN, END = "<!-- concerns: begin -->", "<!-- concerns: end -->"
 PACKAGE = run.ROOT / "dipeo_llm"
+MODEL = "gpt-4o-mini"
 ASKED = [{"role": "user", "content": "Say hello."}]
 CHUNKS = 50
 CONCERNS = {
     "response cache": ("cache.py", "cache_url.py", "redis_clients.py"),
     "identical calls in flight": ("coalescing.py",),
-    "routing": ("routing.py", "routes.py"),
+    "routing": ("routing.py", "routes.py", "deployments.py", "cli/routes.py"),
     "limits": ("limits.py",),
     "batch, with its command": ("batch.py", "cli/batch.py"),
     "record, ledger, call log, hook": (
@@ -58,7 +59,7 @@ def table(head: str, *rows: str) -> str:
 
 
 async def per_call(rounds: int) -> str:
-    """Compare calls of services that differ in one concern."""
+    """Compare calls of services that differ in one concern. A route needs LiteLLM."""
     with contextlib.ExitStack() as stack:
         services = _services(stack)
         least = await _compare(services, rounds)
@@ -91,9 +92,22 @@ def _services(stack: contextlib.ExitStack) -> dict[str, Any]:
         SpanExportResult,
     )
 
-    from dipeo_llm import LLMInfraService, Settings, StaticAPIKeys
+    from dipeo_llm import Deployment, LLMInfraService, Route, Settings, StaticAPIKeys
     from dipeo_llm.telemetry import Telemetry
     from dipeo_llm.testing import MockLLMAdapter, Reply
+
+    def route(strategy: Any, **limits: int) -> dict[str, Any]:
+        """Name the model a route over three deployments."""
+        deployments = tuple(
+            Deployment(
+                model=f"openai/{MODEL}", api_key_id="key", name=name, base_url=url
+            )
+            for name, url in (("a", "http://127.0.0.1:1"), ("b", "http://127.0.0.1:2"))
+        )
+        limited = Deployment(
+            model=f"openai/{MODEL}", api_key_id="key", name="c", **limits
+        )
+        return {MODEL: Route(deployments=(*deployments, limited), strategy=strategy)}
 
     class Nowhere(SpanExporter):
         def export(self, spans: Any) -> SpanExportResult:
@@ -111,6 +125,12 @@ def _services(stack: contextlib.ExitStack) -> dict[str, Any]:
         "telemetry, API without an SDK": {"telemetry": Telemetry()},
         "telemetry, SDK": {
             "telemetry": Telemetry(tracer_provider=tracing, meter_provider=metering)
+        },
+        "a route of three, shuffle": {"routes": route("shuffle")},
+        "a route of three, load": {"routes": route("load")},
+        "a route of three, cost": {"routes": route("cost")},
+        "a route of three, usage, with limits": {
+            "routes": route("usage", rpm=10**9, tpm=10**12)
         },
     }
     reply = Reply(text="word " * CHUNKS, pieces=["word "] * CHUNKS)
@@ -131,10 +151,10 @@ async def _compare(
     """Return the least CPU in µs of a call (0) and of a stream (1) of each service."""
 
     async def call(service: Any) -> None:
-        await service.complete(ASKED, "gpt-4o-mini", "key")
+        await service.complete(ASKED, MODEL, "key")
 
     async def stream(service: Any) -> None:
-        async with service.stream(ASKED, "gpt-4o-mini", "key") as chunks:
+        async with service.stream(ASKED, MODEL, "key") as chunks:
             async for _ in chunks:
                 pass
 
@@ -274,9 +294,11 @@ def processes(
         rows.append(
             f"| {WORK[name]} | {max(ratios):.2f} | {statistics.median(ratios):.2f} |"
             f" {statistics.median(used):.2f} | {statistics.median(cpus):.2f} |"
+            f" {(os.cpu_count() or 1) / statistics.median(cpus):.2f} |"
         )
     return table(
-        "| | best | median | cores that the processes got | CPU a call, of one's |",
+        "| | best | median | cores that the processes got | CPU a call, of one's |"
+        " by this CPU, on free cores |",
         *rows,
     )
 
@@ -369,7 +391,7 @@ def measure(*, quick: bool) -> str:
     return "\n\n".join(
         (
             about,
-            "### Telemetry, hook and ledger\n\n" + calls,
+            "### Telemetry, hook, ledger, routes\n\n" + calls,
             "### A hit in the cache\n\n" + hit,
             f"### {MANY} processes, of the calls a second of one\n\n" + many,
             "### Lines of code\n\n" + lines_of_concerns(),

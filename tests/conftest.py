@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import trustme
 
@@ -22,6 +23,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts background jobs so, and the processes of the tests would inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+# Every run tries the same examples: what a new one would find belongs to the change that
+# broke it. `--hypothesis-profile=default` tries others.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile("same")
 
 PROVIDERS = ("openai", "anthropic", "google", "ollama")
 MODELS = {

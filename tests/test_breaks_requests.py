@@ -591,3 +591,23 @@ async def test_a_moved_check_for_responses_leaves_calls_working(
         assert result.text
 
     assert len([r for r in caplog.records if "Responses" in r.message]) == 1
+
+
+@each
+@pytest.mark.parametrize("value", [Ellipsis, {1, 2}, b"x", float("nan")], ids=repr)
+async def test_arguments_that_cannot_be_json_are_refused(
+    service: LLMInfraService, server: ProviderServer, provider: str, value: Any
+) -> None:
+    """The message says which call; nothing is sent."""
+    messages = [
+        *HELLO,
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [call("f", {"a": value}, id="c")],
+        },
+        {"role": "tool", "tool_call_id": "c", "content": "1"},
+    ]
+    with pytest.raises(InvalidRequestError, match="message 1 calls 'f' with arguments"):
+        await service.complete(messages, MODELS[provider], provider)
+    assert server.requests == []

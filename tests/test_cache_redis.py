@@ -528,18 +528,15 @@ async def test_a_cache_that_cannot_be_read_under_the_lock(
 
 
 async def test_a_waiter_ends_at_its_own_deadline(
-    server: ProviderServer, redis_server: RedisServer
+    cached: LLMInfraService, server: ProviderServer, redis_server: RedisServer
 ) -> None:
     """The wait for another process is part of the call's deadline."""
     from dipeo_llm import LLMTimeoutError
 
     server.default = Answer(delay=1.0)
-    async with (
-        open_cached(server, redis_server.url) as one,
-        open_cached(server, redis_server.url) as other,
-    ):
-        first = asyncio.create_task(ask(one))
-        await in_flight(server)
+    first = asyncio.create_task(ask(cached))
+    await in_flight(server)
+    async with open_cached(server, redis_server.url) as other:
         begun = time.monotonic()
         with pytest.raises(LLMTimeoutError):
             await ask(other, deadline=0.2)
@@ -550,16 +547,13 @@ async def test_a_waiter_ends_at_its_own_deadline(
 
 
 async def test_a_cancelled_holder_hands_over(
-    server: ProviderServer, redis_server: RedisServer
+    cached: LLMInfraService, server: ProviderServer, redis_server: RedisServer
 ) -> None:
     """The lock of a call that is cancelled is free at once."""
     server.default = Answer(delay=0.5)
-    async with (
-        open_cached(server, redis_server.url) as one,
-        open_cached(server, redis_server.url) as other,
-    ):
-        first = asyncio.create_task(ask(one))
-        await in_flight(server)
+    first = asyncio.create_task(ask(cached))
+    await in_flight(server)
+    async with open_cached(server, redis_server.url) as other:
         second = asyncio.create_task(ask(other))
         await asyncio.sleep(0.1)
         begun = time.monotonic()

@@ -218,3 +218,29 @@ def test_every_query_of_the_board_has_an_answer(names: Names, tmp_path: Path) ->
             thread.join()
 
     assert missing == []
+
+
+def test_grafanas_own_sdk_reads_the_whole_board() -> None:
+    """A field with a wrong name or in a wrong place would be lost on the way."""
+    models = pytest.importorskip("grafana_foundation_sdk.models.dashboard")
+    from grafana_foundation_sdk.cog.encoder import JSONEncoder
+    from grafana_foundation_sdk.cog.plugins import register_default_plugins
+
+    register_default_plugins()
+    board = json.loads(BOARD.read_text("utf-8"))
+
+    read = json.loads(JSONEncoder().encode(models.Dashboard.from_json(board)))
+
+    assert list(lost("board", board, read)) == []
+
+
+def lost(at: str, given: Any, read: Any) -> Iterator[str]:
+    """Yield the places of what was given and is not there; more may be there."""
+    if isinstance(given, dict):
+        for name, value in given.items():
+            yield from lost(f"{at}.{name}", value, read.get(name))
+    elif isinstance(given, list) and len(given) == len(read):
+        for index, (one, other) in enumerate(zip(given, read, strict=True)):
+            yield from lost(f"{at}[{index}]", one, other)
+    elif given != read:
+        yield at

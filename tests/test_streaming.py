@@ -407,9 +407,9 @@ async def test_a_slow_stream_is_no_silent_one(
     server: ProviderServer, service: LLMInfraService, provider: str
 ) -> None:
     """Neither limit counts against a stream that takes long but goes on."""
-    server.default = Answer("abcdefghij", pieces=10, chunk_delay=0.06)
+    server.default = Answer("abcdefghij", pieces=10, chunk_delay=0.15)
 
-    _, result = await read(hello(service, provider, timeout=0.4, idle_timeout=0.4))
+    _, result = await read(hello(service, provider, timeout=1.2, idle_timeout=1.2))
 
     assert result.text == "abcdefghij"
 

@@ -141,7 +141,7 @@ def _complete_call(
     function = call["function"]
     arguments = function.get("arguments")
     if isinstance(arguments, dict):
-        function["arguments"] = json.dumps(arguments, ensure_ascii=False)
+        function["arguments"] = _to_json(number, function["name"], arguments)
     elif arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         # vLLM fails at an empty text, Gemini gets invented arguments for it, Ollama's
         # translation raises.
@@ -151,6 +151,15 @@ def _complete_call(
             f"message {number} calls {function['name']!r} with arguments that are not a"
             " JSON object; leave the call out, or complete them"
         )
+
+
+def _to_json(number: int, name: str, arguments: JSONObject) -> str:
+    try:
+        return json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise InvalidRequestError(
+            f"message {number} calls {name!r} with arguments that cannot be JSON: {exc}"
+        ) from None
 
 
 def _complete_result(

@@ -56,8 +56,8 @@ A schema file holds a JSON schema, such as
 
 In a conversation each line is a question; /quit or Ctrl-D ends it, and Ctrl-C stops an
 answer. A question that fails is forgotten; the printed part of a stopped answer is
-kept. --conversation reads FILE, if it exists, and saves the conversation to it after each
-answer, with the model and the system prompt.
+kept. --conversation reads FILE, if it exists, and saves the conversation to it after
+each answer, with the model and the system prompt.
 
 Inside a shell loop that reads stdin, add "< /dev/null", or chat reads the rest of it.
 A broken stream is printed as far as it came, and the exit code is 1. On a terminal,

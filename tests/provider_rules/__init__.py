@@ -1,6 +1,6 @@
 """Say whether a real provider would accept a request, by its own documentation.
 
-One module a provider, each with `violations(method, path, headers, body)`. They are the
+One module a provider, each with `complaints(method, path, headers, body)`. They are the
 oracle of the tests: written from the providers' pages, which each rule names with a
 date, and importing neither this package nor LiteLLM. A rule for a series of models is
 a regular expression or a row of a table; a model that no row names gets the general
@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from tests.provider_rules import anthropic, gemini, ollama, openai, openai_responses
+from tests.provider_rules.schemas import lost, refused
 
 _BY_NAME = {
     "anthropic": anthropic,
@@ -50,8 +51,7 @@ def violations_of(
     Raises:
         KeyError: No rules are written for the provider.
     """
-    found: list[str] = _rules(provider, path).violations(method, path, headers, body)
-    return found
+    return refused(_rules(provider, path).complaints(method, path, headers, body))
 
 
 def losses_of(
@@ -67,5 +67,4 @@ def losses_of(
     succeeds, and does not have the effect that the caller asked for. Arguments, form
     and errors are those of `violations_of`.
     """
-    found: list[str] = _rules(provider, path).losses(method, path, headers, body)
-    return found
+    return lost(_rules(provider, path).complaints(method, path, headers, body))

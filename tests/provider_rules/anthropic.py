@@ -25,13 +25,11 @@ from tests.provider_rules.schemas import (
     head,
     integer,
     known_fields,
-    lost,
     number,
     obj,
     one_of,
     recursive,
     references,
-    refused,
     string,
     subschemas,
     table_row,
@@ -173,21 +171,10 @@ FIELDS: dict[str, Check] = {
 }
 
 
-def violations(
-    method: str, path: str, headers: Mapping[str, str], body: Json
-) -> list[str]:
-    """Return what Anthropic would refuse; see `violations_of`."""
-    return refused(_violations(method, path, headers, body))
-
-
-def losses(method: str, path: str, headers: Mapping[str, str], body: Json) -> list[str]:
-    """Return what the provider would accept and pass over; see `losses_of`."""
-    return lost(_violations(method, path, headers, body))
-
-
-def _violations(
+def complaints(
     method: str, path: str, headers: Mapping[str, str], body: Json
 ) -> Iterator[str]:
+    """Yield what Anthropic would refuse, and as `Lost` what it would pass over."""
     lower = {name.lower(): value for name, value in headers.items()}
     yield from head(method, path, headers, "x-api-key")
     if not lower.get("anthropic-version"):

@@ -24,12 +24,10 @@ from tests.provider_rules.schemas import (
     head,
     integer,
     known_fields,
-    lost,
     number,
     obj,
     one_of,
     references,
-    refused,
     string,
     strings,
     subschemas,
@@ -119,21 +117,10 @@ def version(model: str) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2] or 0)) if found else None
 
 
-def violations(
-    method: str, path: str, headers: Mapping[str, str], body: Json
-) -> list[str]:
-    """Return what Google would refuse; see `violations_of`."""
-    return refused(_violations(method, path, headers, body))
-
-
-def losses(method: str, path: str, headers: Mapping[str, str], body: Json) -> list[str]:
-    """Return what the provider would accept and pass over; see `losses_of`."""
-    return lost(_violations(method, path, headers, body))
-
-
-def _violations(
+def complaints(
     method: str, path: str, headers: Mapping[str, str], body: Json
 ) -> Iterator[str]:
+    """Yield what Google would refuse, and as `Lost` what it would pass over."""
     yield from head(method, path, headers, "x-goog-api-key")
     found = _ROUTE.fullmatch(path.partition("?")[0])
     if found is None:

@@ -23,11 +23,9 @@ from tests.provider_rules.schemas import (
     head,
     integer,
     known_fields,
-    lost,
     number,
     obj,
     references,
-    refused,
     string,
     strings,
     subschemas,
@@ -99,21 +97,10 @@ _THINKS_NOT = re.compile(
 )
 
 
-def violations(
-    method: str, path: str, headers: Mapping[str, str], body: Json
-) -> list[str]:
-    """Return what Ollama would refuse or pass over; see `violations_of`."""
-    return refused(_violations(method, path, headers, body))
-
-
-def losses(method: str, path: str, headers: Mapping[str, str], body: Json) -> list[str]:
-    """Return what the provider would accept and pass over; see `losses_of`."""
-    return lost(_violations(method, path, headers, body))
-
-
-def _violations(
+def complaints(
     method: str, path: str, headers: Mapping[str, str], body: Json
 ) -> Iterator[str]:
+    """Yield what Ollama would refuse, and as `Lost` what it would pass over."""
     yield from head(method, path, headers, None)
     if path.partition("?")[0] != "/api/chat":
         yield f"path: {path!r} is not /api/chat"

@@ -19,12 +19,10 @@ from tests.provider_rules.schemas import (
     head,
     integer,
     known_fields,
-    lost,
     number,
     obj,
     one_of,
     parse_object,
-    refused,
     string,
     texts,
 )
@@ -75,21 +73,10 @@ _TEXT: dict[str, Check] = {
 }
 
 
-def violations(
-    method: str, path: str, headers: Mapping[str, str], body: Json
-) -> list[str]:
-    """Return what OpenAI would refuse of a response; see `violations_of`."""
-    return refused(_violations(method, path, headers, body))
-
-
-def losses(method: str, path: str, headers: Mapping[str, str], body: Json) -> list[str]:
-    """Return what the provider would accept and pass over; see `losses_of`."""
-    return lost(_violations(method, path, headers, body))
-
-
-def _violations(
+def complaints(
     method: str, path: str, headers: Mapping[str, str], body: Json
 ) -> Iterator[str]:
+    """Yield what OpenAI would refuse of a response, and as `Lost` what it would pass over."""
     yield from head(method, path, headers, "authorization")
     if not path.partition("?")[0].endswith("/responses"):
         yield f"path: {path!r} is not /responses"
