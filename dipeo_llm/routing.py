@@ -540,6 +540,11 @@ class Choices:
 
     # What a turn asks for.
 
+    @property
+    def attempts(self) -> int:
+        """The attempts of the call so far."""
+        return self._progress.attempts
+
     def start(self, deployment: Deployment) -> Callable[[], None]:
         """Count a call in flight, and note the deployment as tried."""
         self._progress.deployment = deployment.label
@@ -600,6 +605,7 @@ class Turn:
         self._choices = choices
         self._reservation = reservation
         self._begun = time.monotonic()
+        self._attempts = choices.attempts
         self._is_over = False
         self._is_held = False
         self._end_flight = choices.start(deployment)
@@ -669,7 +675,7 @@ class Turn:
         if result is not None:
             usage = result.token_usage
             self._reservation.settle(usage.total if usage else None)
-        elif error is not None and _was_not_sent(error):
+        elif self._choices.attempts == self._attempts or _was_not_sent(error):
             self._reservation.refund()
         else:
             # A refused request has used no tokens; those of a cancelled one are unknown.
@@ -702,8 +708,8 @@ def _never_answered(error: CallError) -> bool:
     return isinstance(error, ServiceUnavailableError) and error.status_code is None
 
 
-def _was_not_sent(error: BaseException) -> bool:
-    """Say whether a failure came before the request."""
+def _was_not_sent(error: BaseException | None) -> bool:
+    """Say whether a failure in an attempt came before its request."""
     is_ours = isinstance(error, InvalidRequestError | APIKeyError)
     return is_ours and getattr(error, "status_code", None) is None
 

@@ -790,8 +790,8 @@ class LLMInfraService:
                     targets.append(await self._find_target(call, progress, deployment))
             if not targets and call.request.cache == "only":
                 raise CacheMissError(
-                    'no deployment of the route has a key, and cache="only" sends'
-                    " nothing",
+                    f"no deployment of route {name!r} can be called, so the cache was"
+                    ' not asked; cache="only" sends nothing',
                     model=name,
                 )
         return targets, partial(self._send_by_route, routing, name, call, attempt)

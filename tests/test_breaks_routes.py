@@ -28,6 +28,7 @@ from dipeo_llm import (
     Deployment,
     InvalidRequestError,
     LLMInfraService,
+    LLMTimeoutError,
     Message,
     PersonLLMConfig,
     RateLimitError,
@@ -496,6 +497,28 @@ async def test_the_applications_own_key_error_leads_on(
         assert (result.tried, result.attempts) == (["d0", "d1"], 1)
 
 
+@pytest.mark.parametrize("how", ["slow", "broken"])
+async def test_a_key_port_that_fails_uses_no_limit_up(fleet: Fleet, how: str) -> None:
+    """What was not sent is given back; the port's own error reaches the caller."""
+
+    class Keys:
+        async def get_api_key(self, api_key_id: str) -> Any:
+            if how == "broken":
+                raise OSError("the database is down")
+            await asyncio.sleep(9)
+
+    async with fleet.open({"main": route(at(0, rpm=1))}) as service:
+        service.api_key_service = Keys()
+        for ask in (call, read):
+            with pytest.raises((OSError, LLMTimeoutError)):
+                await ask(service, deadline=0.1)
+        (health,) = service.routes()["main"].deployments
+        assert (health.requests_per_minute, health.tokens_per_minute) == (0, 0)
+        assert (health.in_flight, health.cooling) == (0, 0.0)
+        service.api_key_service = fleet.keys()
+        assert (await call(service)).deployment == "d0"
+
+
 async def test_pictures_are_loaded_once_for_a_provider(
     fleet: Fleet, tmp_path: Path
 ) -> None:
@@ -637,13 +660,18 @@ def any_routes(draw: st.DrawFn) -> dict[str, Route]:
     """Draw one to three routes over three servers, which may lead to each other."""
     names = ["main", "a", "b"][: draw(st.integers(1, 3))]
 
+    def draw_deployment(index: int) -> Deployment:
+        if draw(st.integers(0, 5)) == 0:
+            return at(index, name=f"x{index}", api_key_id=f"nobody's-{index}")
+        return at(index, rpm=draw(st.sampled_from([None, None, 1, 2])))
+
     def draw_route(name: str) -> Route:
         places = st.lists(st.integers(0, 2), min_size=1, max_size=3, unique=True)
         others = st.lists(st.sampled_from(names), max_size=2).map(
             lambda found: tuple(other for other in found if other != name)
         )
         return Route(
-            deployments=tuple(at(index) for index in draw(places)),
+            deployments=tuple(draw_deployment(index) for index in draw(places)),
             strategy=draw(st.sampled_from(get_args(Strategy))),
             fallbacks=draw(others),
             context_window_fallbacks=draw(others),
@@ -698,6 +726,8 @@ def test_what_holds_for_any_routes(
             return
         by_server = [record.tried.count(f"d{index}") for index in range(3)]
         assert by_server == sent
+        begun = [each.deployment for each in record.attempts]
+        assert begun == [each for each in record.tried if each[0] == "d"]
         assert outcome.attempts == record.requests == sum(sent)
         if isinstance(outcome, ChatResult) and not outcome.cached:
             assert outcome.deployment == outcome.tried[-1]
