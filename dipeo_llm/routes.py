@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -30,6 +31,8 @@ from dipeo_llm.settings import http_url
 Strategy = Literal["shuffle", "cost", "load", "latency", "usage"]
 
 _LARGEST_FILE = 1024 * 1024
+_MOST_LINES = 100_000
+"""Values of a file whose lines an error can name."""
 
 _Name = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^\S(.*\S)?$")]
 _Count = Annotated[int, Field(strict=True, ge=1)]
@@ -184,7 +187,9 @@ def _read_file(path: Path) -> Routes:
         else:
             value = yaml.safe_load(text)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        lines = dict(_find_lines(node, ())) if node is not None else {}
+        found = _find_lines(node, ()) if node is not None else ()
+        # Aliases of aliases may stand for any number of values.
+        lines = dict(islice(found, _MOST_LINES))
     except json.JSONDecodeError as exc:
         raise SettingsError(f"{path}:{exc.lineno}: {exc.msg}") from None
     except yaml.YAMLError as exc:

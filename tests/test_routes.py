@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,18 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     huge.write_text("#" * (1024 * 1024 + 1))
     with pytest.raises(SettingsError, match="larger than 1 MiB"):
         Routes.read(huge)
+
+
+def test_aliases_of_aliases_end(tmp_path: Path) -> None:
+    """A small file that stands for 10^12 values is refused soon."""
+    layers = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    for number in range(1, 12):
+        inner = ", ".join([f"*a{number - 1}"] * 10)
+        layers.append(f"a{number}: &a{number} [{inner}]")
+    begun = time.process_time()
+    with pytest.raises(SettingsError, match="routes is missing"):
+        Routes.read(write(tmp_path, "\n".join(layers)))
+    assert time.process_time() - begun < 20
 
 
 def test_a_password_is_not_shown(tmp_path: Path) -> None:
