@@ -82,6 +82,7 @@ class RetryPolicy:
         """Return the wait where the provider asks for none: doubled each time."""
         first, longest = self._settings.retry_wait, self._settings.retry_wait_max
         # 2 ** 64 times any wait is longer than any limit, and is still a float.
-        grown = first * 2.0 ** min(self._progress.attempts - 1, 64)
+        before = max(self._progress.attempts - 1, 0)
+        grown = first * 2.0 ** min(before, 64)
         jitter = random.uniform(0, first)  # noqa: S311 - nothing is secret about it
         return min(longest, grown + jitter)
