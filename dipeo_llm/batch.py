@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Self
 
-from dipeo_llm.domain import ChatResult, TokenUsage
+from dipeo_llm.domain import LEFT_OUT, ChatResult, TokenUsage
 from dipeo_llm.errors import APIKeyError, QuotaExceededError
 
 if TYPE_CHECKING:
@@ -231,7 +231,8 @@ class Batch:
         """Give equal requests numbers, so that the cache makes each an answer."""
         if self._service.cache is None or "sample" in row:
             return row
-        text = json.dumps(row, sort_keys=True, default=repr)
+        counted = {name: row[name] for name in row if name not in LEFT_OUT}
+        text = json.dumps(counted, sort_keys=True, default=repr)
         digest = blake2b(text.encode(), digest_size=8).digest()
         number = self._samples[digest]
         self._samples[digest] += 1

@@ -22,6 +22,7 @@ from dipeo_llm.adapters.tools import sort_tools
 from dipeo_llm.cache_url import CacheURL
 from dipeo_llm.coalescing import Flights, Streams, Turns
 from dipeo_llm.domain import (
+    LEFT_OUT,
     ChatRequest,
     ChatResult,
     StreamChunk,
@@ -43,15 +44,7 @@ _VERSION = 1
 
 # The key.
 
-_LEFT_OUT = frozenset(
-    {
-        *("timeout", "idle_timeout", "deadline", "cache", "coalesce"),
-        *("labels", "session", "execution_phase", "execution_id", "trace_id"),
-        "watch_usage",
-    }
-)
-"""The fields of a request that its answer does not depend on; every other one counts."""
-_COUNTED = tuple(f.name for f in fields(ChatRequest) if f.name not in _LEFT_OUT)
+_COUNTED = tuple(f.name for f in fields(ChatRequest) if f.name not in LEFT_OUT)
 
 
 class _NotPlainError(ValueError):

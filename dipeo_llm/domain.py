@@ -941,3 +941,13 @@ class StreamChunk:
     """A piece of the reasoning text, where the provider shows it."""
     tool_call: ToolCallDelta | None = None
     """A piece of a tool call."""
+
+
+LEFT_OUT = frozenset(
+    {
+        *("timeout", "idle_timeout", "deadline", "cache", "coalesce"),
+        *("labels", "session", "execution_phase", "execution_id", "trace_id"),
+        "watch_usage",
+    }
+)
+"""The fields of a request that its answer does not depend on; every other one counts."""

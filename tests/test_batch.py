@@ -467,3 +467,26 @@ async def test_two_runs_of_one_output(
     code, said = await run()
     assert (code, bool(re.search("another batch", said))) == (2, True)
     assert await first == 0
+
+
+async def test_equal_rows_of_a_file_are_samples(
+    run: Run, server: ProviderServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row's id is a label: with a cache, equal prompts still get answers of their own."""
+    monkeypatch.setenv("DIPEO_LLM_CACHE_URL", "memory://")
+    write(*({"id": name, "prompt": "Roll a die."} for name in "abc"))
+    assert (await run())[0] == 0
+    assert (ids(), len(server.requests)) == (["a", "b", "c"], 3)
+    assert not any(found["result"]["cached"] for found in output())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such modes")
+async def test_the_output_keeps_its_permissions(run: Run) -> None:
+    """Dropping a torn line writes the file anew, and changes nothing else about it."""
+    write({"prompt": "1"}, {"prompt": "2"})
+    await run()
+    path = Path("out.jsonl")
+    path.write_bytes(path.read_bytes()[:-5])
+    path.chmod(0o640)
+    assert (await run())[0] == 0
+    assert (path.stat().st_mode & 0o777, ids()) == (0o640, [1, 2])

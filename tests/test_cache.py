@@ -456,9 +456,9 @@ def test_times_and_modes_do_not_count() -> None:
 
 def test_a_new_field_of_a_request_counts() -> None:
     """A field is in the key unless it is listed."""
-    from dipeo_llm.cache import _LEFT_OUT
+    from dipeo_llm.domain import LEFT_OUT
 
-    counted = {f.name for f in fields(ChatRequest)} - _LEFT_OUT
+    counted = {f.name for f in fields(ChatRequest)} - LEFT_OUT
     assert counted == {
         *("messages", "sampling", "tools", "tool_choice", "response_format"),
         *("extra_body", "sample"),

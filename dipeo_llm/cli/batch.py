@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -295,6 +296,7 @@ def _replace(path: Path, lines: list[bytes]) -> None:
         made.writelines(lines)
         made.flush()
         os.fsync(made.fileno())
+    shutil.copymode(path, made.name)
     Path(made.name).replace(path)
 
 
