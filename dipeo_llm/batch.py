@@ -112,7 +112,7 @@ class Batch:
         self._service = service
         self._concurrency = concurrency
         self._ordered = ordered
-        self._samples: Counter[bytes] = Counter()
+        self._samples = None if service.cache is None else Samples()
         self._rows: AsyncIterator[Request] | Iterator[Request] = (
             aiter(requests) if isinstance(requests, AsyncIterable) else iter(requests)
         )
@@ -221,21 +221,29 @@ class Batch:
             call = self._service.complete
             if "person_messages" in row:
                 call = self._service.complete_with_person  # type: ignore[assignment]
-            return BatchItem(index, row, await call(**self._number(row)))
+            asked = row if self._samples is None else self._samples.number(row)
+            return BatchItem(index, row, await call(**asked))
         except RuntimeError:  # the service is closed
             raise
         except Exception as exc:  # noqa: BLE001 - the caller reads it from the item
             return BatchItem(index, row, error=exc)
 
-    def _number(self, row: Request) -> Request:
-        """Give equal requests numbers, so that the cache makes each an answer."""
-        if self._service.cache is None or "sample" in row:
+
+class Samples:
+    """Gives equal requests numbers, so that the cache makes each an answer of its own."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[bytes] = Counter()
+
+    def number(self, row: Request) -> Request:
+        """Return a request with its `sample`; the first of its kind needs none."""
+        if "sample" in row:
             return row
         counted = {name: row[name] for name in row if name not in LEFT_OUT}
         text = json.dumps(counted, sort_keys=True, default=repr)
         digest = blake2b(text.encode(), digest_size=8).digest()
-        number = self._samples[digest]
-        self._samples[digest] += 1
+        number = self._counts[digest]
+        self._counts[digest] += 1
         return {**row, "sample": number} if number else row
 
 

@@ -946,8 +946,8 @@ class StreamChunk:
 LEFT_OUT = frozenset(
     {
         *("timeout", "idle_timeout", "deadline", "cache", "coalesce"),
-        *("labels", "session", "execution_phase", "execution_id", "trace_id"),
-        "watch_usage",
+        *("labels", "session", "watch_usage"),
+        *LABELS,
     }
 )
 """The fields of a request that its answer does not depend on; every other one counts."""

@@ -61,7 +61,7 @@ def open_regular(path: Path) -> BinaryIO:
     return os.fdopen(fd, "rb")
 
 
-def replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, data: str | bytes) -> None:
     """Write a file beside *path* and rename it: readers never see half of it.
 
     A link stays a link, and an existing file keeps its mode; a new one is its owner's.
@@ -71,11 +71,11 @@ def replace_file(path: Path, text: str) -> None:
     """
     path = path.resolve()
     file = tempfile.NamedTemporaryFile(  # noqa: SIM115 - renamed after it is closed
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+        dir=path.parent, prefix=f".{path.name}.", delete=False
     )
     try:
         with file:
-            file.write(text)
+            file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         if path.exists():

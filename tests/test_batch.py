@@ -24,6 +24,7 @@ from dipeo_llm import (
 from dipeo_llm.cli import main
 from tests.conftest import PROVIDERS
 from tests.provider_server import Answer, ProviderServer, Received, Reply, error
+from tests.redis_server import RedisServer, needs_redis
 from tests.test_cache import open_cached
 
 MODEL = "gpt-4.1-nano"
@@ -490,3 +491,22 @@ async def test_the_output_keeps_its_permissions(run: Run) -> None:
     path.chmod(0o640)
     assert (await run())[0] == 0
     assert (path.stat().st_mode & 0o777, ids()) == (0o640, [1, 2])
+
+
+@needs_redis
+async def test_equal_rows_stay_samples_in_the_next_run(
+    run: Run, server: ProviderServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A row that is left is the same sample as before, also if its equals are answered."""
+    server.reply(*(Answer(text) for text in ("one", "two", "three")))
+    write(*({"id": name, "prompt": "Roll a die."} for name in "abc"))
+    with RedisServer(tmp_path) as redis:
+        monkeypatch.setenv("DIPEO_LLM_CACHE_URL", redis.url)
+        assert (await run())[0] == 0
+        before = {found["id"]: found["result"]["text"] for found in output()}
+        path = Path("out.jsonl")
+        path.write_bytes(path.read_bytes().split(b"\n")[0] + b"\n")
+        assert (await run())[0] == 0
+    after = {found["id"]: found["result"]["text"] for found in output()}
+    assert (after, len(server.requests)) == (before, 3)
+    assert sorted(after.values()) == ["one", "three", "two"]

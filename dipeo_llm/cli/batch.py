@@ -7,9 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any, BinaryIO
 
 import click
 
-from dipeo_llm.batch import FATAL, BatchItem
+from dipeo_llm.batch import FATAL, BatchItem, Samples
 from dipeo_llm.cli import terminal
 from dipeo_llm.cli.options import (
     Command,
@@ -34,6 +32,7 @@ from dipeo_llm.cli.options import (
     text,
 )
 from dipeo_llm.errors import InvalidRequestError
+from dipeo_llm.files import replace_file
 
 _HELP = """\
 Answer every request of INPUT, one JSON object on a line, into OUTPUT.
@@ -286,18 +285,8 @@ def _read_output(path: Path, *, drop_errors: bool) -> _Done:
         (done.errors if is_error else done.answers).add(name)
         done.cost += cost
     if has_dropped:
-        _replace(path, kept)
+        replace_file(path, b"".join(kept))
     return done
-
-
-def _replace(path: Path, lines: list[bytes]) -> None:
-    """Write a whole file or leave the old one."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as made:
-        made.writelines(lines)
-        made.flush()
-        os.fsync(made.fileno())
-    shutil.copymode(path, made.name)
-    Path(made.name).replace(path)
 
 
 # The work.
@@ -327,11 +316,17 @@ class _Run:
     async def rows(self) -> AsyncIterator[dict[str, Any]]:
         """Yield the keywords of each call that is left, read as work goes on."""
         seen = self._done.answers | self._done.errors
+        samples = Samples() if os.environ.get("DIPEO_LLM_CACHE_URL") else None
         for number, line in _lines(self._source.path):
             if not line.strip():
                 continue
             row = _parse(number, line)
-            if _id(number, row) in seen:
+            is_done = _id(number, row) in seen
+            if samples is not None:
+                # Answered rows count too: an equal one that is left is another sample.
+                asked = {name: row[name] for name in row if name != "id"}
+                row |= samples.number(asked)
+            if is_done:
                 continue
             if self.is_over:
                 return
