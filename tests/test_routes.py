@@ -110,8 +110,8 @@ def test_the_state_of_a_deployment_is_shared_by_routes() -> None:
 
 BROKEN = {
     "a misspelt field": (
-        "routes:\n  fast:\n    deployments:\n      - model: a\n        weigth: 2\n",
-        r"yaml:5: routes\.fast\.deployments\.0\.weigth is not a known .* mean 'weight'",
+        "routes:\n  fast:\n    deployments:\n      - model: a\n        weights: 2\n",
+        r"yaml:5: routes\.fast\.deployments\.0\.weights is not a known .* mean 'weight'",
     ),
     "a misspelt field of a route": (
         "routes:\n  fast:\n    stratgy: cost\n    deployments: [{model: a}]\n",
