@@ -90,6 +90,10 @@ def cache_key(
     return blake2b(text.encode(), digest_size=32, key=owner).hexdigest()
 
 
+def _digest(keys: list[str]) -> str:
+    return blake2b("".join(keys).encode(), digest_size=32).hexdigest()
+
+
 def _plain(value: Any) -> Any:
     """Copy a value as plain JSON.
 
@@ -503,9 +507,7 @@ class _Entry:
         self.adapter, self.request, _ = next(iter(places.values()))
         self._form: Form | None = self.request.response_format
         self._left = cache._url.timeout  # noqa: SLF001 - a part of it
-        names = "".join(sorted(places))
-        one = blake2b(names.encode(), digest_size=32).hexdigest()
-        self.key = names if len(places) == 1 else one
+        self.key = next(iter(places)) if len(places) == 1 else _digest(sorted(places))
         """Of the request: its only place, or a digest of all."""
         self.is_failing = False
 
