@@ -575,7 +575,8 @@ class _Entry:
             # A class of the same schema may have been stricter, or a value made by hand.
             if found is not None and _is_whole(found, self._form):
                 progress.aim(target)
-                found.deployment = target.deployment
+                if target.deployment is not None:
+                    found.deployment = target.deployment
                 return found
         return None
 

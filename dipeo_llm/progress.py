@@ -217,9 +217,12 @@ class CallProgress:
             sent = self.attempts - 1 + result.attempts
             self.requests = 0 if result.cached else sent
         result.attempts = self.requests
-        result.route = self.route
-        result.queued += self.queued
-        self.queued = 0.0
+        # A field of a pydantic object takes 2 µs to set.
+        if self.route is not None:
+            result.route = self.route
+        if self.queued:
+            result.queued += self.queued
+            self.queued = 0.0
         if not self.is_recorded:
             self._result = result
             self.end_attempt()
