@@ -134,7 +134,7 @@ class Process:
         self._child.stdin.flush()
 
     def hear(self) -> dict[str, Any]:
-        """Wait for what came of an order."""
+        """Wait for the outcome of an order."""
         answer = self._read()
         if "error" in answer:
             raise RuntimeError(f"{self._child.args!r}: {answer['error']}")

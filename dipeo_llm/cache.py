@@ -411,11 +411,8 @@ class ResponseCache:
         self, targets: Sequence[Target], progress: CallProgress
     ) -> "_Entry | None":
         """Return the places of a request's answer; None if it has none."""
-        request = targets[0].request
-        adapter = targets[0].adapter
-        progress.place(
-            adapter.provider.name, adapter.model_name, adapter.endpoint.base_url
-        )
+        adapter, request, _ = targets[0]
+        progress.aim(targets[0])
         if request.cache == "bypass":
             return None
         keys = [self.key(target) for target in targets]

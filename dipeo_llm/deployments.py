@@ -48,7 +48,7 @@ class DeploymentState:
 
     @property
     def cooling(self) -> float:
-        """The seconds until the cool-down ends; 0 if there is none."""
+        """Seconds until the cool-down ends; 0 while the deployment takes calls."""
         return max(0.0, self.cooling_until - time.monotonic())
 
     def cool(self, seconds: float, reason: str) -> None:

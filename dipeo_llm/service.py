@@ -235,8 +235,9 @@ class LLMInfraService:
             **options: temperature, max_tokens, top_p, n, stop, seed, tools,
                 tool_choice, response_format, text_format, reasoning_effort,
                 options (an LLMRequestOptions), timeout (s, one attempt), deadline (s,
-                the whole call), extra_body, cache, sample, coalesce, session, and the labels execution_phase,
-                execution_id, trace_id, person_name and node_id, which are never sent.
+                the whole call), extra_body, cache, sample, coalesce, session, and the
+                labels execution_phase, execution_id, trace_id, person_name and node_id,
+                which are never sent.
 
         Raises:
             InvalidRequestError: There are no messages, or the model cannot be placed.
@@ -487,8 +488,8 @@ class LLMInfraService:
     def capabilities(self, model: str, *, service: Any = None) -> Capabilities:
         """Say what a model takes and costs, by LiteLLM's table.
 
-        For a route it is the model of the first deployment. Imports LiteLLM if nothing has yet, which takes seconds: `await initialize()`
-        does that off the event loop.
+        For a route it is the model of the first deployment. Imports LiteLLM if nothing
+        has yet, which takes seconds: `await initialize()` does that off the event loop.
 
         Raises:
             InvalidRequestError: The model cannot be placed.
@@ -629,11 +630,12 @@ class LLMInfraService:
     def _open_state(self) -> "RedisClients | None":
         """Open the state that routes share with other processes."""
         url = self.settings.state_url or self.settings.cache_url
-        if not url or url.startswith("memory:"):
+        where = CacheURL.read(url) if url else None
+        if where is None or where.server is None:
             return None
         from dipeo_llm.redis_clients import RedisClients
 
-        return RedisClients(CacheURL.read(url))
+        return RedisClients(where)
 
     # The steps of a call, in the order in which it takes them.
 
@@ -879,11 +881,7 @@ class LLMInfraService:
             # An id that was given is looked up, also where no key is needed.
             needs_key=provider is None
             or (bool(api_key_id) and provider.needs_key)
-            or (
-                factory.needs_key(provider, self.settings)
-                if base_url is None
-                else provider.needs_key and not factory.is_local(base_url)
-            ),
+            or factory.needs_key(provider, self.settings, base_url),
             owner=lambda name: factory.by_name(name).name,
             is_local=factory.is_local,
             base_url=base_url,

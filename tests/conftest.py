@@ -4,7 +4,7 @@ import os
 import re
 import signal
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from dipeo_llm.keys import StaticAPIKeys
 from dipeo_llm.service import LLMInfraService
 from dipeo_llm.settings import Settings
 from tests.provider_server import ProviderServer
+from tests.redis_server import RedisServer
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts background jobs so, and the processes of the tests would inherit it.
@@ -71,6 +72,13 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 async def server() -> AsyncIterator[ProviderServer]:
     """Run a loopback server that speaks the wire format of all four providers."""
     async with ProviderServer() as running:
+        yield running
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
+    """Run a Redis server."""
+    with RedisServer(tmp_path) as running:
         yield running
 
 

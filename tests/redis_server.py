@@ -8,6 +8,7 @@ import socket
 import ssl
 import subprocess
 import time
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
@@ -133,3 +134,13 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         return  # the peer has gone
     finally:
         writer.close()
+
+
+async def end(processes: Iterable[asyncio.subprocess.Process]) -> None:
+    """Kill what is left of the processes of a test, and close their pipes."""
+    for process in processes:
+        if process.returncode is None:
+            process.kill()
+        assert process.stdin is not None
+        process.stdin.close()
+        await process.communicate()

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,11 @@ from dipeo_llm.coalescing import Turns
 from dipeo_llm.redis_clients import Circuit, RedisClients, RedisUnavailableError
 from tests.conftest import HELLO, Authority, keys_for
 from tests.provider_server import Answer, ProviderServer, error
-from tests.redis_server import RedisServer, TLSFront, needs_redis
+from tests.redis_server import RedisServer, TLSFront, end, needs_redis
 from tests.test_cache import BROKEN_VALUES, ask, in_flight, open_cached, read
 
 pytestmark = needs_redis
 MODEL = "gpt-4.1-nano"
-
-
-@pytest.fixture
-def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
-    """Run a Redis server."""
-    with RedisServer(tmp_path) as running:
-        yield running
 
 
 @pytest.fixture
@@ -404,12 +397,7 @@ async def workers() -> AsyncIterator[Workers]:
     """Kill what is left of the processes at the end."""
     made = Workers()
     yield made
-    for process in made.processes:
-        if process.returncode is None:
-            process.kill()
-        assert process.stdin is not None
-        process.stdin.close()
-        await process.communicate()
+    await end(made.processes)
 
 
 async def test_many_processes_make_one_call(

@@ -11,9 +11,8 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,18 +21,11 @@ from dipeo_llm.cache_url import CacheURL
 from dipeo_llm.errors import RateLimitError
 from dipeo_llm.limits import Limit, RateLimits, Reservation
 from dipeo_llm.redis_clients import RedisClients
-from tests.redis_server import RedisServer, needs_redis
+from tests.redis_server import RedisServer, end, needs_redis
 from tests.test_limits import most_in
 
 pytestmark = needs_redis
 ONE = Limit(rpm=1)
-
-
-@pytest.fixture
-def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
-    """Run a Redis server."""
-    with RedisServer(tmp_path) as running:
-        yield running
 
 
 @asynccontextmanager
@@ -549,12 +541,7 @@ async def workers() -> AsyncIterator[Workers]:
     """Kill what is left of the processes at the end."""
     made = Workers()
     yield made
-    for process in made.processes:
-        if process.returncode is None:
-            process.kill()
-        assert process.stdin is not None
-        process.stdin.close()
-        await process.communicate()
+    await end(made.processes)
 
 
 async def test_processes_keep_to_one_limit(

@@ -6,9 +6,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,13 +20,6 @@ from tests.redis_server import RedisServer, needs_redis
 from tests.test_routing import Fleet, at, call, route
 
 pytestmark = needs_redis
-
-
-@pytest.fixture
-def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
-    """Run a Redis server."""
-    with RedisServer(tmp_path) as running:
-        yield running
 
 
 @pytest.fixture

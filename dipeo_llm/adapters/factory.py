@@ -189,9 +189,11 @@ def is_local(base_url: str) -> bool:
     return is_loopback(urlsplit(base_url).hostname or "")
 
 
-def needs_key(provider: Provider, settings: Settings) -> bool:
-    """Say whether calls to a provider need a key, at the address that is set for it."""
-    url = provider.find_base_url(settings.base_urls)
+def needs_key(
+    provider: Provider, settings: Settings, base_url: str | None = None
+) -> bool:
+    """Say whether calls to a provider need a key, at an address or at the one set for it."""
+    url = base_url or provider.find_base_url(settings.base_urls)
     return provider.needs_key and not (url and is_local(url))
 
 
